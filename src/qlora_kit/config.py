@@ -1,0 +1,118 @@
+"""What a user asks for, as frozen dataclasses. Standard library only.
+
+This module knows names, defaults and value checks. It does not know models,
+tensors or any training library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+from qlora_kit.errors import ConfigError
+
+__all__ = [
+    "ATTENTION_MODULES",
+    "DEFAULT_TARGET_MODULES",
+    "MLP_MODULES",
+    "SCRIPT_TRAINING_DEFAULTS",
+    "TARGET_PRESETS",
+    "AdapterConfig",
+    "DtypeName",
+    "LoadConfig",
+]
+
+DtypeName = Literal["bfloat16", "float16", "float32"]
+
+ATTENTION_MODULES: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_MODULES: Final = ("gate_proj", "up_proj", "down_proj")
+DEFAULT_TARGET_MODULES: Final = ATTENTION_MODULES + MLP_MODULES
+TARGET_PRESETS: Final = ("attention", "mlp", "all-linear")
+
+#: The classic script's ``SFTConfig``. ``optim`` is chosen by what runs on the device.
+SCRIPT_TRAINING_DEFAULTS: Final[Mapping[str, Any]] = {
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 4,
+    "warmup_steps": 5,
+    "max_steps": 60,
+    "learning_rate": 2e-4,
+    "logging_steps": 1,
+    "weight_decay": 0.01,
+    "lr_scheduler_type": "linear",
+    "seed": 3407,
+    "report_to": "none",
+}
+
+
+@dataclass(frozen=True)
+class LoadConfig:
+    """How a base model is loaded; see :func:`qlora_kit.load_quantized` for each field."""
+
+    model_name: str
+    max_seq_length: int = 2048
+    dtype: DtypeName | None = None
+    load_in_4bit: bool = True
+    load_in_8bit: bool = False
+    local_files_only: bool = True
+    token: str | None = field(default=None, repr=False)
+    revision: str | None = None
+    cache_dir: str | None = None
+    device_map: Any = None
+    trust_remote_code: bool = False
+    is_trainable: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.max_seq_length, int) or isinstance(self.max_seq_length, bool):
+            raise ConfigError(
+                f"max_seq_length must be a whole number of tokens, got {self.max_seq_length!r}."
+            )
+        if self.max_seq_length < 1:
+            raise ConfigError(
+                f"max_seq_length must be at least 1 token, got {self.max_seq_length}; "
+                "2048 is the usual choice."
+            )
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ConfigError(
+                "load_in_4bit and load_in_8bit are both True; choose one "
+                "(load_in_8bit=True alone is enough)."
+            )
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """A LoRA adapter to attach; see :func:`qlora_kit.attach_lora` for each field."""
+
+    r: int = 16
+    target_modules: str | Sequence[str] = DEFAULT_TARGET_MODULES
+    lora_alpha: int | float = 16
+    lora_dropout: float = 0.0
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_gradient_checkpointing: bool | str = "auto"
+    random_state: int = 3407
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
+    loftq_config: Mapping[str, Any] | None = None
+    modules_to_save: Sequence[str] | None = None
+    layers_to_transform: Sequence[int] | int | None = None
+    rank_pattern: Mapping[str, int] | None = None
+    alpha_pattern: Mapping[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
+            raise ConfigError(f"r is the LoRA rank, a whole number of at least 1; got {self.r!r}.")
+        if not self.lora_alpha > 0:
+            raise ConfigError(f"lora_alpha must be above 0, got {self.lora_alpha!r}.")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ConfigError(
+                f"lora_dropout is a probability from 0 up to (not including) 1, "
+                f"got {self.lora_dropout!r}."
+            )
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ConfigError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}.")
+        if self.use_gradient_checkpointing not in (True, False, "auto", "unsloth"):
+            raise ConfigError(
+                "use_gradient_checkpointing must be True, False, 'auto' or 'unsloth', "
+                f"got {self.use_gradient_checkpointing!r}."
+            )

@@ -1,0 +1,1 @@
+"""How a model is loaded, adapted, trained and run."""

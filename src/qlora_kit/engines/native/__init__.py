@@ -1,0 +1,1 @@
+"""transformers + peft + bitsandbytes, and this project's own fast path."""

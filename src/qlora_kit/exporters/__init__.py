@@ -1,0 +1,1 @@
+"""The built-in exporters, one plugin each, registered through the public hook."""

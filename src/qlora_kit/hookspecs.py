@@ -1,0 +1,121 @@
+"""The plugin contract: one hook, and the shape of what it returns.
+
+A package adds an export format with one class and one entry point::
+
+    # pyproject.toml
+    [project.entry-points.qlora_kit]
+    my_format = "my_package"
+
+    # my_package/__init__.py
+    import qlora_kit
+
+    @qlora_kit.hookimpl
+    def qlora_kit_register_exporters():
+        return [MyExporter()]
+
+This module knows what an exporter looks like. It does not know any exporter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import pluggy
+
+from qlora_kit.results import LoadedModel, Verification
+
+__all__ = [
+    "PROJECT_NAME",
+    "ExportEstimate",
+    "ExportRequest",
+    "Exporter",
+    "hookimpl",
+    "hookspec",
+    "qlora_kit_register_exporters",
+]
+
+PROJECT_NAME = "qlora_kit"
+
+hookspec = pluggy.HookspecMarker(PROJECT_NAME)
+hookimpl = pluggy.HookimplMarker(PROJECT_NAME)
+
+
+def _ignore_progress(what: str, done: int, total: int) -> None:
+    """Progress nobody asked to see."""
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """One export, as an exporter sees it.
+
+    Attributes:
+        model: The live model, with or without an adapter.
+        options: An instance of the exporter's ``options_type``.
+        destination: Where the finished folder will stand; exporters write elsewhere,
+            into the folder that ``write`` is given.
+        verify: ``False``, ``True`` or ``"full"``.
+        progress: Called as ``progress(what, done, total)``; never required.
+    """
+
+    model: LoadedModel
+    options: Any
+    destination: Path | None
+    verify: bool | Literal["full"] = True
+    progress: Callable[[str, int, int], None] = field(default=_ignore_progress, repr=False)
+
+
+@dataclass(frozen=True)
+class ExportEstimate:
+    """What an export will take, said before any weight is touched.
+
+    Attributes:
+        disk_bytes: Bytes it will write, rounded up.
+        notes: Things the user should know, one sentence each.
+    """
+
+    disk_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Exporter(Protocol):
+    """A way of writing a trained model.
+
+    The stage around it finds it by ``name``, builds ``options_type`` from the caller's
+    keyword arguments, and calls ``check``, ``write`` and ``verify`` in that order. The
+    folder given to ``write`` is empty, beside the destination, and renamed into place only
+    when everything held; on any exception it is removed.
+
+    Attributes:
+        name: What users type, for example ``"merged_16bit"``; lower case, digits, ``_`` or ``-``.
+        summary: One line for ``available_exporters()``.
+        options_type: A frozen dataclass; its fields are the format's options.
+    """
+
+    name: str
+    summary: str
+    options_type: type
+
+    def check(self, request: ExportRequest) -> ExportEstimate:
+        """Refuse what cannot work, before any weight is touched.
+
+        Raises:
+            QloraKitError: With what is wrong and what to do instead.
+        """
+        ...
+
+    def write(self, request: ExportRequest, folder: Path) -> Mapping[str, Any]:
+        """Write every file of the export into ``folder`` and return facts for the manifest."""
+        ...
+
+    def verify(self, request: ExportRequest, folder: Path) -> Verification:
+        """Compare what ``write`` left in ``folder`` with the live model."""
+        ...
+
+
+@hookspec
+def qlora_kit_register_exporters() -> Iterable[Exporter]:  # type: ignore[empty-body]
+    """Return the exporters this plugin adds; called once per process, on first use."""

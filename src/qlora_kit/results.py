@@ -1,0 +1,259 @@
+"""What comes back, as frozen dataclasses: model handles, results and artifacts.
+
+This module holds values and renders them. It does not know how any of them was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from qlora_kit.config import AdapterConfig, LoadConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "AdaptedModel",
+    "Artifact",
+    "ArtifactFile",
+    "BaseInfo",
+    "Check",
+    "FinishReason",
+    "LoadedModel",
+    "RunRecord",
+    "TextChunk",
+    "TrainResult",
+    "Verification",
+]
+
+FinishReason = Literal["eos", "stop", "length"]
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """Where a base model came from and what it became in memory.
+
+    Attributes:
+        name_or_path: What the user asked for.
+        path: The local folder its files were read from.
+        quantization: ``"nf4"``, ``"fp4"``, ``"int8"`` or ``None`` for 16/32-bit weights.
+        compute_dtype: The dtype matrix products run in, for example ``"bfloat16"``.
+        is_prequantized: Whether the files themselves are already quantized, so that no
+            16-bit original exists to merge into.
+        source: ``"checkpoint"`` or ``"gguf"`` (then ``path`` is the dequantized cache).
+        stop_token_ids: Every token that ends an answer, the end-of-text token first.
+    """
+
+    name_or_path: str
+    path: Path
+    quantization: Literal["nf4", "fp4", "int8"] | None
+    compute_dtype: str
+    is_prequantized: bool = False
+    source: Literal["checkpoint", "gguf"] = "checkpoint"
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass
+class RunRecord:
+    """What happened to a model since it was loaded; shared by its handles.
+
+    Attributes:
+        formatter: The formatter whose template the model was last trained with.
+        training: The result of the last training.
+    """
+
+    formatter: Any = None
+    training: TrainResult | None = None
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base model in memory. Unpacks as ``model, tokenizer = loaded``."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    engine: Any
+    base: BaseInfo
+    config: LoadConfig
+    record: RunRecord = field(default_factory=RunRecord, repr=False, compare=False)
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self.model
+        yield self.tokenizer
+
+    @property
+    def max_seq_length(self) -> int:
+        """Longest sequence, in tokens, that training and generation use."""
+        return self.config.max_seq_length
+
+    def __repr__(self) -> str:
+        quant = self.base.quantization or "not quantized"
+        return (
+            f"{type(self).__name__}({self.base.name_or_path!r}, {quant}, "
+            f"{self.base.compute_dtype}, engine={self.engine.name!r})"
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class AdaptedModel(LoadedModel):
+    """A base model with a LoRA adapter attached. Unpacks as ``model, tokenizer``."""
+
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    trainable_parameters: int = 0
+    total_parameters: int = 0
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What one training run did.
+
+    Attributes:
+        steps: Optimizer steps done, counted from the start of the run (resumed steps included).
+        losses: Mean loss per trained token of each optimizer step of this call, in order.
+        eval_losses: ``(step, loss)`` of each evaluation.
+        tokens_seen: Tokens that went through the model in this call, padding excluded.
+        trained_tokens: Of those, the tokens that carried loss.
+        tokens_per_second: ``tokens_seen / seconds``.
+        seconds: Wall-clock seconds of the training loop, compilation included.
+        device: Name of the device, for example ``"NVIDIA H200"`` or the CPU's model.
+        memory_before_gib: Peak memory (GPU: reserved; CPU: resident set) before training.
+        peak_memory_gib: The same at its highest during training.
+        trainable_parameters: Number of parameters that trained.
+        total_parameters: Number of parameters of the model, counted unquantized.
+        optimizer: The optimizer that ran.
+        optimizer_note: Why it is not the one asked for, or an empty string.
+        was_interrupted: Whether Ctrl-C ended the run early.
+        checkpoint: Where an interrupted run can resume from, or ``None``.
+        output_dir: Where checkpoints and the manifest are.
+        manifest_path: The run's manifest, JSON.
+        versions: Versions of the packages that took part.
+        log_history: The trainer's own log records.
+    """
+
+    steps: int
+    losses: tuple[float, ...]
+    eval_losses: tuple[tuple[int, float], ...]
+    tokens_seen: int
+    trained_tokens: int
+    tokens_per_second: float
+    seconds: float
+    device: str
+    memory_before_gib: float
+    peak_memory_gib: float
+    trainable_parameters: int
+    total_parameters: int
+    optimizer: str
+    optimizer_note: str
+    was_interrupted: bool
+    checkpoint: Path | None
+    output_dir: Path
+    manifest_path: Path
+    versions: Mapping[str, str]
+    log_history: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+
+    def __str__(self) -> str:
+        first, last = (self.losses[0], self.losses[-1]) if self.losses else (float("nan"),) * 2
+        state = "interrupted after" if self.was_interrupted else "trained"
+        return (
+            f"{state} {self.steps} steps in {self.seconds:.1f} s on {self.device}: "
+            f"loss {first:.3f} -> {last:.3f}, {self.tokens_seen:,} tokens "
+            f"({self.tokens_per_second:,.0f} tokens/s), peak memory "
+            f"{self.peak_memory_gib:.2f} GiB ({self.memory_before_gib:.2f} before training)"
+        )
+
+
+@dataclass(frozen=True)
+class TextChunk:
+    """A piece of a streamed answer.
+
+    Attributes:
+        text: The new text; may be empty in the last chunk.
+        token_count: Tokens generated so far, the stop token included.
+        tokens_per_second: Generated tokens per second so far, prompt processing included.
+        finish_reason: ``None`` until the last chunk, then ``"eos"``, ``"stop"`` (a stop string)
+            or ``"length"``.
+    """
+
+    text: str
+    token_count: int
+    tokens_per_second: float
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison made while verifying an export.
+
+    Attributes:
+        name: What was compared, for example ``"logits"``.
+        passed: Whether it held.
+        detail: One sentence with the figures.
+        value: The measured figure, where there is one.
+        tolerance: The limit it was held against, where there is one.
+    """
+
+    name: str
+    passed: bool
+    detail: str
+    value: float | None = None
+    tolerance: float | None = None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How an export was compared with the live model.
+
+    Attributes:
+        level: ``"none"``, ``"standard"`` or ``"full"``.
+        checks: The comparisons made.
+    """
+
+    level: Literal["none", "standard", "full"]
+    checks: tuple[Check, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether every comparison held (true when none was asked for)."""
+        return all(check.passed for check in self.checks)
+
+
+@dataclass(frozen=True)
+class ArtifactFile:
+    """One file of an export: its path inside the artifact, size in bytes and sha256."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished export.
+
+    Attributes:
+        format: The exporter's name.
+        path: The folder that holds it, or ``None`` when it lives elsewhere (see ``url``).
+        files: Every file, sorted by name.
+        verification: How it was compared with the live model.
+        facts: What the exporter reports of its own, for example a KL divergence.
+        manifest: What the manifest file says.
+        seconds: Wall-clock seconds the export took.
+        url: Where it was published, if it was.
+    """
+
+    format: str
+    path: Path | None
+    files: tuple[ArtifactFile, ...]
+    verification: Verification
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    manifest: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    seconds: float = 0.0
+    url: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Total size in bytes."""
+        return sum(file.size for file in self.files)
