@@ -1,0 +1,108 @@
+"""Fine-tune a language model with QLoRA on any machine, and export it to what comes next.
+
+    load_quantized -> attach_lora -> train_sft -> generate_stream / export_model
+
+Importing this package imports none of the heavy libraries: every public name is resolved
+on first use (PEP 562).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, Final
+
+__all__ = [
+    "AdaptedModel",
+    "AdapterConfig",
+    "AlpacaFormatter",
+    "Artifact",
+    "Check",
+    "ExportEstimate",
+    "ExportRequest",
+    "Exporter",
+    "LoadConfig",
+    "LoadedModel",
+    "QloraKitError",
+    "TextChunk",
+    "TrainResult",
+    "Verification",
+    "__version__",
+    "attach_lora",
+    "available_exporters",
+    "errors",
+    "export_model",
+    "generate_stream",
+    "get_exporter",
+    "hookimpl",
+    "hookspec",
+    "load_quantized",
+    "train_sft",
+]
+
+_HOME_OF: Final = {
+    "AdaptedModel": "results",
+    "AdapterConfig": "config",
+    "AlpacaFormatter": "data",
+    "Artifact": "results",
+    "Check": "results",
+    "ExportEstimate": "hookspecs",
+    "ExportRequest": "hookspecs",
+    "Exporter": "hookspecs",
+    "LoadConfig": "config",
+    "LoadedModel": "results",
+    "QloraKitError": "errors",
+    "TextChunk": "results",
+    "TrainResult": "results",
+    "Verification": "results",
+    "attach_lora": "adapters",
+    "available_exporters": "export",
+    "export_model": "export",
+    "generate_stream": "generation",
+    "get_exporter": "export",
+    "hookimpl": "hookspecs",
+    "hookspec": "hookspecs",
+    "load_quantized": "model",
+    "train_sft": "training",
+}
+
+if TYPE_CHECKING:
+    from qlora_kit import errors
+    from qlora_kit.adapters import attach_lora
+    from qlora_kit.config import AdapterConfig, LoadConfig
+    from qlora_kit.data import AlpacaFormatter
+    from qlora_kit.errors import QloraKitError
+    from qlora_kit.export import available_exporters, export_model, get_exporter
+    from qlora_kit.generation import generate_stream
+    from qlora_kit.hookspecs import Exporter, ExportEstimate, ExportRequest, hookimpl, hookspec
+    from qlora_kit.model import load_quantized
+    from qlora_kit.results import (
+        AdaptedModel,
+        Artifact,
+        Check,
+        LoadedModel,
+        TextChunk,
+        TrainResult,
+        Verification,
+    )
+    from qlora_kit.training import train_sft
+
+    __version__: str
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("qlora-kit")
+    elif name == "errors":
+        value = importlib.import_module("qlora_kit.errors")
+    elif name in _HOME_OF:
+        value = getattr(importlib.import_module(f"qlora_kit.{_HOME_OF[name]}"), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

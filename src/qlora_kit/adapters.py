@@ -1,0 +1,178 @@
+"""Attaching a LoRA adapter: which modules, how large, started how.
+
+This stage turns presets into module names and checks them against the model. The engine
+attaches.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from qlora_kit.config import (
+    ATTENTION_MODULES,
+    DEFAULT_TARGET_MODULES,
+    MLP_MODULES,
+    TARGET_PRESETS,
+    AdapterConfig,
+)
+from qlora_kit.errors import ConfigError, did_you_mean
+from qlora_kit.results import AdaptedModel, LoadedModel
+
+__all__ = ["attach_lora"]
+
+logger = logging.getLogger(__name__)
+
+# Names that families with fused projections use for the same roles (phi3, gpt-neox, falcon).
+_ATTENTION_ALIASES = (*ATTENTION_MODULES, "qkv_proj", "query_key_value", "Wqkv", "out_proj")
+_MLP_ALIASES = (*MLP_MODULES, "gate_up_proj", "dense_h_to_4h", "dense_4h_to_h", "fc1", "fc2")
+
+
+def attach_lora(
+    model: LoadedModel,
+    r: int = 16,
+    target_modules: str | Sequence[str] = DEFAULT_TARGET_MODULES,
+    lora_alpha: int | float = 16,
+    lora_dropout: float = 0.0,
+    bias: str = "none",
+    use_gradient_checkpointing: bool | str = "auto",
+    random_state: int = 3407,
+    use_rslora: bool = False,
+    loftq_config: Mapping[str, Any] | None = None,
+    *,
+    use_dora: bool = False,
+    init_lora_weights: bool | str = True,
+    modules_to_save: Sequence[str] | None = None,
+    layers_to_transform: Sequence[int] | int | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, int] | None = None,
+) -> AdaptedModel:
+    """Attach a new LoRA adapter to a loaded model (Hu et al., arXiv:2106.09685).
+
+    Args:
+        model: What :func:`~qlora_kit.load_quantized` returned, without an adapter.
+        r: Rank of the update.
+        target_modules: Module names, or ``"attention"``, ``"mlp"`` or ``"all-linear"``.
+        lora_alpha: The update is scaled by ``lora_alpha / r``.
+        lora_dropout: Dropout on the adapter's input; 0 is fastest.
+        bias: ``"none"``, ``"all"`` or ``"lora_only"``.
+        use_gradient_checkpointing: Recompute activations in the backward pass to save memory:
+            ``True``, ``False``, ``"unsloth"`` (the same as ``True`` for the native engine), or
+            ``"auto"``: on a GPU yes, on a CPU no, where it costs time and memory is not short.
+        random_state: Seed of the initial weights.
+        use_rslora: Scale by ``lora_alpha / sqrt(r)`` (arXiv:2312.03732).
+        loftq_config: ``{"loftq_bits": 4}`` starts the adapter at what quantization took away
+            (arXiv:2310.08659); works on a 4-bit base.
+        use_dora: Weight-decomposed adaptation (arXiv:2402.09353).
+        init_lora_weights: peft's initializations: ``True``, ``"gaussian"``, ``"pissa"``,
+            ``"pissa_niter_4"``, ``"loftq"`` and others.
+        modules_to_save: Modules to train in full and save with the adapter, such as ``"lm_head"``.
+        layers_to_transform: Indices of the layers to adapt; all by default.
+        rank_pattern: Ranks by module name where they differ from ``r``.
+        alpha_pattern: Alphas by module name where they differ from ``lora_alpha``.
+
+    Returns:
+        The adapted model. It shares the base model's memory with ``model``, which should not be
+        used any more.
+
+    Raises:
+        ConfigError: When an argument cannot work; for unknown module names, lists those that
+            exist.
+    """
+    if not isinstance(model, LoadedModel):
+        raise ConfigError(
+            f"attach_lora takes what load_quantized returned, got {type(model).__name__}."
+        )
+    if isinstance(model, AdaptedModel):
+        raise ConfigError(
+            "This model already has an adapter. Load the base again for a new one, or go on "
+            "training this one."
+        )
+    targets = _resolve_targets(target_modules, model.model)
+    _check_names(modules_to_save or (), "modules_to_save", _leaf_names(model.model))
+    config = AdapterConfig(
+        r=r,
+        target_modules=targets,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        bias=bias,  # type: ignore[arg-type]  # checked by AdapterConfig
+        use_gradient_checkpointing=use_gradient_checkpointing,
+        random_state=random_state,
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+        init_lora_weights=init_lora_weights,
+        loftq_config=dict(loftq_config) if loftq_config else None,
+        modules_to_save=tuple(modules_to_save) if modules_to_save else None,
+        layers_to_transform=layers_to_transform,
+        rank_pattern=dict(rank_pattern) if rank_pattern else None,
+        alpha_pattern=dict(alpha_pattern) if alpha_pattern else None,
+    )
+    adapted: AdaptedModel = model.engine.attach(model, config)
+    logger.info(
+        "Training %s of %s parameters (%.2f%%) in %s.",
+        f"{adapted.trainable_parameters:,}",
+        f"{adapted.total_parameters:,}",
+        100 * adapted.trainable_parameters / max(1, adapted.total_parameters),
+        ", ".join(targets),
+    )
+    return adapted
+
+
+def _resolve_targets(asked: str | Sequence[str], model: Any) -> tuple[str, ...]:
+    import torch
+
+    available = _names_of(model, (torch.nn.Linear, torch.nn.Embedding))
+    if isinstance(asked, str):
+        if asked == "all-linear":
+            # As in peft and the QLoRA paper: every linear layer but the language-model head.
+            head = model.get_output_embeddings()
+            return tuple(_names_of(model, torch.nn.Linear, leave_out=head))
+        if asked in ("attention", "mlp"):
+            aliases = _ATTENTION_ALIASES if asked == "attention" else _MLP_ALIASES
+            found = tuple(name for name in available if name in aliases)
+            if not found:
+                raise ConfigError(
+                    f"target_modules={asked!r} matches nothing in this model. It has: "
+                    f"{', '.join(available)}."
+                )
+            return found
+        asked = (asked,)
+    names = tuple(dict.fromkeys(asked))
+    if not names:
+        raise ConfigError(f"target_modules is empty. This model has: {', '.join(available)}.")
+    _check_names(names, "target_modules", available)
+    return names
+
+
+def _check_names(names: Iterable[str], parameter: str, available: Sequence[str]) -> None:
+    # "layers.0.self_attn.q_proj" is as good a name as "q_proj": peft matches by suffix.
+    unknown = [
+        name for name in names if not isinstance(name, str) or name.split(".")[-1] not in available
+    ]
+    if unknown:
+        presets = (
+            f" Presets: {', '.join(TARGET_PRESETS)}." if parameter == "target_modules" else ""
+        )
+        hints = "".join(did_you_mean(str(name), (*available, *TARGET_PRESETS)) for name in unknown)
+        raise ConfigError(
+            f"{parameter}: this model has no {', '.join(map(repr, unknown))}.{hints} "
+            f"It has: {', '.join(available)}.{presets}"
+        )
+
+
+def _names_of(
+    model: Any, kinds: type | tuple[type, ...], *, leave_out: Any = None
+) -> list[str]:
+    """Last parts of the names of modules of some kinds, the usual seven projections first."""
+    names = {
+        name.split(".")[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and module is not leave_out
+    }
+    ordered = [name for name in DEFAULT_TARGET_MODULES if name in names]
+    return ordered + sorted(names - set(ordered))
+
+
+def _leaf_names(model: Any) -> list[str]:
+    return sorted({name.split(".")[-1] for name, _ in model.named_modules() if name})

@@ -1,0 +1,149 @@
+"""What this machine computes on: device, dtype, memory and names.
+
+Everything here only looks; nothing is changed.
+"""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_kit.config import DtypeName
+from qlora_kit.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "choose_compute_dtype",
+    "get_device",
+    "get_device_name",
+    "get_versions",
+    "measure_memory_gib",
+    "reset_peak_memory",
+    "to_torch_dtype",
+]
+
+_GIB = 1024**3
+_DTYPE_ALIASES = {
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
+    "half": "float16",
+    "float32": "float32",
+    "fp32": "float32",
+    "float": "float32",
+}
+
+
+def get_device() -> torch.device:
+    """The device models are put on: the first of CUDA/ROCm, XPU, MPS and CPU that exists."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        return torch.device("xpu", 0)
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def choose_compute_dtype(dtype: object, device: torch.device) -> DtypeName:
+    """The dtype to compute in.
+
+    Args:
+        dtype: ``None`` to choose (bfloat16 where the hardware has it, else float16 on a GPU
+            and float32 on a CPU), a name such as ``"bf16"``, or a ``torch.dtype``.
+        device: The device it is for.
+
+    Raises:
+        ConfigError: When ``dtype`` is none of the three.
+    """
+    if dtype is None:
+        if _has_bfloat16(device):
+            return "bfloat16"
+        return "float32" if device.type == "cpu" else "float16"
+    name = str(dtype).removeprefix("torch.").lower()
+    if name not in _DTYPE_ALIASES:
+        raise ConfigError(
+            f"dtype must be None, 'bfloat16', 'float16' or 'float32' (or the torch dtype); "
+            f"got {dtype!r}."
+        )
+    return _DTYPE_ALIASES[name]  # type: ignore[return-value]
+
+
+def to_torch_dtype(name: DtypeName | str) -> torch.dtype:
+    """``"bfloat16"`` -> ``torch.bfloat16``."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def get_device_name(device: torch.device) -> str:
+    """A name a person recognises, for example ``"NVIDIA H200"`` or the CPU's model."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "xpu":
+        return str(torch.xpu.get_device_name(device))
+    cpuinfo = Path("/proc/cpuinfo")
+    if device.type == "cpu" and cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()} (CPU, {torch.get_num_threads()} threads)"
+    return f"{platform.processor() or platform.machine()} ({device.type})"
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start measuring the peak anew, on devices that keep one."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def measure_memory_gib(device: torch.device) -> float:
+    """Memory in use in GiB: peak reserved since the last reset on CUDA, resident set elsewhere."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / _GIB
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / _GIB
+    return int(psutil.Process().memory_info().rss) / _GIB
+
+
+def get_versions() -> dict[str, str]:
+    """Versions of qlora_kit, Python and every package that shapes the numbers."""
+    versions = {"python": platform.python_version()}
+    for name in (
+        "qlora-kit", "torch", "transformers", "trl", "peft", "datasets", "accelerate",
+        "bitsandbytes", "safetensors", "tokenizers", "unsloth", "gguf",
+    ):  # fmt: skip
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        # Private, but the only way torch offers to ask; absent before torch 2.6.
+        ask = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        return bool(ask())
+    # MPS has bfloat16 from macOS 14 on, XPU always.
+    return device.type == "xpu" or (
+        device.type == "mps" and torch.backends.mps.is_macos_or_newer(14, 0)  # type: ignore[attr-defined]
+    )

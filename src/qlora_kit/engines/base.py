@@ -1,0 +1,77 @@
+"""What the stages ask of an engine.
+
+An engine knows how to put a model into memory, attach an adapter and run both. It does
+not know files of rows, manifests or export formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from qlora_kit.config import AdapterConfig, LoadConfig
+from qlora_kit.results import AdaptedModel, LoadedModel
+
+if TYPE_CHECKING:
+    from trl import SFTConfig, SFTTrainer
+
+__all__ = ["Engine", "TrainJob"]
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """A training run, ready for an engine's trainer.
+
+    Attributes:
+        args: The complete trainer configuration.
+        train_dataset: Rows with ``input_ids`` and ``labels`` (and ``seq_lengths`` when packed).
+        eval_dataset: The same, a dictionary of them, or ``None``.
+        collator: Turns rows into a batch.
+        is_packed: Whether rows hold several examples each.
+        callbacks: Trainer callbacks.
+        extra: Further keyword arguments of the trainer, passed as they are.
+    """
+
+    args: SFTConfig
+    train_dataset: Any
+    eval_dataset: Any
+    collator: Any
+    is_packed: bool
+    callbacks: Sequence[Any] = ()
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """How a model is loaded, adapted, trained and run.
+
+    Attributes:
+        name: What users type for ``engine=`` and what logs and manifests say.
+    """
+
+    name: str
+
+    def load(self, config: LoadConfig) -> LoadedModel:
+        """Put a base model into memory."""
+        ...
+
+    def attach(self, loaded: LoadedModel, config: AdapterConfig) -> AdaptedModel:
+        """Attach a new LoRA adapter."""
+        ...
+
+    def attach_saved(
+        self, loaded: LoadedModel, folder: Path, *, is_trainable: bool
+    ) -> AdaptedModel:
+        """Attach an adapter that peft saved in ``folder``."""
+        ...
+
+    def make_trainer(self, model: AdaptedModel, job: TrainJob) -> SFTTrainer:
+        """A trainer, not yet started."""
+        ...
+
+    def inference(self, model: LoadedModel) -> AbstractContextManager[Any]:
+        """The model ready to generate; on exit it is in the mode it was found in."""
+        ...

@@ -1,0 +1,225 @@
+"""The native engine: transformers, peft and bitsandbytes, on every device they run on."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.config import AdapterConfig, LoadConfig
+from qlora_kit.device import choose_compute_dtype, get_device, to_torch_dtype
+from qlora_kit.engines.base import TrainJob
+from qlora_kit.engines.native import loftq, quantization
+from qlora_kit.engines.native.tokenizer import collect_stop_token_ids, load_tokenizer
+from qlora_kit.errors import ConfigError, UnsupportedModelError
+from qlora_kit.results import AdaptedModel, BaseInfo, LoadedModel
+
+if TYPE_CHECKING:
+    from trl import SFTTrainer
+
+__all__ = ["NativeEngine"]
+
+logger = logging.getLogger(__name__)
+
+
+class NativeEngine:
+    """Loads, adapts, trains and runs models with unpatched libraries."""
+
+    name = "native"
+
+    def load(self, config: LoadConfig) -> LoadedModel:
+        """Put the checkpoint in ``config.model_name``, a local folder, into memory."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        folder = Path(config.model_name)
+        device = get_device()
+        dtype = choose_compute_dtype(config.dtype, device)
+        stored = quantization.read_stored_quantization(folder)
+        wanted = "nf4" if config.load_in_4bit else "int8" if config.load_in_8bit else None
+        if stored is not None and wanted != stored:
+            logger.info("%s is already quantized to %s and stays so.", folder, stored)
+        active = stored or wanted
+        if active is not None:
+            quantization.check_bitsandbytes(device, active)
+        model_config = AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=config.trust_remote_code
+        )
+        _warn_beyond_positions(config.max_seq_length, model_config)
+        tokenizer = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                config=model_config,
+                dtype=to_torch_dtype(dtype),
+                quantization_config=(
+                    None if stored else quantization.make_quantization_config(config, dtype)
+                ),
+                device_map={"": device} if config.device_map is None else config.device_map,
+                local_files_only=True,
+                trust_remote_code=config.trust_remote_code,
+                attn_implementation="sdpa",
+            )
+        except (ValueError, KeyError, OSError) as error:
+            raise UnsupportedModelError(
+                f"transformers cannot load {folder} as a causal language model: {error}"
+            ) from error
+        if active in ("nf4", "fp4"):
+            quantization.keep_weights_unpacked(model)
+            if stored:
+                quantization.set_compute_dtype(model, to_torch_dtype(dtype))
+        stop_token_ids = collect_stop_token_ids(tokenizer, model.generation_config)
+        model.generation_config.eos_token_id = list(stop_token_ids)
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        model.requires_grad_(False)
+        base = BaseInfo(
+            name_or_path=config.model_name,
+            path=folder,
+            quantization=active,
+            compute_dtype=dtype,
+            is_prequantized=stored is not None,
+            stop_token_ids=stop_token_ids,
+        )
+        return LoadedModel(model, tokenizer, self, base, config)
+
+    def attach(self, loaded: LoadedModel, config: AdapterConfig) -> AdaptedModel:
+        """Attach a LoRA adapter through peft; parameters stay in float32 for training."""
+        import torch
+        from peft import get_peft_model
+
+        use_loftq = loftq.is_requested(config)
+        if use_loftq:
+            loftq.check(loaded.base, config)
+        _check_pissa(loaded, config)
+        # peft draws the initial weights from the global generators; they are put back after.
+        with torch.random.fork_rng():
+            torch.manual_seed(config.random_state)
+            model = get_peft_model(loaded.model, _make_lora_config(config, use_loftq=use_loftq))
+            if use_loftq:
+                loftq.initialize(model, loaded.base.path)
+        model.config.use_cache = True
+        return _adapted(loaded, model, config)
+
+    def attach_saved(
+        self, loaded: LoadedModel, folder: Path, *, is_trainable: bool
+    ) -> AdaptedModel:
+        """Attach an adapter that peft saved."""
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(
+            loaded.model, str(folder), is_trainable=is_trainable, local_files_only=True
+        )
+        saved = model.peft_config["default"]
+        config = AdapterConfig(
+            r=saved.r,
+            target_modules=(
+                saved.target_modules
+                if isinstance(saved.target_modules, str)
+                else tuple(sorted(saved.target_modules or ()))
+            ),
+            lora_alpha=saved.lora_alpha,
+            lora_dropout=saved.lora_dropout,
+            bias=saved.bias,
+            use_rslora=saved.use_rslora,
+            use_dora=saved.use_dora,
+            modules_to_save=saved.modules_to_save,
+            layers_to_transform=saved.layers_to_transform,
+            rank_pattern=saved.rank_pattern or None,
+            alpha_pattern=saved.alpha_pattern or None,
+        )
+        return _adapted(loaded, model, config)
+
+    def make_trainer(self, model: AdaptedModel, job: TrainJob) -> SFTTrainer:
+        """TRL's trainer, with adapters kept in float32."""
+        from qlora_kit.engines.native.trainer import NativeTrainer
+
+        return NativeTrainer(
+            model=model.model,
+            args=job.args,
+            train_dataset=job.train_dataset,
+            eval_dataset=job.eval_dataset,
+            processing_class=model.tokenizer,
+            data_collator=job.collator,
+            callbacks=list(job.callbacks),
+            **job.extra,
+        )
+
+    @contextlib.contextmanager
+    def inference(self, model: LoadedModel) -> Iterator[Any]:
+        """Eval mode with the key/value cache on; both are put back on exit."""
+        was_training = model.model.training
+        had_checkpointing = getattr(model.model, "is_gradient_checkpointing", False)
+        use_cache = model.model.config.use_cache
+        model.model.eval()
+        model.model.config.use_cache = True
+        try:
+            yield model.model
+        finally:
+            model.model.config.use_cache = use_cache
+            model.model.train(was_training)
+            if had_checkpointing and not model.model.is_gradient_checkpointing:
+                model.model.gradient_checkpointing_enable()
+
+
+def _adapted(loaded: LoadedModel, model: Any, config: AdapterConfig) -> AdaptedModel:
+    trainable, total = model.get_nb_trainable_parameters()
+    return AdaptedModel(
+        model=model,
+        tokenizer=loaded.tokenizer,
+        engine=loaded.engine,
+        base=loaded.base,
+        config=loaded.config,
+        record=loaded.record,
+        adapter=config,
+        trainable_parameters=int(trainable),
+        total_parameters=int(total),
+    )
+
+
+def _make_lora_config(config: AdapterConfig, *, use_loftq: bool) -> Any:
+    from peft import LoraConfig
+
+    targets = config.target_modules
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.r,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # fractions work, typed int
+        lora_dropout=config.lora_dropout,
+        bias=config.bias,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        # LoftQ is computed here afterwards: peft's own needs a GPU and an unquantized base.
+        init_lora_weights=True if use_loftq else config.init_lora_weights,  # type: ignore[arg-type]
+        modules_to_save=list(config.modules_to_save) if config.modules_to_save else None,
+        layers_to_transform=(
+            config.layers_to_transform
+            if config.layers_to_transform is None or isinstance(config.layers_to_transform, int)
+            else list(config.layers_to_transform)
+        ),
+        rank_pattern=dict(config.rank_pattern or {}),
+        alpha_pattern=dict(config.alpha_pattern or {}),
+    )
+
+
+def _check_pissa(loaded: LoadedModel, config: AdapterConfig) -> None:
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.startswith("pissa") and loaded.base.quantization:
+        raise ConfigError(
+            f"init_lora_weights={init!r} changes the base weights, which a {loaded.base.quantization} "
+            "base cannot hold. Load with load_in_4bit=False, or use LoftQ on the 4-bit base: "
+            "loftq_config={'loftq_bits': 4}."
+        )
+
+
+def _warn_beyond_positions(max_seq_length: int, model_config: Any) -> None:
+    text_config = model_config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if positions and max_seq_length > positions:
+        logger.warning(
+            "max_seq_length=%d is beyond the %d positions this model was trained for; "
+            "answers past that point may be poor.",
+            max_seq_length,
+            positions,
+        )

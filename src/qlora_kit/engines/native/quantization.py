@@ -1,0 +1,118 @@
+"""bitsandbytes as the native engine uses it: what to load with, and whether it runs here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from qlora_kit.config import LoadConfig
+from qlora_kit.device import to_torch_dtype
+from qlora_kit.errors import MissingDependencyError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+__all__ = [
+    "QuantizationName",
+    "check_bitsandbytes",
+    "keep_weights_unpacked",
+    "make_quantization_config",
+    "read_stored_quantization",
+    "set_compute_dtype",
+]
+
+QuantizationName = Literal["nf4", "fp4", "int8"]
+
+
+def read_stored_quantization(folder: Path) -> QuantizationName | None:
+    """How the files in a folder are quantized already, from ``config.json``.
+
+    Raises:
+        UnsupportedModelError: When they are quantized by something other than bitsandbytes.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    stored = config.get("quantization_config")
+    if not stored:
+        return None
+    method = stored.get("quant_method") or ("bitsandbytes" if stored.get("load_in_4bit") else None)
+    if method != "bitsandbytes":
+        raise UnsupportedModelError(
+            f"{folder} is quantized with {method!r}; adapters can be trained on bitsandbytes or "
+            "unquantized checkpoints. Start from the model's 16-bit checkpoint."
+        )
+    if stored.get("load_in_8bit") or stored.get("_load_in_8bit"):
+        return "int8"
+    return cast(QuantizationName, stored.get("bnb_4bit_quant_type", "fp4"))
+
+
+def make_quantization_config(config: LoadConfig, dtype: str) -> BitsAndBytesConfig | None:
+    """NF4 with double quantization, int8, or nothing, as asked for."""
+    from transformers import BitsAndBytesConfig
+
+    if config.load_in_4bit:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=to_torch_dtype(dtype),
+        )
+    if config.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return None
+
+
+def check_bitsandbytes(device: torch.device, quantization: QuantizationName) -> None:
+    """Quantize a few numbers on the device, so that failure comes before any weight is read.
+
+    Raises:
+        MissingDependencyError: When bitsandbytes is not installed or does not run there.
+    """
+    import torch
+
+    advice = "Load with load_in_4bit=False for 16-bit weights, which need no bitsandbytes."
+    try:
+        import bitsandbytes.functional as bnb
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{quantization} weights need the bitsandbytes package, which cannot be imported "
+            f"({error}). {advice}"
+        ) from error
+    try:
+        probe = torch.linspace(-1, 1, 256, device=device).reshape(4, 64)
+        if quantization == "int8":
+            bnb.int8_vectorwise_quant(probe.to(torch.float16))
+        else:
+            packed, state = bnb.quantize_4bit(probe, quant_type=quantization)
+            bnb.dequantize_4bit(packed, state)
+    # bitsandbytes raises whatever its backend raises: RuntimeError, NotImplementedError, OSError.
+    except (RuntimeError, NotImplementedError, OSError, AttributeError) as error:
+        raise MissingDependencyError(
+            f"bitsandbytes is installed but cannot quantize to {quantization} on "
+            f"{device.type}: {error}. {advice}"
+        ) from error
+
+
+def set_compute_dtype(model: Any, dtype: torch.dtype) -> None:
+    """Make pre-quantized 4-bit layers compute in ``dtype`` instead of what their file says."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = dtype
+            module.compute_type_is_set = True
+
+
+def keep_weights_unpacked(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights in place on CPUs with AVX512-BF16.
+
+    ``Linear4bit.forward`` repacks the weight the first time a layer runs in eval mode, and
+    rounds the scales to bfloat16 while doing so: training, merging or saving afterwards would
+    see other numbers than before (bitsandbytes 0.50, ``_convert_weight_packed_for_cpu``).
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False

@@ -1,0 +1,71 @@
+"""The tokenizer beside a checkpoint, with its padding and stop tokens settled."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from qlora_kit.errors import ModelNotFoundError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["collect_stop_token_ids", "load_tokenizer"]
+
+logger = logging.getLogger(__name__)
+
+#: Tokens that model families reserve for padding, tried in this order.
+_PADDING_TOKENS: Final = (
+    "<|finetune_right_pad_id|>",
+    "<|vision_pad|>",
+    "<pad>",
+    "[PAD]",
+    "<|pad|>",
+    "<|endoftext|>",
+    "<unk>",
+)
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder; padding on the right, with a token of its own if there is one.
+
+    Raises:
+        ModelNotFoundError: When the folder has no tokenizer that can be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelNotFoundError(
+            f"{folder} has no tokenizer that transformers can load ({error}). Copy tokenizer.json "
+            "and tokenizer_config.json of the model into it."
+        ) from error
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = _choose_pad_token(tokenizer)
+        logger.info("The tokenizer names no padding token; using %r.", tokenizer.pad_token)
+    return tokenizer
+
+
+def collect_stop_token_ids(
+    tokenizer: PreTrainedTokenizerBase, generation_config: Any
+) -> tuple[int, ...]:
+    """Every token that ends an answer: the tokenizer's end token, then the generation config's."""
+    stored = generation_config.eos_token_id
+    stored = [] if stored is None else [stored] if isinstance(stored, int) else list(stored)
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return tuple(dict.fromkeys([*own, *stored]))
+
+
+def _choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    vocabulary = tokenizer.get_vocab()
+    for token in _PADDING_TOKENS:
+        if token in vocabulary and token != tokenizer.eos_token:
+            return token
+    # Safe here: labels say what carries loss, so an end token that is padding still trains.
+    eos: str | None = tokenizer.eos_token  # type: ignore[assignment]
+    return eos

@@ -1,0 +1,89 @@
+"""Choosing an engine once, and saying why."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+from typing import TYPE_CHECKING
+
+from qlora_kit.engines.base import Engine
+from qlora_kit.errors import ConfigError, MissingDependencyError, did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["ENGINE_NAMES", "resolve_engine"]
+
+logger = logging.getLogger(__name__)
+
+ENGINE_NAMES = ("auto", "native", "unsloth")
+
+
+def resolve_engine(engine: str | Engine = "auto") -> Engine:
+    """Turn ``engine=`` into an engine, log the choice and its reason.
+
+    Args:
+        engine: ``"auto"`` takes unsloth on a GPU it supports when it is installed and native
+            otherwise; a name takes that engine or fails; an instance is used as it is.
+
+    Raises:
+        ConfigError: When there is no engine of that name.
+        MissingDependencyError: When unsloth was named and is not installed.
+    """
+    if not isinstance(engine, str):
+        if not isinstance(engine, Engine):
+            raise ConfigError(
+                f"engine must be one of {', '.join(ENGINE_NAMES)} or an object with the methods "
+                f"of qlora_kit.engines.base.Engine; got {type(engine).__name__}."
+            )
+        logger.info("Engine %r: given as an instance.", engine.name)
+        return engine
+    if engine not in ENGINE_NAMES:
+        raise ConfigError(
+            f"There is no engine {engine!r}.{did_you_mean(engine, ENGINE_NAMES)} "
+            f"Choose one of {', '.join(ENGINE_NAMES)}."
+        )
+    name, reason = (engine, "asked for by name") if engine != "auto" else _choose()
+    made = _MAKERS[name]()
+    logger.info("Engine %r: %s.", name, reason)
+    if name == "native" and "unsloth" in sys.modules:
+        logger.warning(
+            "unsloth is already imported in this process and has patched transformers, trl and "
+            "peft; the native engine runs on the patched libraries. Start a fresh process for "
+            "unpatched ones."
+        )
+    return made
+
+
+def _choose() -> tuple[str, str]:
+    if importlib.util.find_spec("unsloth") is None:
+        return "native", "unsloth is not installed"
+    import torch
+
+    if not torch.cuda.is_available():
+        return "native", "no GPU that unsloth supports was found"
+    capability = torch.cuda.get_device_capability()
+    if capability < (7, 0):
+        return "native", f"unsloth needs compute capability 7.0, this GPU has {capability}"
+    return "unsloth", f"unsloth is installed and supports {torch.cuda.get_device_name()}"
+
+
+def _make_native() -> Engine:
+    from qlora_kit.engines.native.engine import NativeEngine
+
+    return NativeEngine()
+
+
+def _make_unsloth() -> Engine:
+    if importlib.util.find_spec("unsloth") is None:
+        raise MissingDependencyError(
+            "engine='unsloth' needs the unsloth package: pip install 'qlora-kit[unsloth]', "
+            "or use engine='native'."
+        )
+    from qlora_kit.engines.unsloth import UnslothEngine
+
+    return UnslothEngine()
+
+
+_MAKERS: dict[str, Callable[[], Engine]] = {"native": _make_native, "unsloth": _make_unsloth}
