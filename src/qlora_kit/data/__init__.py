@@ -1,0 +1,35 @@
+"""Training data: rows to tokens and loss masks, and the batches they are laid out in.
+
+This package decides which tokens a model sees and which of them carry loss. It does not
+know models or trainers.
+"""
+
+from __future__ import annotations
+
+from qlora_kit.data.alpaca import AlpacaFormatter
+from qlora_kit.data.collators import PackedCollator, PaddedCollator
+from qlora_kit.data.encoding import EncodedExamples, EncodingReport
+from qlora_kit.data.formatter import Formatter, FormatterBase
+from qlora_kit.data.inspection import DataReport
+from qlora_kit.data.packing import pack_examples
+from qlora_kit.data.rows import Rows
+from qlora_kit.data.segments import Prompt, Segment
+from qlora_kit.data.spec import formatter_from_spec
+from qlora_kit.data.templates import AlpacaTemplate
+
+__all__ = [
+    "AlpacaFormatter",
+    "AlpacaTemplate",
+    "DataReport",
+    "EncodedExamples",
+    "EncodingReport",
+    "Formatter",
+    "FormatterBase",
+    "PackedCollator",
+    "PaddedCollator",
+    "Prompt",
+    "Rows",
+    "Segment",
+    "formatter_from_spec",
+    "pack_examples",
+]

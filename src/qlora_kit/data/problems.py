@@ -1,0 +1,80 @@
+"""Bad rows: where they are, what is wrong, and how all of them are reported at once."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from qlora_kit.errors import ConfigError, DataError
+
+__all__ = ["BadRowPolicy", "Location", "RowProblem", "check_policy", "settle_problems"]
+
+logger = logging.getLogger(__name__)
+
+BadRowPolicy = Literal["raise", "skip"]
+
+
+class Location(NamedTuple):
+    """Where a row came from.
+
+    Attributes:
+        index: Its place among the rows of its source, counted from 0.
+        line: The line it starts on, counted from 1, where the source has lines.
+        file: The file's name, where a source has several files.
+    """
+
+    index: int
+    line: int | None = None
+    file: str | None = None
+
+    def __str__(self) -> str:
+        where = f"row {self.index + 1}"
+        if self.line is not None:
+            where = f"line {self.line} ({where})"
+        else:
+            where = f"{where} (index {self.index})"
+        return f"{self.file}, {where}" if self.file else where
+
+
+class RowProblem(NamedTuple):
+    """One row that cannot be used, and why."""
+
+    location: Location
+    reason: str
+
+
+def check_policy(on_bad_rows: str) -> BadRowPolicy:
+    """The policy, if it is one."""
+    if on_bad_rows not in ("raise", "skip"):
+        raise ConfigError(f"on_bad_rows must be 'raise' or 'skip', got {on_bad_rows!r}.")
+    return on_bad_rows  # type: ignore[return-value]
+
+
+def settle_problems(
+    problems: Sequence[RowProblem],
+    *,
+    total: int,
+    source: str,
+    policy: BadRowPolicy,
+    limit: int,
+    advice: str = "Correct them, or leave them out with on_bad_rows='skip'.",
+) -> None:
+    """Report every bad row at once: as an error, or as a warning where they are skipped.
+
+    Raises:
+        DataError: When there are problems and the policy is ``"raise"``.
+    """
+    if not problems:
+        return
+    lines = [f"  {problem.location}: {problem.reason}" for problem in problems[:limit]]
+    if len(problems) > limit:
+        lines.append(f"  and {len(problems) - limit:,} more, by reason:")
+        counts = Counter(problem.reason for problem in problems[limit:])
+        lines += [f"    {count:,} x {reason}" for reason, count in counts.most_common(5)]
+    share = f"{len(problems):,} of {total:,} rows of {source} cannot be used"
+    listing = "\n".join(lines)
+    if policy == "raise":
+        raise DataError(f"{share}:\n{listing}\n{advice}")
+    logger.warning("%s and are left out:\n%s", share, listing)

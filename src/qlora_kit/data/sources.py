@@ -1,0 +1,179 @@
+"""Where rows come from: a file, a folder, a hub name, a ``datasets`` object or a list.
+
+This module finds the rows and names their source. It does not know what they should hold.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from qlora_kit.data.problems import Location
+from qlora_kit.data.reading import READERS, RawRow, read_file
+from qlora_kit.errors import DataError, DataNotFoundError, OfflineError, did_you_mean
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["RawRow", "read_source"]
+
+_SPLIT_NAMES: Final = frozenset({"train", "test", "validation", "valid", "val", "dev", "eval"})
+#: Files that describe a dataset and are not part of it.
+_METADATA: Final = frozenset(
+    {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+)
+
+
+def read_source(source: Any, split: str, *, local_files_only: bool) -> tuple[str, list[RawRow]]:
+    """The rows of a source, and what to call it.
+
+    Raises:
+        DataError: When there is nothing readable there.
+        OfflineError: When it is a hub dataset that would have to be downloaded.
+    """
+    if isinstance(source, str | os.PathLike):
+        return _read_named(os.fspath(source), split, local_files_only=local_files_only)
+    if isinstance(source, Mapping):
+        return _read_splits(source, split)
+    if hasattr(source, "features") and hasattr(source, "column_names"):
+        if not hasattr(source, "__len__"):
+            raise DataError(
+                "A streaming dataset has no length and cannot be read whole. Take what you need "
+                "first: list(dataset.take(10_000))."
+            )
+        return _read_dataset(source, "the datasets.Dataset")
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):
+        source = source.to_dict("records")
+    if isinstance(source, Sequence):
+        rows = [RawRow(Location(index), value) for index, value in enumerate(source)]
+        return f"a list of {len(rows):,}", rows
+    raise DataError(
+        f"Rows cannot be read from {type(source).__name__}. Give a file, a folder, a hub dataset's "
+        "name, a datasets.Dataset or a list of dictionaries."
+    )
+
+
+def _read_named(name: str, split: str, *, local_files_only: bool) -> tuple[str, list[RawRow]]:
+    if not name.strip():
+        raise DataError("The source is an empty name; give a file, a folder or a dataset's name.")
+    path = Path(name).expanduser()
+    if path.is_file():
+        return str(path), read_file(path)
+    if path.is_dir():
+        return str(path), _read_folder(path, split)
+    if not _looks_like_hub_name(name):
+        raise DataNotFoundError(f"There is nothing at {path}.{_nearest(path)}")
+    return _read_hub(name, path, split, local_files_only=local_files_only)
+
+
+def _read_folder(folder: Path, split: str) -> list[RawRow]:
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        from datasets import load_from_disk
+
+        saved = load_from_disk(str(folder))
+        if isinstance(saved, Mapping):
+            return _read_splits(saved, split)[1]
+        return _read_dataset(saved, str(folder))[1]
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in READERS
+        and file.name not in _METADATA
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
+    if not files:
+        inside = sorted(entry.name for entry in folder.iterdir())[:8]
+        raise DataError(
+            f"{folder} has no {', '.join(READERS)} files. It holds: {', '.join(inside) or 'nothing'}."
+        )
+    files = _choose_split(folder, files, split)
+    if len(files) == 1:
+        return read_file(files[0])
+    rows: list[RawRow] = []
+    for file in files:
+        name = str(file.relative_to(folder))
+        for row in read_file(file):
+            rows.append(row._replace(location=row.location._replace(file=name)))
+    return rows
+
+
+def _choose_split(folder: Path, files: list[Path], split: str) -> list[Path]:
+    """The files named after the split, as in ``train-00000-of-00002.parquet``; or all of them."""
+    words = {
+        file: set(re.split(r"[^a-z]+", str(file.relative_to(folder)).lower())) for file in files
+    }
+    if not any(words[file] & (_SPLIT_NAMES | {split.lower()}) for file in files):
+        return files
+    chosen = [file for file in files if split.lower() in words[file]]
+    if not chosen:
+        names = ", ".join(str(file.relative_to(folder)) for file in files[:8])
+        raise DataError(
+            f"No file in {folder} is named after the split {split!r}. There are: {names}. Choose "
+            "with split=..., or give the file itself."
+        )
+    return chosen
+
+
+def _read_splits(splits: Mapping[str, Any], split: str) -> tuple[str, list[RawRow]]:
+    if split in splits:
+        label, rows = read_source(splits[split], split, local_files_only=True)
+        return f"{label} (split {split!r})", rows
+    names = ", ".join(map(repr, splits))
+    raise DataError(
+        f"There is no split {split!r}.{did_you_mean(split, [str(name) for name in splits])} "
+        f"There are: {names or 'none'}. A table of columns is given as a list of rows or as a "
+        "datasets.Dataset."
+    )
+
+
+def _read_dataset(dataset: Dataset, label: str) -> tuple[str, list[RawRow]]:
+    rows = [RawRow(Location(index), value) for index, value in enumerate(dataset.to_list())]
+    return f"{label} of {len(rows):,} rows", rows
+
+
+def _read_hub(
+    name: str, path: Path, split: str, *, local_files_only: bool
+) -> tuple[str, list[RawRow]]:
+    if not local_files_only:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetNotFoundError
+
+        try:
+            return _read_dataset(load_dataset(name, split=split), name)  # type: ignore[arg-type]
+        except (DatasetNotFoundError, OSError, ValueError) as error:
+            raise DataNotFoundError(f"{name!r} could not be downloaded: {error}") from error
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(name, repo_type="dataset", local_files_only=True)
+    except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise OfflineError(
+            f"There is no file or folder {name!r}, and no dataset of that name in the local hub "
+            f"cache.{_nearest(path)} Download it first, or allow it here with "
+            "local_files_only=False."
+        ) from error
+    return name, _read_folder(Path(folder), split)
+
+
+def _looks_like_hub_name(name: str) -> bool:
+    return (
+        re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
+        and not name.startswith(".")
+        and Path(name).suffix.lower() not in {*READERS, ".txt", ".tsv", ".xlsx", ".gz", ".zip"}
+    )
+
+
+def _nearest(path: Path) -> str:
+    """A hint with existing names near a path that does not exist."""
+    parent = path.parent
+    while not parent.is_dir() and parent != parent.parent:
+        path, parent = parent, parent.parent
+    if not parent.is_dir():
+        return ""
+    names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
+    hint = did_you_mean(path.name, names)
+    return hint or (f" {parent.absolute()} holds: {', '.join(names[:8])}." if names else "")
