@@ -7,11 +7,13 @@ know models or trainers.
 from __future__ import annotations
 
 from qlora_kit.data.alpaca import AlpacaFormatter
+from qlora_kit.data.chat import ChatFormatter
 from qlora_kit.data.collators import PackedCollator, PaddedCollator
-from qlora_kit.data.encoding import EncodedExamples, EncodingReport
+from qlora_kit.data.encoding import EncodedExamples
 from qlora_kit.data.formatter import Formatter, FormatterBase
 from qlora_kit.data.inspection import DataReport
 from qlora_kit.data.packing import pack_examples
+from qlora_kit.data.report import EncodingReport
 from qlora_kit.data.rows import Rows
 from qlora_kit.data.segments import Prompt, Segment
 from qlora_kit.data.spec import formatter_from_spec
@@ -20,6 +22,7 @@ from qlora_kit.data.templates import AlpacaTemplate
 __all__ = [
     "AlpacaFormatter",
     "AlpacaTemplate",
+    "ChatFormatter",
     "DataReport",
     "EncodedExamples",
     "EncodingReport",

@@ -49,7 +49,7 @@ def find_cached(key: str) -> tuple[Dataset, dict[str, Any]] | None:
         logger.warning("The cached dataset in %s is damaged (%s); encoding again.", folder, error)
         shutil.rmtree(folder, ignore_errors=True)
         return None
-    return dataset, report  # type: ignore[return-value]
+    return dataset, report
 
 
 def store(key: str, dataset: Dataset, report: dict[str, Any]) -> Dataset:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from qlora_kit.data.cache import find_cached, make_key, store
 from qlora_kit.data.collators import IGNORED_LABEL
 from qlora_kit.data.problems import RowProblem, settle_problems
+from qlora_kit.data.report import EncodingReport
 from qlora_kit.data.segments import Segment
 from qlora_kit.errors import ConfigError, DataError
 
@@ -29,67 +30,6 @@ logger = logging.getLogger(__name__)
 _BATCH: Final = 1000
 _CACHED_FROM: Final = 2000
 _TRUNCATIONS: Final = ("end", "drop", "error")
-
-
-@dataclass(frozen=True)
-class EncodingReport:
-    """What became of the rows.
-
-    Attributes:
-        rows: Rows that went in.
-        examples: Examples that came out.
-        truncated: Examples that were cut off at ``max_length``, and so have no end token.
-        dropped: Rows left out for being longer than ``max_length``.
-        without_trained_tokens: Rows left out because no token that carries loss remained.
-        tokens: Tokens of all examples.
-        trained_tokens: Of those, the tokens that carry loss.
-        lost_tokens: Tokens that truncation and dropping took away.
-        longest: Longest row before truncation, in tokens.
-        max_length: The limit, in tokens.
-        truncation: What was done about longer rows.
-        seconds: Time it took.
-        is_cached: Whether an earlier result was used.
-    """
-
-    rows: int
-    examples: int
-    truncated: int
-    dropped: int
-    without_trained_tokens: int
-    tokens: int
-    trained_tokens: int
-    lost_tokens: int
-    longest: int
-    max_length: int
-    truncation: str
-    seconds: float = 0.0
-    is_cached: bool = False
-
-    def __str__(self) -> str:
-        parts = [
-            f"{self.examples:,} examples of {self.rows:,} rows, {self.tokens:,} tokens, "
-            f"{self.trained_tokens:,} of them trained "
-            f"({_percent(self.trained_tokens, self.tokens)})"
-        ]
-        if self.truncated:
-            parts.append(
-                f"{self.truncated:,} rows ({_percent(self.truncated, self.rows)}) cut off at "
-                f"{self.max_length:,} tokens"
-            )
-        if self.dropped:
-            parts.append(
-                f"{self.dropped:,} rows ({_percent(self.dropped, self.rows)}) left out for being "
-                f"longer than {self.max_length:,} tokens"
-            )
-        if self.without_trained_tokens:
-            parts.append(
-                f"{self.without_trained_tokens:,} rows "
-                f"({_percent(self.without_trained_tokens, self.rows)}) left out because nothing "
-                f"to learn fits into {self.max_length:,} tokens"
-            )
-        if self.lost_tokens:
-            parts.append(f"{self.lost_tokens:,} tokens lost, the longest row has {self.longest:,}")
-        return "; ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -113,6 +53,7 @@ class _Batch(NamedTuple):
     table: Any
     report: EncodingReport
     too_long: list[tuple[int, int]]
+    problems: list[RowProblem]
 
 
 def join_segments(
@@ -129,8 +70,16 @@ def join_segments(
         The ids of each example, and for each id whether it carries loss.
     """
     text = formatter.text
-    texts = [s.text for segments in examples for s in segments if not s.is_special]
-    encoded = iter(text.encode_texts(texts))
+    texts: list[str] = []
+    continues: list[bool] = []
+    for segments in examples:
+        before: bool | None = None
+        for segment in segments:
+            if not segment.is_special:
+                texts.append(segment.text)
+                continues.append(bool(before))
+            before = not (segment.is_special and text.marks_after_special)
+    encoded = iter(text.encode_texts(texts, continues))
     special = {
         name: text.get_token_id(name)
         for name in {s.text for segments in examples for s in segments if s.is_special}
@@ -188,8 +137,9 @@ def encode_rows(
             _log(report)
             return EncodedExamples(dataset, report)
     batches = list(_encode_all(formatter, rows, max_length, truncation, num_proc))
-    report = replace(_add_up(batches, max_length, truncation), seconds=time.perf_counter() - start)
-    _check_lengths(formatter, rows, batches, report)
+    report = EncodingReport.add_up([batch.report for batch in batches])
+    report = replace(report, seconds=time.perf_counter() - start)
+    _check_outcome(formatter, rows, batches, report)
     dataset = _make_dataset(batches)
     if key is not None:
         dataset = store(key, dataset, asdict(report))
@@ -240,11 +190,19 @@ def _encode_batch(job: tuple[FormatterBase, Rows, int, int, str]) -> _Batch:
     lengths: list[int] = []
     too_long: list[tuple[int, int]] = []
     truncated = dropped = without = lost = longest = 0
-    segments = [formatter.segments(row) for row in rows]
-    for index, (ids, trained) in enumerate(join_segments(formatter, segments)):
+    segments: list[Sequence[Segment]] = []
+    places: list[int] = []
+    problems: list[RowProblem] = []
+    for index, row in enumerate(rows):
+        try:
+            segments.append(formatter.segments(row))
+            places.append(first + index)
+        except DataError as error:
+            problems.append(RowProblem(rows.get_location(index), str(error)))
+    for index, (ids, trained) in zip(places, join_segments(formatter, segments), strict=True):
         longest = max(longest, len(ids))
         if len(ids) > max_length:
-            too_long.append((first + index, len(ids)))
+            too_long.append((index, len(ids)))
             if truncation != "end":
                 dropped += 1
                 lost += len(ids)
@@ -282,22 +240,9 @@ def _encode_batch(job: tuple[FormatterBase, Rows, int, int, str]) -> _Batch:
         longest=longest,
         max_length=max_length,
         truncation=truncation,
+        unusable=len(problems),
     )
-    return _Batch(table, report, too_long)
-
-
-def _add_up(batches: Sequence[_Batch], max_length: int, truncation: str) -> EncodingReport:
-    reports = [batch.report for batch in batches]
-    summed = (
-        "rows", "examples", "truncated", "dropped", "without_trained_tokens",
-        "tokens", "trained_tokens", "lost_tokens",
-    )  # fmt: skip
-    return EncodingReport(
-        **{name: sum(getattr(report, name) for report in reports) for name in summed},
-        longest=max(report.longest for report in reports),
-        max_length=max_length,
-        truncation=truncation,
-    )
+    return _Batch(table, report, too_long, problems)
 
 
 def _make_dataset(batches: Sequence[_Batch]) -> Dataset:
@@ -307,9 +252,16 @@ def _make_dataset(batches: Sequence[_Batch]) -> Dataset:
     return Dataset(pa.concat_tables([batch.table for batch in batches]))
 
 
-def _check_lengths(
+def _check_outcome(
     formatter: FormatterBase, rows: Rows, batches: Sequence[_Batch], report: EncodingReport
 ) -> None:
+    settle_problems(
+        [problem for batch in batches for problem in batch.problems],
+        total=len(rows),
+        source=rows.source,
+        policy=formatter.on_bad_rows,
+        limit=formatter.max_reported_rows,
+    )
     too_long = [pair for batch in batches for pair in batch.too_long]
     if report.truncation == "error":
         problems = [
@@ -345,9 +297,4 @@ def _check_lengths(
 
 
 def _log(report: EncodingReport) -> None:
-    lost = report.truncated or report.dropped or report.without_trained_tokens
-    logger.log(logging.WARNING if lost else logging.INFO, "%s.", report)
-
-
-def _percent(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.1f}%" if whole else "0%"
+    logger.log(logging.WARNING if report.has_losses else logging.INFO, "%s.", report)

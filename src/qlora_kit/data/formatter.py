@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 from qlora_kit.data.encoding import EncodedExamples, encode_rows, join_segments
 from qlora_kit.data.inspection import DataReport, describe_rows, render_preview
 from qlora_kit.data.loading import load_rows
-from qlora_kit.data.problems import BadRowPolicy, check_policy
+from qlora_kit.data.problems import BadRowPolicy, check_policy, check_text
 from qlora_kit.data.rows import Rows
 from qlora_kit.data.segments import Prompt, Segment
 from qlora_kit.data.tokenization import TextTokenizer
@@ -33,7 +33,7 @@ from qlora_kit.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Formatter", "FormatterBase"]
+__all__ = ["Formatter", "FormatterBase", "check_tokenizer"]
 
 
 @runtime_checkable
@@ -104,11 +104,7 @@ class FormatterBase:
         on_bad_rows: BadRowPolicy = "raise",
         max_reported_rows: int = 10,
     ) -> None:
-        if not callable(getattr(tokenizer, "convert_tokens_to_ids", None)):
-            raise ConfigError(
-                f"The first argument is the tokenizer, got {type(tokenizer).__name__}. With a "
-                "loaded model: AlpacaFormatter(model.tokenizer)."
-            )
+        check_tokenizer(tokenizer)
         if not isinstance(max_reported_rows, int) or max_reported_rows < 1:
             raise ConfigError(f"max_reported_rows must be at least 1, got {max_reported_rows!r}.")
         self.tokenizer = tokenizer
@@ -161,18 +157,19 @@ class FormatterBase:
             is_optional = role in self.optional_roles
             if value is None and is_optional:
                 value = ""
-            elif column not in row:
-                reasons.append(f"{column!r} is missing")
-            elif value is None:
-                reasons.append(f"{column!r} is null")
-            elif not isinstance(value, str):
-                reasons.append(f"{column!r} is not text but {_describe_type(value)}")
-            elif not value.strip() and not is_optional:
-                reasons.append(f"{column!r} is empty")
-            elif _has_lone_surrogate(value):
-                reasons.append(f"{column!r} has half of a surrogate pair, which is not a character")
+            reason = check_text(value, may_be_empty=is_optional)
+            if column not in row and not is_optional:
+                reason = "is missing"
+            if reason:
+                reasons.append(f"{column!r} {reason}")
             values[role] = value
         return values, reasons
+
+    def find_missing_columns(self, present: Sequence[str]) -> dict[str, str]:
+        """The required roles whose column is not among those present, with that column."""
+        return {
+            role: self.columns[role] for role in self.roles if self.columns[role] not in present
+        }
 
     def template_spec(self) -> dict[str, Any]:
         """Everything needed to rebuild the formatter and to stop where it stops."""
@@ -300,21 +297,10 @@ class FormatterBase:
         return Prompt("".join(segment.text for segment in segments), ids)
 
 
-def _describe_type(value: Any) -> str:
-    if isinstance(value, bool):
-        return f"a truth value ({value})"
-    if isinstance(value, int | float):
-        return f"a number ({value})"
-    if isinstance(value, list | tuple):
-        return f"a list of {len(value)}"
-    if isinstance(value, Mapping):
-        return f"an object with {', '.join(map(repr, list(value)[:3])) or 'no keys'}"
-    return type(value).__name__
-
-
-def _has_lone_surrogate(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
+def check_tokenizer(tokenizer: Any) -> None:
+    """Refuse what is not a tokenizer, such as the model's handle."""
+    if not callable(getattr(tokenizer, "convert_tokens_to_ids", None)):
+        raise ConfigError(
+            f"The first argument is the tokenizer, got {type(tokenizer).__name__}. With a "
+            "loaded model: AlpacaFormatter(model.tokenizer)."
+        )

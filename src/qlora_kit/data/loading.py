@@ -72,11 +72,7 @@ def _check_columns(formatter: FormatterBase, raw: Sequence[RawRow], label: str) 
     if not mappings:
         return
     present = {str(key): None for row in mappings for key in row}
-    missing = {
-        role: formatter.columns[role]
-        for role in formatter.roles
-        if formatter.columns[role] not in present
-    }
+    missing = formatter.find_missing_columns(list(present))
     if missing:
         role = next(iter(missing))
         example = next((name for name in present if name not in formatter.columns.values()), "...")

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 from qlora_kit.errors import ConfigError, DataError
 
-__all__ = ["BadRowPolicy", "Location", "RowProblem", "check_policy", "settle_problems"]
+__all__ = [
+    "BadRowPolicy",
+    "Location",
+    "RowProblem",
+    "check_policy",
+    "check_text",
+    "settle_problems",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -20,21 +27,21 @@ class Location(NamedTuple):
     """Where a row came from.
 
     Attributes:
-        index: Its place among the rows of its source, counted from 0.
+        place: Its place among the rows of its source, counted from 0.
         line: The line it starts on, counted from 1, where the source has lines.
         file: The file's name, where a source has several files.
     """
 
-    index: int
+    place: int
     line: int | None = None
     file: str | None = None
 
     def __str__(self) -> str:
-        where = f"row {self.index + 1}"
+        where = f"row {self.place + 1}"
         if self.line is not None:
             where = f"line {self.line} ({where})"
         else:
-            where = f"{where} (index {self.index})"
+            where = f"{where} (index {self.place})"
         return f"{self.file}, {where}" if self.file else where
 
 
@@ -78,3 +85,27 @@ def settle_problems(
     if policy == "raise":
         raise DataError(f"{share}:\n{listing}\n{advice}")
     logger.warning("%s and are left out:\n%s", share, listing)
+
+
+def check_text(value: Any, *, may_be_empty: bool = False) -> str | None:
+    """What keeps a value from being text to train on, or ``None``."""
+    if value is None:
+        return "is null"
+    if isinstance(value, bool):
+        return f"is not text but a truth value ({value})"
+    if isinstance(value, int | float):
+        return f"is not text but a number ({value})"
+    if isinstance(value, list | tuple):
+        return f"is not text but a list of {len(value)}"
+    if isinstance(value, Mapping):
+        keys = ", ".join(map(repr, list(value)[:3]))
+        return f"is not text but an object with {keys or 'no keys'}"
+    if not isinstance(value, str):
+        return f"is not text but {type(value).__name__}"
+    if not value.strip() and not may_be_empty:
+        return "is empty"
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return "has half of a surrogate pair, which is not a character"
+    return None

@@ -87,7 +87,8 @@ def _read_folder(folder: Path, split: str) -> list[RawRow]:
     if not files:
         inside = sorted(entry.name for entry in folder.iterdir())[:8]
         raise DataError(
-            f"{folder} has no {', '.join(READERS)} files. It holds: {', '.join(inside) or 'nothing'}."
+            f"{folder} has no {', '.join(READERS)} files. It holds: "
+            f"{', '.join(inside) or 'nothing'}."
         )
     files = _choose_split(folder, files, split)
     if len(files) == 1:

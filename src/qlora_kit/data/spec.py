@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.data.alpaca import AlpacaFormatter
+from qlora_kit.data.chat import ChatFormatter
 from qlora_kit.data.formatter import FormatterBase
 from qlora_kit.data.templates import AlpacaTemplate
 from qlora_kit.errors import ConfigError
@@ -46,6 +47,14 @@ def formatter_from_spec(
         )
         formatter.system = spec.get("system")
         return formatter
+    if kind == "chat":
+        return ChatFormatter(
+            tokenizer,
+            chat_template=spec.get("chat_template"),
+            system=spec.get("system"),
+            template_kwargs=spec.get("template_kwargs"),
+            **common,
+        )
     raise ConfigError(
         f"A formatter of kind {kind!r} cannot be rebuilt from its spec; known kinds: 'alpaca', "
         "'chat'. Make it yourself and hand it over."

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["TextTokenizer"]
 
+#: Stands for the text before a text, when a tokenizer wants to know whether there is any.
+_ANCHOR = "\n"
+
 
 class TextTokenizer:
     """A tokenizer, asked only the questions that training examples need answered.
@@ -66,7 +69,8 @@ class TextTokenizer:
         return None if padding in ends else padding
 
     @cached_property
-    def _special_pattern(self) -> re.Pattern[str] | None:
+    def special_pattern(self) -> re.Pattern[str] | None:
+        """Finds the names of special tokens in a text, the longest first."""
         names = sorted((name for name in self.special_tokens if name), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, names))) if names else None
 
@@ -97,11 +101,11 @@ class TextTokenizer:
 
     def split_special(self, text: str, *, is_trained: bool = False) -> list[Segment]:
         """Template text as segments, its special tokens standing for themselves."""
-        if self._special_pattern is None:
+        if self.special_pattern is None:
             return [Segment(text, is_trained)] if text else []
         segments: list[Segment] = []
         position = 0
-        for match in self._special_pattern.finditer(text):
+        for match in self.special_pattern.finditer(text):
             segments.append(Segment(text[position : match.start()], is_trained))
             segments.append(Segment(match.group(), is_trained, is_special=True))
             position = match.end()
@@ -119,13 +123,63 @@ class TextTokenizer:
                 texts[index + 1] = texts[index + 1].lstrip()
         return [s._replace(text=text) for s, text in zip(segments, texts, strict=True)]
 
-    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, nothing added, no special token among them."""
-        encoded = self._encode_plain(texts)
+    @cached_property
+    def _marks_beginnings(self) -> bool:
+        """Whether a text by itself gets a mark in front that the middle of a text does not.
+
+        Llama 2's tokenizer does so: "Hi" is "▁Hi" at the beginning and "Hi" after a line.
+        """
+        line, word, both = self._encode_plain([_ANCHOR, "a", _ANCHOR + "a"])
+        return both[: len(line)] == line and both[len(line) :] != word
+
+    @cached_property
+    def marks_after_special(self) -> bool:
+        """Whether it gets that mark after a special token too."""
+        special = next(iter(self.special_tokens), None)
+        if special is None or not self._marks_beginnings:
+            return False
+        ids = list(self.tokenizer(special + "a", add_special_tokens=False)["input_ids"])
+        return ids[1:] == self._encode_plain(["a"])[0]
+
+    def encode_texts(
+        self, texts: Sequence[str], continues: Sequence[bool] | None = None
+    ) -> list[list[int]]:
+        """Token ids of each text, nothing added, no special token among them.
+
+        Args:
+            texts: The texts.
+            continues: For each, whether other text comes before it.
+        """
+        if continues is not None and any(continues) and self._marks_beginnings:
+            encoded = self._encode_in_context(texts, continues)
+        else:
+            encoded = self._encode_plain(texts)
         special = self._special_ids
         for index, ids in enumerate(encoded):
             if not special.isdisjoint(ids):
                 encoded[index] = self._encode_apart(texts[index])
+        return encoded
+
+    def _encode_in_context(
+        self, texts: Sequence[str], continues: Sequence[bool]
+    ) -> list[list[int]]:
+        line = self._encode_plain([_ANCHOR])[0]
+        anchored = self._encode_plain(
+            [
+                _ANCHOR + text if inner else text
+                for text, inner in zip(texts, continues, strict=True)
+            ]
+        )
+        encoded = [
+            ids[len(line) :] if inner and ids[: len(line)] == line else ids
+            for ids, inner in zip(anchored, continues, strict=True)
+        ]
+        # Where the line merged with the text there is no boundary to cut at; take it by itself.
+        merged = [
+            i for i, inner in enumerate(continues) if inner and anchored[i][: len(line)] != line
+        ]
+        for i, ids in zip(merged, self._encode_plain([texts[i] for i in merged]), strict=True):
+            encoded[i] = ids
         return encoded
 
     def _encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
