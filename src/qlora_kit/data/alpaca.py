@@ -82,7 +82,7 @@ class AlpacaFormatter(FormatterBase):
             *self._after,
         ]
 
-    def prompt(self, instruction: str, input: str = "") -> Prompt:  # type: ignore[override]
+    def prompt(self, instruction: str, input: str = "") -> Prompt:
         """The prompt for an instruction, with the ids that training would put there.
 
         Args:

@@ -143,7 +143,7 @@ def _read_hub(
         from datasets.exceptions import DatasetNotFoundError
 
         try:
-            return _read_dataset(load_dataset(name, split=split), name)  # type: ignore[arg-type]
+            return _read_dataset(load_dataset(name, split=split), name)
         except (DatasetNotFoundError, OSError, ValueError) as error:
             raise DataNotFoundError(f"{name!r} could not be downloaded: {error}") from error
     from huggingface_hub import snapshot_download
