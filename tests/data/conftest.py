@@ -84,7 +84,7 @@ def make_tokenizer(kind: str) -> Any:
         }
         core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
         core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s+"), "isolated")
-        options |= {"unk_token": "<unk>"}
+        options |= {"unk_token": "<unk>", "additional_special_tokens": SPECIALS}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **options)
     tokenizer.chat_template = CHATML
     return tokenizer

@@ -17,7 +17,7 @@ SHAPES = ("llama", "qwen3")
 
 def _rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     rng = random.Random(seed)
-    words = "hello world fox dog 你好 the quick brown lazy 12 34".split()
+    words = ["hello", "world", "fox", "dog", "你好", "the", "quick", "brown", "lazy", "12", "34"]
     return [
         {
             "instruction": " ".join(rng.choices(words, k=rng.randint(1, 5))),

@@ -190,7 +190,7 @@ class FormatterBase:
         Takes the roles in order, or by name, the answer left out.
         """
         roles = (*self.roles, *self.optional_roles)
-        row = {role: "" for role in roles} | dict(zip(roles, args, strict=False)) | kwargs
+        row = dict.fromkeys(roles, "") | dict(zip(roles, args, strict=False)) | kwargs
         start: list[Segment] = []
         for segment in self.segments(row):
             if segment.is_trained:

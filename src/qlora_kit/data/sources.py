@@ -96,8 +96,7 @@ def _read_folder(folder: Path, split: str) -> list[RawRow]:
     rows: list[RawRow] = []
     for file in files:
         name = str(file.relative_to(folder))
-        for row in read_file(file):
-            rows.append(row._replace(location=row.location._replace(file=name)))
+        rows += [row._replace(location=row.location._replace(file=name)) for row in read_file(file)]
     return rows
 
 
