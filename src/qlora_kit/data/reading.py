@@ -58,10 +58,10 @@ def read_file(path: Path) -> list[RawRow]:
 def _read_text(path: Path) -> str:
     """A UTF-8 file's text, with or without a byte order mark."""
     data = path.read_bytes()
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4]:
         raise DataError(
-            f"{path}, line 1: the file is UTF-16 (it starts with a UTF-16 byte order mark); UTF-8 "
-            f"was expected. {_advise_conversion(path, 'utf-16')}"
+            f"{path}, line 1: the file looks like UTF-16; UTF-8 was expected. "
+            f"{_advise_conversion(path, 'utf-16')}"
         )
     try:
         return data.decode("utf-8-sig")
@@ -77,8 +77,6 @@ def _read_text(path: Path) -> str:
 
 def _guess_encoding(data: bytes) -> str | None:
     """The likeliest of a few encodings: a hint for a message, never acted upon."""
-    if b"\0" in data:
-        return "utf-16"
     runs = [len(run) for run in re.findall(rb"[\x80-\xff]+", data)]
     # Accented letters stand between plain ones; Chinese and Japanese come in runs of bytes.
     if runs.count(1) > 0.2 * len(runs):

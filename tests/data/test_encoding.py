@@ -1,0 +1,217 @@
+"""Encoding: truncation policies, the cache, processes, and what is said about all of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_kit.data import AlpacaFormatter, ChatFormatter, PackedCollator, PaddedCollator
+from qlora_kit.data import encoding as encoding_module
+from qlora_kit.data import pack_examples
+from qlora_kit.errors import ConfigError, DataError
+
+SHORT = {"instruction": "Say.", "input": "", "output": "Hello"}
+LONG = {"instruction": "Say.", "input": "", "output": "Hello, world! " * 40}
+HUGE_PROMPT = {"instruction": "Say hello. " * 80, "input": "", "output": "Hello"}
+TEMPLATE = "{instruction}{input}|{output}"
+
+
+@pytest.fixture
+def formatter(tokenizer: Any) -> AlpacaFormatter:
+    return AlpacaFormatter(tokenizer, TEMPLATE, response_only=True)
+
+
+def test_truncation_at_the_end_is_counted_and_warned_about(
+    formatter: AlpacaFormatter, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoded = formatter.encode([SHORT, LONG, HUGE_PROMPT], max_length=64)
+    report = encoded.report
+    assert (report.rows, report.examples, len(encoded)) == (3, 2, 2)
+    assert (report.truncated, report.dropped, report.without_trained_tokens) == (1, 0, 1)
+    assert max(map(len, encoded.dataset[:]["input_ids"])) == 64
+    eos = formatter.eos_token_id
+    assert [ids[-1] == eos for ids in encoded.dataset[:]["input_ids"]] == [True, False]
+    (record,) = [r for r in caplog.records if r.name == encoding_module.__name__]
+    assert record.levelname == "WARNING"
+    for part in ("1 rows (33.3%) cut off at 64 tokens", "1 rows (33.3%) left out because nothing"):
+        assert part in record.getMessage()
+        assert part in str(report)
+
+
+def test_dropping_and_refusing(formatter: AlpacaFormatter) -> None:
+    encoded = formatter.encode([SHORT, LONG, HUGE_PROMPT], max_length=64, truncation="drop")
+    assert (encoded.report.examples, encoded.report.dropped) == (1, 2)
+    assert "left out for being longer" in str(encoded.report)
+    with pytest.raises(DataError) as caught:
+        formatter.encode([SHORT, LONG, HUGE_PROMPT], max_length=64, truncation="error")
+    for part in ("2 of 3 rows", "row 2 (index 1): ", "row 3 (index 2): ", "the limit is 64"):
+        assert part in str(caught.value)
+    assert formatter.encode([SHORT], max_length=64, truncation="error").report.examples == 1
+
+
+def test_nothing_left_to_learn_raises_and_says_why(formatter: AlpacaFormatter) -> None:
+    with pytest.raises(DataError, match="the prompts alone fill max_length=64"):
+        formatter.encode([HUGE_PROMPT], max_length=64)
+    with pytest.raises(DataError, match="truncation='drop' leaves them out"):
+        formatter.encode([LONG], max_length=64, truncation="drop")
+    with pytest.raises(DataError, match="has no rows"):
+        formatter.encode([], max_length=64)
+
+
+def test_everything_fine_is_only_information(
+    formatter: AlpacaFormatter, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="qlora_kit"):
+        report = formatter.encode([SHORT], max_length=64).report
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert (report.truncated, report.dropped, report.lost_tokens) == (0, 0, 0)
+    assert report.longest == report.tokens
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": 1}, "at least 2 tokens"),
+        ({"max_length": 10.0}, "at least 2 tokens"),
+        ({"max_length": 10, "truncation": "start"}, "'end', 'drop' or 'error'"),
+        ({"max_length": 10, "num_proc": 0}, "at least 1"),
+    ],
+)
+def test_wrong_settings(formatter: AlpacaFormatter, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        formatter.encode([SHORT], **options)
+
+
+def test_the_same_rows_are_encoded_once(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    formatter = AlpacaFormatter(tokenizer)
+    rows = formatter.load([{**SHORT, "output": f"Hello {i}"} for i in range(30)])
+    first = formatter.encode(rows, max_length=256, cache=True)
+    assert not first.report.is_cached
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(encoding_module, "join_segments", refuse)
+    again = AlpacaFormatter(tokenizer)
+    second = again.encode(again.load(list(rows)), max_length=256, cache=True)
+    assert second.report.is_cached
+    assert second.dataset[:] == first.dataset[:]
+    assert second.report.trained_tokens == first.report.trained_tokens
+    for change in (
+        lambda: formatter.encode(rows, max_length=255, cache=True),
+        lambda: formatter.encode(rows, max_length=256, cache=True, truncation="drop"),
+        lambda: formatter.encode(rows[:-1], max_length=256, cache=True),
+        lambda: formatter.encode(rows, max_length=256, cache=False),
+        lambda: AlpacaFormatter(tokenizer, "alpaca-zh").encode(rows, max_length=256, cache=True),
+    ):
+        with pytest.raises(AssertionError, match="encoded again"):
+            change()
+
+
+def test_a_damaged_cache_is_mended(
+    formatter: AlpacaFormatter, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = formatter.encode([SHORT], max_length=256, cache=True)
+    (entry,) = (tmp_path / "cache" / "encoded").iterdir()
+    (entry / "state.json").write_text("{")
+    second = formatter.encode([SHORT], max_length=256, cache=True)
+    assert not second.report.is_cached
+    assert "damaged" in caplog.text
+    assert second.dataset[:] == first.dataset[:]
+    assert formatter.encode([SHORT], max_length=256, cache=True).report.is_cached
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(
+    formatter: AlpacaFormatter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("QLORA_KIT_CACHE", str(tmp_path / "file"))
+    assert len(formatter.encode([SHORT], max_length=256, cache=True)) == 1
+
+
+def test_small_data_leaves_no_files(formatter: AlpacaFormatter, tmp_path: Path) -> None:
+    formatter.encode([SHORT], max_length=256)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="one process where there is no fork")
+def test_several_processes_give_the_same(tokenizer: Any) -> None:
+    formatter = ChatFormatter(tokenizer)
+    rows = [
+        {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "!"}]}
+        for i in range(2500)
+    ]
+    one = formatter.encode(rows, max_length=64, cache=False)
+    two = formatter.encode(rows, max_length=64, cache=False, num_proc=2)
+    assert two.dataset[:] == one.dataset[:]
+    assert two.report.trained_tokens == one.report.trained_tokens
+
+
+def test_a_slow_tokenizer_gives_the_same_ids(tokenizer: Any) -> None:
+    """Only the fast path knows the Rust tokenizer; the other goes through its public call."""
+
+    class Slow:
+        backend_tokenizer = None
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return tokenizer(*args, **kwargs)
+
+    rows = [{**SHORT, "output": "<|im_end|> 你好"}, SHORT]
+    slow = AlpacaFormatter(Slow(), response_only=True)  # type: ignore[arg-type]
+    assert not slow.text.is_fast
+    fast = AlpacaFormatter(tokenizer, response_only=True)
+    assert (
+        slow.encode(rows, max_length=512).dataset[:] == fast.encode(rows, max_length=512).dataset[:]
+    )
+    assert slow.fingerprint
+
+
+def test_collators_refuse_what_would_train_wrongly(formatter: AlpacaFormatter) -> None:
+    dataset = formatter.encode([SHORT, LONG], max_length=1024).dataset
+    packed = list(pack_examples(dataset, 1024))
+    with pytest.raises(ConfigError, match="Use PackedCollator"):
+        PaddedCollator(0)(packed)
+    with pytest.raises(ConfigError, match=r"tokenizer\.pad_token"):
+        PaddedCollator(None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="attention must be"):
+        PackedCollator(0, "flash")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="at least 1"):
+        PackedCollator(0, pad_to_multiple_of=0)
+    with pytest.raises(ConfigError, match="do not add up"):
+        PackedCollator(0)([{**packed[0], "seq_lengths": [3]}])
+
+
+def test_packing_refuses_what_does_not_fit(formatter: AlpacaFormatter) -> None:
+    dataset = formatter.encode([SHORT, LONG], max_length=1024).dataset
+    with pytest.raises(DataError, match="Example 1 has .* does not fit into rows of 64"):
+        pack_examples(dataset, 64)
+    with pytest.raises(ConfigError, match="'bfd' or 'sequential'"):
+        pack_examples(dataset, 1024, strategy="wrapped")
+    with pytest.raises(DataError, match="no examples to pack"):
+        pack_examples(dataset.select([]), 1024)
+
+
+def test_packing_a_selection_packs_that_selection(formatter: AlpacaFormatter) -> None:
+    """A shuffled or filtered dataset keeps its rows through an index, not in its table."""
+    rows = [{**SHORT, "output": f"Hello {i}"} for i in range(20)]
+    dataset = formatter.encode(rows, max_length=64).dataset
+    chosen = dataset.select([5, 3, 19])
+    packed = pack_examples(chosen, 64)
+    tokens = sorted(token for ids in packed["input_ids"] for token in ids)
+    assert tokens == sorted(token for ids in chosen["input_ids"] for token in ids)
+
+
+def test_the_shared_rows_pack_almost_without_waste(tokenizer: Any, shared_data: Path) -> None:
+    for name, template in (("alpaca_en_demo", "alpaca"), ("alpaca_zh_demo", "alpaca-zh")):
+        formatter = AlpacaFormatter(tokenizer, template)
+        encoded = formatter.encode(shared_data / f"{name}.json", max_length=2048)
+        packed = pack_examples(encoded.dataset, 2048)
+        assert encoded.report.tokens / (len(packed) * 2048) > 0.98, name
