@@ -30,8 +30,16 @@ def make_tokenizer(kind: str) -> Any:
     ``metaspace``: BPE with a mark at the beginning of a text and byte fallback (Llama 2).
     ``words``: whole words, whose vocabulary holds the special tokens as words.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-    from tokenizers import processors, trainers
+    from tokenizers import (
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
     from transformers import PreTrainedTokenizerFast
 
     options: dict[str, Any] = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}

@@ -8,9 +8,14 @@ from typing import Any
 
 import pytest
 
-from qlora_kit.data import AlpacaFormatter, ChatFormatter, PackedCollator, PaddedCollator
+from qlora_kit.data import (
+    AlpacaFormatter,
+    ChatFormatter,
+    PackedCollator,
+    PaddedCollator,
+    pack_examples,
+)
 from qlora_kit.data import encoding as encoding_module
-from qlora_kit.data import pack_examples
 from qlora_kit.errors import ConfigError, DataError
 
 SHORT = {"instruction": "Say.", "input": "", "output": "Hello"}

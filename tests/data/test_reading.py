@@ -275,7 +275,7 @@ def test_json_that_is_cut_off(formatter: AlpacaFormatter, tmp_path: Path, cut: i
     with pytest.raises(DataError) as caught:
         formatter.load(path)
     message = str(caught.value)
-    line = int(message.split("line ")[1].split(",")[0].split(":")[0])
+    line = int(message.split("line ")[1].split(",", maxsplit=1)[0].split(":", maxsplit=1)[0])
     assert abs(line - (whole[:cut].count("\n") + 1)) <= 1, message
     assert "cut off" in message, message
 

@@ -1,4 +1,4 @@
-"""What every formatter shares: reading rows, encoding them, prompts.
+r"""What every formatter shares: reading rows, encoding them, prompts.
 
 A formatter of your own says which columns a row has and which segments it becomes::
 
