@@ -83,11 +83,12 @@ def measure_trl(
     formatter: Any, rows: list[dict[str, str]], max_length: int, processes: int
 ) -> dict[str, Any]:
     """What ``SFTTrainer`` does with a prompt/completion dataset before it trains."""
-    from datasets import Dataset, disable_caching
+    from datasets import Dataset, disable_caching, disable_progress_bars
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
 
     disable_caching()
+    disable_progress_bars()
     tokenizer = formatter.tokenizer
     figures: dict[str, Any] = {}
     name = f"TRL, {processes} process{'es' if processes > 1 else ''}"

@@ -196,7 +196,7 @@ def test_collators_refuse_what_would_train_wrongly(formatter: AlpacaFormatter) -
 
 def test_packing_refuses_what_does_not_fit(formatter: AlpacaFormatter) -> None:
     dataset = formatter.encode([SHORT, LONG], max_length=1024).dataset
-    with pytest.raises(DataError, match="Example 1 has .* does not fit into rows of 64"):
+    with pytest.raises(DataError, match=r"Example 1 has .* does not fit into rows of 64"):
         pack_examples(dataset, 64)
     with pytest.raises(ConfigError, match="'bfd' or 'sequential'"):
         pack_examples(dataset, 1024, strategy="wrapped")

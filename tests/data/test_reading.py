@@ -66,9 +66,9 @@ def test_lists_datasets_and_dictionaries_of_splits(formatter: AlpacaFormatter) -
     splits = DatasetDict({"train": dataset, "test": dataset.select([0])})
     assert len(formatter.load(splits)) == 3
     assert len(formatter.load(splits, split="test")) == 1
-    with pytest.raises(DataError, match="no split 'tset'.* Did you mean 'test'"):
+    with pytest.raises(DataError, match=r"no split 'tset'.* Did you mean 'test'"):
         formatter.load(splits, split="tset")
-    with pytest.raises(DataError, match="list\\(dataset.take"):
+    with pytest.raises(DataError, match=r"list\(dataset\.take"):
         formatter.load(dataset.to_iterable_dataset())
     with pytest.raises(DataError, match="Rows cannot be read from int"):
         formatter.load(5)
@@ -233,7 +233,7 @@ def test_nothing_is_refused(formatter: AlpacaFormatter, tmp_path: Path, empty: A
     for name, text in (("a.json", ""), ("b.jsonl", "\n\n"), ("c.csv", ""), ("d.json", "[]"),
                        ("e.csv", "instruction,output\n")):  # fmt: skip
         (tmp_path / name).write_text(text)
-        with pytest.raises(DataError, match="no rows|is empty"):
+        with pytest.raises(DataError, match=r"no rows|is empty"):
             formatter.load(tmp_path / name)
 
 

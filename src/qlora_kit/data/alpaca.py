@@ -82,7 +82,7 @@ class AlpacaFormatter(FormatterBase):
             *self._after,
         ]
 
-    def prompt(self, instruction: str, input: str = "") -> Prompt:
+    def prompt(self, instruction: str, input: str = "") -> Prompt:  # noqa: A002  (the role)
         """The prompt for an instruction, with the ids that training would put there.
 
         Args:

@@ -45,7 +45,7 @@ def find_cached(key: str) -> tuple[Dataset, dict[str, Any]] | None:
         report = json.loads((folder / _REPORT).read_text(encoding="utf-8"))
         dataset = load_from_disk(str(folder))
     # A damaged cache must never stop a training: whatever is wrong, encoding again mends it.
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         logger.warning("The cached dataset in %s is damaged (%s); encoding again.", folder, error)
         shutil.rmtree(folder, ignore_errors=True)
         return None

@@ -199,7 +199,10 @@ def _encode_batch(job: tuple[FormatterBase, Rows, int, int, str]) -> _Batch:
             places.append(first + index)
         except DataError as error:
             problems.append(RowProblem(rows.get_location(index), str(error)))
-    for index, (ids, trained) in zip(places, join_segments(formatter, segments), strict=True):
+    for index, (whole_ids, whole_trained) in zip(
+        places, join_segments(formatter, segments), strict=True
+    ):
+        ids, trained = whole_ids, whole_trained
         longest = max(longest, len(ids))
         if len(ids) > max_length:
             too_long.append((index, len(ids)))
