@@ -7,7 +7,7 @@ A formatter of your own says which columns a row has and which segments it becom
         roles = ("question", "answer")
 
         def segments(self, row):
-            return [Segment(f"Q: {row['question']}\\nA: "), Segment(row["answer"], is_trained=True)]
+            return [Segment(f"Q: {row['question']}\nA: "), Segment(row["answer"], is_trained=True)]
 
 Loading, row checks, the beginning and end tokens, truncation, caching, previews and
 statistics come with the base class.

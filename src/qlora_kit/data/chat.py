@@ -1,0 +1,249 @@
+"""Conversations: the tokenizer's own chat template, with loss on the assistant's turns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
+
+from qlora_kit.data.chat_template import ChatTemplate
+from qlora_kit.data.formatter import FormatterBase, check_tokenizer
+from qlora_kit.data.problems import BadRowPolicy, check_text
+from qlora_kit.data.segments import Prompt, Segment
+from qlora_kit.data.tokenization import TextTokenizer
+from qlora_kit.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["ChatFormatter"]
+
+#: Columns that hold a conversation, tried in this order when none is named.
+_COLUMNS: Final = ("messages", "conversations")
+_ROLES: Final = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+}
+
+
+class ChatFormatter(FormatterBase):
+    """Formats conversations with the model's chat template.
+
+    Reads ``messages`` (``role``, ``content``) and ShareGPT's ``conversations`` (``from``,
+    ``value``). The tokens are those of ``tokenizer.apply_chat_template``, cut where the
+    assistant's turns begin and end; text of a message that looks like a special token stays
+    text. With ``response_only`` loss falls on each assistant turn and the token that ends it:
+    on what the template's ``{% generation %}`` markers enclose where it has them, otherwise on
+    what comes after the prompt of that turn.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        response_only: Whether only the assistant's turns carry loss, or everything.
+        chat_template: A template (Jinja) in place of the tokenizer's own.
+        eos_token: The token that ends an answer; by default the one that the template writes
+            after an assistant's turn, else the tokenizer's end token.
+        columns: Which column holds the conversation: ``{"messages": "dialogue"}``.
+        system: System message for conversations that have none.
+        template_kwargs: Further variables of the template, such as ``{"enable_thinking": False}``.
+        on_bad_rows: What to do about rows that cannot be used: ``"raise"`` or ``"skip"``.
+        max_reported_rows: How many bad rows a message lists one by one.
+
+    Raises:
+        ConfigError: When there is no chat template, or an argument cannot work.
+    """
+
+    name = "chat"
+    roles = ("messages",)
+    adds_bos = False
+    adds_eos = False
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        response_only: bool = True,
+        chat_template: str | None = None,
+        eos_token: str | None = None,
+        columns: Mapping[str, str] | None = None,
+        system: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        on_bad_rows: BadRowPolicy = "raise",
+        max_reported_rows: int = 10,
+    ) -> None:
+        check_tokenizer(tokenizer)
+        self._names_column = bool(columns)
+        self.system = system
+        self.template_kwargs = dict(template_kwargs or {})
+        self.template = ChatTemplate(TextTokenizer(tokenizer), chat_template, self.template_kwargs)
+        super().__init__(
+            tokenizer,
+            response_only=response_only,
+            eos_token=eos_token,
+            columns=columns,
+            on_bad_rows=on_bad_rows,
+            max_reported_rows=max_reported_rows,
+        )
+
+    def _check_eos(self, eos_token: str | None) -> str:
+        return super()._check_eos(eos_token or self.template.turn_end)
+
+    def find_missing_columns(self, present: Sequence[str]) -> dict[str, str]:
+        """Either of the usual columns will do, unless one was named."""
+        if self._names_column or not any(name in present for name in _COLUMNS):
+            return super().find_missing_columns(present)
+        return {}
+
+    def parse_row(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """The messages of a raw row in one form, and what is wrong with them."""
+        column = self.columns["messages"]
+        if not self._names_column:
+            column = next((name for name in _COLUMNS if row.get(name) is not None), column)
+        if column not in row:
+            return {}, [f"{column!r} is missing"]
+        raw = row[column]
+        if not isinstance(raw, Sequence) or isinstance(raw, str):
+            return {}, [f"{column!r} is not a list of messages but {type(raw).__name__}"]
+        if not raw:
+            return {}, [f"{column!r} is empty"]
+        messages: list[dict[str, Any]] = []
+        reasons: list[str] = []
+        for number, message in enumerate(raw, start=1):
+            parsed, reason = _parse_message(message)
+            if reason:
+                reasons.append(f"message {number} {reason}")
+            messages.append(parsed)
+        if not reasons and not any(message["role"] == "assistant" for message in messages):
+            found = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))
+            reasons.append(f"no message is the assistant's, so nothing is learned (roles: {found})")
+        return {"messages": messages}, reasons
+
+    def segments(self, row: Mapping[str, Any]) -> Sequence[Segment]:
+        """The rendered conversation, cut where the assistant's turns begin and end."""
+        messages = self._complete(row["messages"])
+        mark, messages = self._protect(messages)
+        text, spans = self.template.render_spans(messages)
+        segments: list[Segment] = []
+        position = 0
+        for start, end in spans:
+            segments += self.text.split_special(text[position:start])
+            segments += self._end_turn(self.text.split_special(text[start:end], is_trained=True))
+            position = end
+        segments += self.text.split_special(text[position:])
+        # White space after the last turn would teach nothing and stand after the end.
+        while segments and not segments[-1].is_trained and not segments[-1].text.strip():
+            segments.pop()
+        if segments and segments[-1].is_trained and not segments[-1].is_special:
+            # The template never says that an answer is over; the end token does, once.
+            segments.append(Segment(self.eos_token, is_trained=True, is_special=True))
+        return self._unprotect(segments, mark)
+
+    def prompt(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        input: str = "",  # noqa: A002  (named like AlpacaFormatter's)
+    ) -> Prompt:
+        """The conversation so far, up to where the assistant answers.
+
+        Args:
+            messages: The messages, or the text of one user message.
+            input: Text to put after that user message, separated by an empty line.
+
+        Returns:
+            Text that also carries its ``token_ids``.
+
+        Raises:
+            DataError: When a message cannot be used.
+        """
+        if isinstance(messages, str):
+            text = f"{messages}\n\n{input}" if input else messages
+            messages = [{"role": "user", "content": text}]
+        parsed = [_parse_message(message) for message in messages]
+        reasons = [f"message {n} {reason}" for n, (_, reason) in enumerate(parsed, 1) if reason]
+        if reasons or not parsed:
+            raise DataError(f"No prompt can be made: {', '.join(reasons) or 'no messages'}.")
+        mark, protected = self._protect(self._complete([message for message, _ in parsed]))
+        rendered = self.template.render(protected, add_generation_prompt=True)
+        return self.make_prompt(self._unprotect(self.text.split_special(rendered), mark))
+
+    def template_spec(self) -> dict[str, Any]:
+        """The chat template and its tokens as JSON values."""
+        stop = [self.eos_token, self.tokenizer.eos_token]
+        return super().template_spec() | {
+            "name": "tokenizer" if self.template.is_tokenizers_own else "custom",
+            "chat_template": self.template.source,
+            "template_kwargs": self.template_kwargs,
+            "system": self.system,
+            "stop": list(dict.fromkeys(token for token in stop if token)),
+        }
+
+    @cached_property
+    def _special_names(self) -> list[str]:
+        return [name for name in self.text.special_tokens if len(name) > 1]
+
+    def _complete(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The messages with the default system message in front, if they have none."""
+        own = [dict(message) for message in messages]
+        if self.system is not None and own[0]["role"] != "system":
+            own.insert(0, {"role": "system", "content": self.system})
+        return own
+
+    def _protect(self, messages: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+        """Break the names of special tokens in messages by a mark that is removed later.
+
+        The template is then free to move, trim or escape the text, and whatever special
+        token stands in the result was written by the template.
+        """
+        text = json.dumps(messages, ensure_ascii=False)
+        if not any(name in text or json.dumps(name)[1:-1] in text for name in self._special_names):
+            return "", messages
+        mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
+        protected: list[dict[str, Any]] = _map_text(messages, self._break_names, mark)
+        return mark, protected
+
+    def _break_names(self, text: str, mark: str) -> str:
+        for name in sorted(self._special_names, key=len, reverse=True):
+            text = text.replace(name, name[0] + mark + name[1:])
+        return text
+
+    def _unprotect(self, segments: list[Segment], mark: str) -> list[Segment]:
+        if not mark:
+            return segments
+        return [segment._replace(text=segment.text.replace(mark, "")) for segment in segments]
+
+    def _end_turn(self, segments: list[Segment]) -> list[Segment]:
+        """Loss ends with the token that ends the turn; white space after it carries none."""
+        if len(segments) > 1 and segments[-2].is_special and not segments[-1].text.strip():
+            return [*segments[:-1], segments[-1]._replace(is_trained=False)]
+        return segments
+
+
+def _parse_message(message: Any) -> tuple[dict[str, Any], str | None]:
+    """One message as ``role`` and ``content``, and what is wrong with it."""
+    if not isinstance(message, Mapping):
+        return {}, f"is {type(message).__name__}, not an object"
+    rest = {k: v for k, v in message.items() if k not in ("from", "value") and v is not None}
+    role = message.get("role", message.get("from"))
+    content = message.get("content", message.get("value"))
+    if not isinstance(role, str) or not role:
+        return {}, "has no 'role' (or 'from')"
+    role = _ROLES.get(role.lower(), role.lower())
+    parsed = {**rest, "role": role, "content": content}
+    if content is None and rest.get("tool_calls"):
+        return {**parsed, "content": ""}, None
+    reason = check_text(content, may_be_empty=role == "system")
+    return parsed, reason and f"has a content that {reason}"
+
+
+def _map_text(value: Any, change: Any, mark: str) -> Any:
+    if isinstance(value, str):
+        return change(value, mark)
+    if isinstance(value, Mapping):
+        return {key: _map_text(inner, change, mark) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_map_text(inner, change, mark) for inner in value]
+    return value

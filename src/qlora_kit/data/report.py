@@ -1,0 +1,97 @@
+"""What became of the rows when they were encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+__all__ = ["EncodingReport"]
+
+_SUMMED: Final = (
+    "rows", "examples", "truncated", "dropped", "without_trained_tokens", "unusable",
+    "tokens", "trained_tokens", "lost_tokens",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EncodingReport:
+    """What became of the rows.
+
+    Attributes:
+        rows: Rows that went in.
+        examples: Examples that came out.
+        truncated: Examples that were cut off at ``max_length``, and so have no end token.
+        dropped: Rows left out for being longer than ``max_length``.
+        without_trained_tokens: Rows left out because no token that carries loss remained.
+        unusable: Rows left out because the formatter could not make an example of them.
+        tokens: Tokens of all examples.
+        trained_tokens: Of those, the tokens that carry loss.
+        lost_tokens: Tokens that truncation and dropping took away.
+        longest: Longest row before truncation, in tokens.
+        max_length: The limit, in tokens.
+        truncation: What was done about longer rows.
+        seconds: Time it took.
+        is_cached: Whether an earlier result was used.
+    """
+
+    rows: int
+    examples: int
+    truncated: int
+    dropped: int
+    without_trained_tokens: int
+    tokens: int
+    trained_tokens: int
+    lost_tokens: int
+    longest: int
+    max_length: int
+    truncation: str
+    unusable: int = 0
+    seconds: float = 0.0
+    is_cached: bool = False
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.examples:,} examples of {self.rows:,} rows, {self.tokens:,} tokens, "
+            f"{self.trained_tokens:,} of them trained "
+            f"({_percent(self.trained_tokens, self.tokens)})"
+        ]
+        if self.truncated:
+            parts.append(
+                f"{self.truncated:,} rows ({_percent(self.truncated, self.rows)}) cut off at "
+                f"{self.max_length:,} tokens"
+            )
+        if self.dropped:
+            parts.append(
+                f"{self.dropped:,} rows ({_percent(self.dropped, self.rows)}) left out for being "
+                f"longer than {self.max_length:,} tokens"
+            )
+        if self.without_trained_tokens:
+            parts.append(
+                f"{self.without_trained_tokens:,} rows "
+                f"({_percent(self.without_trained_tokens, self.rows)}) left out because nothing "
+                f"to learn fits into {self.max_length:,} tokens"
+            )
+        if self.lost_tokens:
+            parts.append(f"{self.lost_tokens:,} tokens lost, the longest row has {self.longest:,}")
+        return "; ".join(parts)
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether anything of the rows was left out."""
+        return bool(self.truncated or self.dropped or self.without_trained_tokens or self.unusable)
+
+    @classmethod
+    def add_up(cls, reports: Sequence[EncodingReport]) -> EncodingReport:
+        """One report for the parts of a data set."""
+        sums = {name: sum(getattr(report, name) for report in reports) for name in _SUMMED}
+        return cls(
+            **sums,
+            longest=max(report.longest for report in reports),
+            max_length=reports[0].max_length,
+            truncation=reports[0].truncation,
+        )
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f}%" if whole else "0%"
