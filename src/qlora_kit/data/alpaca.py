@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.data.formatter import FormatterBase
 from qlora_kit.data.problems import BadRowPolicy
+from qlora_kit.data.rows import Rows
 from qlora_kit.data.segments import Prompt, Segment
 from qlora_kit.data.templates import AlpacaTemplate, resolve_template
 from qlora_kit.errors import ConfigError, DataError
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["AlpacaFormatter"]
+
+logger = logging.getLogger(__name__)
 
 
 class AlpacaFormatter(FormatterBase):
@@ -75,7 +79,7 @@ class AlpacaFormatter(FormatterBase):
 
     def segments(self, row: Mapping[str, Any]) -> Sequence[Segment]:
         """Prompt, answer, and whatever the template puts between the answer and the end."""
-        prompt = self._prompt_input if row["input"] else self._prompt_no_input
+        prompt = self._choose_prompt(row)
         return [
             *(s if s.is_special else Segment(s.text.format_map(row)) for s in prompt),
             Segment(row["output"] + self._answer_end, is_trained=True),
@@ -101,10 +105,24 @@ class AlpacaFormatter(FormatterBase):
                 raise DataError(f"{name} must be text, got {type(value).__name__}: {value!r}.")
         if not instruction.strip():
             raise DataError("instruction is empty; say what the model should do.")
-        return self.make_prompt(self.segments(row | {"output": ""})[: self._prompt_length(row)])
+        return self.make_prompt(
+            self.segments(row | {"output": ""})[: len(self._choose_prompt(row))]
+        )
 
-    def _prompt_length(self, row: Mapping[str, Any]) -> int:
-        return len(self._prompt_input if row["input"] else self._prompt_no_input)
+    def _choose_prompt(self, row: Mapping[str, Any]) -> list[Segment]:
+        return self._prompt_input if row["input"].strip() else self._prompt_no_input
+
+    def review_rows(self, rows: Rows) -> None:
+        """Say when answers bring an end token along as text."""
+        count = sum(row["output"].rstrip().endswith(self.eos_token) for row in rows)
+        if count:
+            logger.warning(
+                "%s answers of %s end with the text %r. It stays text; the formatter adds the "
+                "token itself. Remove it from the data, or the model learns to write it out.",
+                f"{count:,}",
+                rows.source,
+                self.eos_token,
+            )
 
     def template_spec(self) -> dict[str, Any]:
         """The template and its tokens as JSON values; ``formatter_from_spec`` reads it back.

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from qlora_kit.data.cache import find_cached, make_key, store
 from qlora_kit.data.collators import IGNORED_LABEL
+from qlora_kit.data.joining import digest_segments, join_segments, make_segments
 from qlora_kit.data.problems import RowProblem, settle_problems
 from qlora_kit.data.report import EncodingReport
-from qlora_kit.data.segments import Segment
 from qlora_kit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qlora_kit.data.formatter import FormatterBase
     from qlora_kit.data.rows import Rows
 
-__all__ = ["EncodedExamples", "EncodingReport", "encode_rows", "join_segments"]
+__all__ = ["EncodedExamples", "encode_rows"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,62 +49,14 @@ class EncodedExamples:
         return len(self.dataset)
 
 
+_Work = tuple["FormatterBase", "Rows", int, str]
+
+
 class _Batch(NamedTuple):
     table: Any
     report: EncodingReport
     too_long: list[tuple[int, int]]
     problems: list[RowProblem]
-
-
-def join_segments(
-    formatter: FormatterBase, examples: Sequence[Sequence[Segment]], *, is_open: bool = False
-) -> list[tuple[list[int], list[bool]]]:
-    """Tokenize each segment by itself and join the ids.
-
-    Args:
-        formatter: Says which tokens begin and end an example, and what carries loss.
-        examples: The segments of each example.
-        is_open: Leave the end token out: the example is a prompt.
-
-    Returns:
-        The ids of each example, and for each id whether it carries loss.
-    """
-    text = formatter.text
-    texts: list[str] = []
-    continues: list[bool] = []
-    for segments in examples:
-        before: bool | None = None
-        for segment in segments:
-            if not segment.is_special:
-                texts.append(segment.text)
-                continues.append(bool(before))
-            before = not (segment.is_special and text.marks_after_special)
-    encoded = iter(text.encode_texts(texts, continues))
-    special = {
-        name: text.get_token_id(name)
-        for name in {s.text for segments in examples for s in segments if s.is_special}
-    }
-    prefix = text.prefix_ids if formatter.adds_bos else []
-    trains_all = not formatter.response_only
-    joined = []
-    for segments in examples:
-        ids: list[int] = []
-        trained: list[bool] = []
-        first = segments[0] if segments else None
-        if first is None or not first.is_special or special[first.text] not in prefix:
-            ids += prefix
-            trained += [trains_all] * len(prefix)
-        for segment in segments:
-            piece = [special[segment.text]] if segment.is_special else next(encoded)
-            ids += piece
-            trained += [segment.is_trained or trains_all] * len(piece)
-        if formatter.adds_eos and not is_open:
-            ids.append(formatter.eos_token_id)
-            trained.append(True)
-        if trained:
-            trained[0] = False
-        joined.append((ids, trained))
-    return joined
 
 
 def encode_rows(
@@ -128,7 +80,10 @@ def encode_rows(
     start = time.perf_counter()
     key = None
     if cache if cache is not None else len(rows) >= _CACHED_FROM:
-        key = make_key(rows.fingerprint, formatter.fingerprint, str(max_length), truncation)
+        # A formatter from elsewhere may run any code; what it makes of the rows is hashed then.
+        is_own = type(formatter).segments.__module__.startswith("qlora_kit.data.")
+        content = rows.fingerprint if is_own else digest_segments(formatter, rows)
+        key = make_key(content, formatter.fingerprint, str(max_length), truncation)
         cached = find_cached(key)
         if cached is not None:
             dataset, values = cached
@@ -152,22 +107,35 @@ def _encode_all(
 ) -> Iterator[_Batch]:
     from tqdm import tqdm
 
+    work = (formatter, rows, max_length, truncation)
     starts = range(0, len(rows), _BATCH)
     processes = min(_choose_processes(formatter, len(rows), num_proc), len(starts))
-    jobs = ((formatter, rows[s : s + _BATCH], s, max_length, truncation) for s in starts)
     # disable=None: only where someone watches.
     with tqdm(
         total=len(rows), desc="Tokenizing", unit="row", disable=None if len(starts) > 1 else True
     ) as progress:
         if processes == 1:
-            for job in jobs:
-                yield _encode_batch(job)
-                progress.update(len(job[1]))
+            for start in starts:
+                yield (batch := _encode_batch(*work, start))
+                progress.update(batch.report.rows)
             return
-        with multiprocessing.get_context("fork").Pool(processes) as pool:
-            for batch in pool.imap(_encode_batch, jobs):
+        # Forked processes find the tokenizer and the rows in memory; nothing is sent but results.
+        context = multiprocessing.get_context("fork")
+        with context.Pool(processes, initializer=_inherit, initargs=(work,)) as pool:
+            for batch in pool.imap(_encode_inherited, starts):
                 yield batch
                 progress.update(batch.report.rows)
+
+
+_inherited: list[_Work] = []
+
+
+def _inherit(work: _Work) -> None:
+    _inherited[:] = [work]
+
+
+def _encode_inherited(start: int) -> _Batch:
+    return _encode_batch(*_inherited[0], start)
 
 
 def _choose_processes(formatter: FormatterBase, rows: int, num_proc: int | None) -> int:
@@ -180,25 +148,19 @@ def _choose_processes(formatter: FormatterBase, rows: int, num_proc: int | None)
     return os.cpu_count() or 1
 
 
-def _encode_batch(job: tuple[FormatterBase, Rows, int, int, str]) -> _Batch:
+def _encode_batch(
+    formatter: FormatterBase, rows: Rows, max_length: int, truncation: str, start: int
+) -> _Batch:
     import numpy as np
     import pyarrow as pa
 
-    formatter, rows, first, max_length, truncation = job
     all_ids: list[int] = []
     all_trained: list[bool] = []
     lengths: list[int] = []
     too_long: list[tuple[int, int]] = []
     truncated = dropped = without = lost = longest = 0
-    segments: list[Sequence[Segment]] = []
-    places: list[int] = []
-    problems: list[RowProblem] = []
-    for index, row in enumerate(rows):
-        try:
-            segments.append(formatter.segments(row))
-            places.append(first + index)
-        except DataError as error:
-            problems.append(RowProblem(rows.get_location(index), str(error)))
+    indices = range(start, min(start + _BATCH, len(rows)))
+    places, segments, problems = make_segments(formatter, rows, indices)
     for index, (whole_ids, whole_trained) in zip(
         places, join_segments(formatter, segments), strict=True
     ):
@@ -232,7 +194,7 @@ def _encode_batch(job: tuple[FormatterBase, Rows, int, int, str]) -> _Batch:
         }
     )
     report = EncodingReport(
-        rows=len(rows),
+        rows=len(indices),
         examples=len(lengths),
         truncated=truncated,
         dropped=dropped,
@@ -283,6 +245,8 @@ def _check_outcome(
         )
     if report.examples:
         return
+    if report.unusable == report.rows:
+        raise DataError(f"No row of {rows.source} can be used; the log lists why.")
     if report.dropped:
         why = (
             f"{report.dropped:,} are longer than max_length={report.max_length} tokens (the "

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
-from qlora_kit.data.encoding import EncodedExamples, encode_rows, join_segments
+from qlora_kit.data.encoding import EncodedExamples, encode_rows
 from qlora_kit.data.inspection import DataReport, describe_rows, render_preview
+from qlora_kit.data.joining import join_segments
 from qlora_kit.data.loading import load_rows
 from qlora_kit.data.problems import BadRowPolicy, check_policy, check_text
 from qlora_kit.data.rows import Rows
@@ -115,6 +116,7 @@ class FormatterBase:
         self.columns = self._check_columns(columns)
         self.eos_token = self._check_eos(eos_token)
         self.eos_token_id = self.text.get_token_id(self.eos_token, what="end token")
+        self.text.protect(self.eos_token)
 
     def _check_columns(self, columns: Mapping[str, str] | None) -> dict[str, str]:
         known = (*self.roles, *self.optional_roles)
@@ -154,6 +156,8 @@ class FormatterBase:
         for role in (*self.roles, *self.optional_roles):
             column = self.columns[role]
             value = row.get(column)
+            if isinstance(value, float) and math.isnan(value):
+                value = None  # how pandas says that there is nothing
             is_optional = role in self.optional_roles
             if value is None and is_optional:
                 value = ""
@@ -200,7 +204,7 @@ class FormatterBase:
 
     # -- what comes with it --------------------------------------------------------------------
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Changes whenever the same rows would become other tokens or other loss."""
         content = json.dumps(self.template_spec(), sort_keys=True) + self.text.fingerprint()
@@ -233,7 +237,9 @@ class FormatterBase:
             OfflineError: When a hub dataset would have to be downloaded.
         """
         policy = self.on_bad_rows if on_bad_rows is None else check_policy(on_bad_rows)
-        return load_rows(self, source, split, policy=policy, local_files_only=local_files_only)
+        rows = load_rows(self, source, split, policy=policy, local_files_only=local_files_only)
+        self.review_rows(rows)
+        return rows
 
     def encode(
         self,
@@ -263,8 +269,7 @@ class FormatterBase:
             DataError: When no row is left with a token to learn, or rows are too long and
                 ``truncation="error"``.
         """
-        if not isinstance(rows, Rows):
-            rows = self.load(rows)
+        rows = self._adopt(rows)
         return encode_rows(
             self, rows, max_length=max_length, truncation=truncation, num_proc=num_proc, cache=cache
         )
@@ -278,7 +283,7 @@ class FormatterBase:
             color: Mark them in colour (``True``) or in plain characters (``False``); by default
                 in colour on a terminal.
         """
-        rows = rows if isinstance(rows, Rows) else self.load(rows)
+        rows = self._adopt(rows)
         return render_preview(self, rows, n=n, color=color)
 
     def describe(self, rows: Any, max_length: int = 2048) -> DataReport:
@@ -288,8 +293,17 @@ class FormatterBase:
             rows: What :meth:`load` returned, or anything it takes.
             max_length: The length to count truncated rows against, in tokens.
         """
-        rows = rows if isinstance(rows, Rows) else self.load(rows)
+        rows = self._adopt(rows)
         return describe_rows(self, rows, max_length=max_length)
+
+    def _adopt(self, rows: Any) -> Rows:
+        """Rows of this kind of formatter as they are, anything else loaded."""
+        if isinstance(rows, Rows) and type(rows.formatter) is type(self):
+            return rows
+        return self.load(rows)
+
+    def review_rows(self, rows: Rows) -> None:
+        """Log what is odd about rows that can be used all the same."""
 
     def make_prompt(self, segments: Sequence[Segment]) -> Prompt:
         """A prompt from segments: their text, and the ids training puts there."""

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from qlora_kit.errors import ConfigError
+from qlora_kit.data.joining import join_segments, make_segments
+from qlora_kit.data.problems import settle_problems
+from qlora_kit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from qlora_kit.data.formatter import FormatterBase
@@ -93,8 +95,6 @@ def describe_rows(formatter: FormatterBase, rows: Rows, *, max_length: int) -> D
     """Statistics of rows; see :meth:`FormatterBase.describe`."""
     import numpy as np
 
-    from qlora_kit.data.encoding import join_segments
-
     if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1:
         raise ConfigError(f"max_length must be at least 1 token, got {max_length!r}.")
     lengths: list[int] = []
@@ -102,33 +102,40 @@ def describe_rows(formatter: FormatterBase, rows: Rows, *, max_length: int) -> D
     seen: set[bytes] = set()
     prompts: set[bytes] = set()
     duplicates = repeated = 0
-    names = tuple(formatter.text.special_tokens)
+    pattern = formatter.text.special_pattern
+    problems = []
     for start in range(0, len(rows), 1000):
-        batch = [rows[i] for i in range(start, min(start + 1000, len(rows)))]
-        examples = [formatter.segments(row) for row in batch]
-        for row, segments, (ids, trained) in zip(
-            batch, examples, join_segments(formatter, examples), strict=True
+        made = make_segments(formatter, rows, range(start, min(start + 1000, len(rows))))
+        problems += made.problems
+        for place, segments, (ids, trained) in zip(
+            made.places, made.segments, join_segments(formatter, made.segments), strict=True
         ):
             lengths.append(len(ids))
             trained_tokens += sum(trained)
             without += not any(trained[:max_length])
-            literal += any(
-                name in segment.text
-                for segment in segments
-                if not segment.is_special
-                for name in names
+            literal += pattern is not None and any(
+                pattern.search(s.text) for s in segments if not s.is_special
             )
-            whole = _digest(row)
+            whole = _digest(rows[place])
             prompt = _digest([s.text for s in segments if not s.is_trained])
             duplicates += whole in seen
             repeated += whole not in seen and prompt in prompts
             seen.add(whole)
             prompts.add(prompt)
+    settle_problems(
+        problems,
+        total=len(rows),
+        source=rows.source,
+        policy=formatter.on_bad_rows,
+        limit=formatter.max_reported_rows,
+    )
+    if not lengths:
+        raise DataError(f"No row of {rows.source} can be used; the log lists why.")
     counts = np.array(lengths)
     points = (0, *_PERCENTILES, 100)
     return DataReport(
         source=rows.source,
-        rows=len(rows),
+        rows=len(lengths),
         tokens=int(counts.sum()),
         trained_tokens=trained_tokens,
         lengths={p: round(float(np.percentile(counts, p))) for p in points},
@@ -145,8 +152,6 @@ def describe_rows(formatter: FormatterBase, rows: Rows, *, max_length: int) -> D
 
 def render_preview(formatter: FormatterBase, rows: Rows, *, n: int, color: bool | None) -> str:
     """Examples as text; see :meth:`FormatterBase.preview`."""
-    from qlora_kit.data.encoding import join_segments
-
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise ConfigError(f"n must be at least 1, got {n!r}.")
     if color is None:

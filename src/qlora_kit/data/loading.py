@@ -26,10 +26,10 @@ def load_rows(
 ) -> Rows:
     """Read and check rows; see :meth:`FormatterBase.load`."""
     if isinstance(source, Rows):
-        label, raw = (
-            source.source,
-            [RawRow(source.get_location(index), value) for index, value in enumerate(source)],
-        )
+        if type(source.formatter) is type(formatter):
+            return source.select(range(len(source)), formatter=formatter)
+        label = source.source
+        raw = [RawRow(source.get_location(index), value) for index, value in enumerate(source)]
     else:
         label, raw = read_source(source, split, local_files_only=local_files_only)
     if not raw:

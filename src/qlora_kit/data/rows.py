@@ -6,7 +6,6 @@ import hashlib
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
 
 from qlora_kit.data.problems import Location
@@ -61,7 +60,7 @@ class Rows(Sequence[dict[str, Any]]):
     def __repr__(self) -> str:
         return f"Rows({len(self):,} from {self.source})"
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """A digest of the rows' content and order; where they came from does not matter."""
         digest = hashlib.sha256()
@@ -74,12 +73,12 @@ class Rows(Sequence[dict[str, Any]]):
         """Where the row at ``index`` stood in its source."""
         return self._locations[index]
 
-    def select(self, indices: Iterable[int]) -> Rows:
-        """The rows at ``indices``, in that order."""
+    def select(self, indices: Iterable[int], *, formatter: FormatterBase | None = None) -> Rows:
+        """The rows at ``indices``, in that order; for another formatter of the kind, if given."""
         chosen = list(indices)
         return Rows(
             [self._values[index] for index in chosen],
-            formatter=self.formatter,
+            formatter=formatter or self.formatter,
             source=self.source,
             locations=[self._locations[index] for index in chosen],
         )

@@ -59,6 +59,8 @@ def read_source(source: Any, split: str, *, local_files_only: bool) -> tuple[str
 def _read_named(name: str, split: str, *, local_files_only: bool) -> tuple[str, list[RawRow]]:
     if not name.strip():
         raise DataError("The source is an empty name; give a file, a folder or a dataset's name.")
+    if "://" in name:
+        raise DataError(f"{name} is an address. Download the file first, then give its path.")
     path = Path(name).expanduser()
     if path.is_file():
         return str(path), read_file(path)

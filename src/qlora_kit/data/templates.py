@@ -71,14 +71,6 @@ class AlpacaTemplate:
             suffix=self.suffix,
         )
 
-    def render_prompt(self, row: Mapping[str, str]) -> str:
-        """The text before the answer; ``{system}`` must be filled in already."""
-        has_input = bool(row["input"])
-        prompt = self.prompt_input
-        if not has_input and self.prompt_no_input is not None:
-            prompt = self.prompt_no_input
-        return prompt.format_map(row)
-
 
 def resolve_template(template: str | AlpacaTemplate | None) -> AlpacaTemplate:
     """A template by name, from its text, or as it is.

@@ -34,6 +34,14 @@ class TextTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+        self._protected: tuple[str, ...] = ()
+
+    def protect(self, token: str) -> None:
+        """Keep one more token out of texts: an end token that is no special one, say."""
+        if token not in self.special_tokens:
+            self._protected += (token,)
+            for name in ("special_tokens", "special_pattern", "_special_ids"):
+                self.__dict__.pop(name, None)
 
     @property
     def is_fast(self) -> bool:
@@ -52,7 +60,7 @@ class TextTokenizer:
         """Every token that users' text must not turn into, by its content."""
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
         special = {token.content: token for token in added.values() if token.special}
-        for content in self.tokenizer.all_special_tokens:
+        for content in (*self.tokenizer.all_special_tokens, *self._protected):
             special.setdefault(str(content), content)
         return special
 
