@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -217,3 +218,25 @@ def test_a_tokenizer_without_a_template_says_so() -> None:
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="no chat template"):
         ChatFormatter(tokenizer)
+
+
+def test_tools_reach_the_template_from_a_list_or_from_json(tokenizer: Any) -> None:
+    template = "{% for tool in tools or [] %}tool {{ tool.name }}\n{% endfor %}" + (
+        tokenizer.chat_template
+    )
+    formatter = ChatFormatter(tokenizer, chat_template=template)
+    tools = [{"name": "add <|im_end|>"}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
+    for given in (tools, json.dumps(tools)):
+        rows = formatter.load([{"messages": [*TALK, call], "tools": given}])
+        assert rows[0]["tools"] == tools
+        (example,) = formatter.encode(rows, max_length=512).dataset
+        assert tokenizer.decode(example["input_ids"]).startswith(
+            "tool add <|im_end|>\n<|im_start|>"
+        )
+        prompt = formatter.prompt(TALK[:1], tools=tools)
+        assert example["input_ids"][: len(prompt.token_ids)] == prompt.token_ids
+    with pytest.raises(DataError, match="'tools' is not a JSON list"):
+        formatter.load([{"messages": TALK, "tools": "add"}])
+    with pytest.raises(DataError, match="'tools' is not a list of objects"):
+        formatter.load([{"messages": TALK, "tools": ["add"]}])

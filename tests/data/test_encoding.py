@@ -11,8 +11,10 @@ import pytest
 from qlora_kit.data import (
     AlpacaFormatter,
     ChatFormatter,
+    FormatterBase,
     PackedCollator,
     PaddedCollator,
+    Segment,
     pack_examples,
 )
 from qlora_kit.data import encoding as encoding_module
@@ -220,3 +222,72 @@ def test_the_shared_rows_pack_almost_without_waste(tokenizer: Any, shared_data: 
         encoded = formatter.encode(shared_data / f"{name}.json", max_length=2048)
         packed = pack_examples(encoded.dataset, 2048)
         assert encoded.report.tokens / (len(packed) * 2048) > 0.98, name
+
+
+def test_a_cache_never_outlives_what_made_it(tokenizer: Any) -> None:
+    """Changed rows, settings and the code of a formatter from elsewhere all miss the cache."""
+    formatter = AlpacaFormatter(tokenizer)
+    rows = formatter.load([dict(SHORT)])
+    first = formatter.encode(rows, max_length=256, cache=True).dataset[:]
+    rows[0]["output"] = "Changed"
+    second = formatter.encode(rows, max_length=256, cache=True)
+    assert not second.report.is_cached
+    assert second.dataset[:]["input_ids"] != first["input_ids"]
+    formatter.response_only = True
+    assert formatter.encode(rows, max_length=256, cache=True).report.trained_tokens < 10
+
+    def make(question: str) -> FormatterBase:
+        class Foreign(FormatterBase):
+            name = "foreign"
+            roles = ("a",)
+
+            def segments(self, row: Any) -> list[Segment]:
+                return [Segment(question), Segment(row["a"], is_trained=True)]
+
+        return Foreign(tokenizer)
+
+    one = make("Q1").encode([{"a": "x"}], max_length=64, cache=True)
+    two = make("Q2").encode([{"a": "x"}], max_length=64, cache=True)
+    again = make("Q1").encode([{"a": "x"}], max_length=64, cache=True)
+    assert one.dataset[:] != two.dataset[:]
+    assert again.report.is_cached
+    assert again.dataset[:] == one.dataset[:]
+
+
+def test_rows_of_another_formatter_are_taken_or_refused(tokenizer: Any) -> None:
+    columns = {"instruction": "question", "output": "answer"}
+    rows = AlpacaFormatter(tokenizer, columns=columns).load([{"question": "a", "answer": "b"}])
+    chinese = AlpacaFormatter(tokenizer, "alpaca-zh", columns=columns)
+    assert len(chinese.encode(rows, max_length=512)) == 1
+    assert chinese.load(rows).formatter is chinese
+    with pytest.raises(DataError, match="has a column 'messages'"):
+        ChatFormatter(tokenizer).encode(rows, max_length=512)
+
+
+def test_an_end_token_that_is_an_ordinary_word_stays_out_of_texts(
+    tokenizers: dict[str, Any],
+) -> None:
+    tokenizer = tokenizers["words"]
+    assert "lazy" not in tokenizer.all_special_tokens
+    formatter = AlpacaFormatter(tokenizer, "{instruction} {input} {output}", eos_token="lazy")
+    row = {"instruction": "the lazy dog", "output": "lazy"}
+    (example,) = formatter.encode([row], max_length=64).dataset
+    eos = tokenizer.convert_tokens_to_ids("lazy")
+    assert [index for index, i in enumerate(example["input_ids"]) if i == eos] == [
+        len(example["input_ids"]) - 1
+    ]
+
+
+def test_an_end_token_written_into_answers_is_said(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    AlpacaFormatter(tokenizer).load([SHORT, {**SHORT, "output": "Hello<|im_end|>"}])
+    assert "1 answers" in caplog.text
+    assert "'<|im_end|>'" in caplog.text
+
+
+def test_what_pandas_calls_nothing_is_nothing(tokenizer: Any) -> None:
+    rows = AlpacaFormatter(tokenizer).load([{**SHORT, "input": float("nan")}])
+    assert rows[0]["input"] == ""
+    with pytest.raises(DataError, match="'output' is null"):
+        AlpacaFormatter(tokenizer).load([{**SHORT, "output": float("nan")}])

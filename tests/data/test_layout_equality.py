@@ -155,3 +155,36 @@ def test_one_token_examples_stay_apart() -> None:
             ]
         )
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+
+
+def _sliding_model() -> Any:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=8,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    return MistralForCausalLM(config).float()
+
+
+def test_positions_also_serve_eager_attention_and_sliding_windows(tokenizer: Any) -> None:
+    dataset = _encoded(tokenizer, response_only=True)
+    one_by_one = [PaddedCollator(0)([example]) for example in dataset]
+    flat = PackedCollator(0)(list(dataset))
+    for model in (make_model("llama", attention="eager"), _sliding_model()):
+        loss, _, _ = _loss_and_gradients(model, one_by_one)
+        flat_loss, _, _ = _loss_and_gradients(model, [flat])
+        assert flat_loss == pytest.approx(loss, rel=1e-6)
+
+
+def test_a_ready_made_mask_serves_neither(tokenizer: Any) -> None:
+    """Why ``position_ids`` is the default: transformers takes a 4D mask as it is."""
+    dataset = _encoded(tokenizer, response_only=True)
+    one_by_one = [PaddedCollator(0)([example]) for example in dataset]
+    flat = PackedCollator(0, "block_mask")(list(dataset))
+    for model in (make_model("llama", attention="eager"), _sliding_model()):
+        loss, _, _ = _loss_and_gradients(model, one_by_one)
+        flat_loss, _, _ = _loss_and_gradients(model, [flat])
+        assert flat_loss != pytest.approx(loss, rel=1e-4)

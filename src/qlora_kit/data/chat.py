@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.data.chat_template import ChatTemplate
@@ -35,9 +34,9 @@ class ChatFormatter(FormatterBase):
     """Formats conversations with the model's chat template.
 
     Reads ``messages`` (``role``, ``content``) and ShareGPT's ``conversations`` (``from``,
-    ``value``). The tokens are those of ``tokenizer.apply_chat_template``, cut where the
-    assistant's turns begin and end; text of a message that looks like a special token stays
-    text. With ``response_only`` loss falls on each assistant turn and the token that ends it:
+    ``value``), and ``tools`` beside them, a list or its JSON text. The tokens are those of
+    ``tokenizer.apply_chat_template``, cut where the assistant's turns begin and end; text of a
+    message that looks like a special token stays text. With ``response_only`` loss falls on each assistant turn and the token that ends it:
     on what the template's ``{% generation %}`` markers enclose where it has them, otherwise on
     what comes after the prompt of that turn.
 
@@ -120,13 +119,16 @@ class ChatFormatter(FormatterBase):
         if not reasons and not any(message["role"] == "assistant" for message in messages):
             found = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))
             reasons.append(f"no message is the assistant's, so nothing is learned (roles: {found})")
-        return {"messages": messages}, reasons
+        parsed_row: dict[str, Any] = {"messages": messages}
+        if row.get("tools"):
+            parsed_row["tools"], reason = _parse_tools(row["tools"])
+            reasons += [reason] if reason else []
+        return parsed_row, reasons
 
     def segments(self, row: Mapping[str, Any]) -> Sequence[Segment]:
         """The rendered conversation, cut where the assistant's turns begin and end."""
-        messages = self._complete(row["messages"])
-        mark, messages = self._protect(messages)
-        text, spans = self.template.render_spans(messages)
+        mark, safe = self._protect({**row, "messages": self._complete(row["messages"])})
+        text, spans = self.template.render_spans(safe["messages"], safe.get("tools"))
         segments: list[Segment] = []
         position = 0
         for start, end in spans:
@@ -146,12 +148,15 @@ class ChatFormatter(FormatterBase):
         self,
         messages: str | Sequence[Mapping[str, Any]],
         input: str = "",  # noqa: A002  (named like AlpacaFormatter's)
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> Prompt:
         """The conversation so far, up to where the assistant answers.
 
         Args:
             messages: The messages, or the text of one user message.
             input: Text to put after that user message, separated by an empty line.
+            tools: Tools the assistant may call, as the template expects them.
 
         Returns:
             Text that also carries its ``token_ids``.
@@ -166,8 +171,13 @@ class ChatFormatter(FormatterBase):
         reasons = [f"message {n} {reason}" for n, (_, reason) in enumerate(parsed, 1) if reason]
         if reasons or not parsed:
             raise DataError(f"No prompt can be made: {', '.join(reasons) or 'no messages'}.")
-        mark, protected = self._protect(self._complete([message for message, _ in parsed]))
-        rendered = self.template.render(protected, add_generation_prompt=True)
+        row: dict[str, Any] = {"messages": self._complete([message for message, _ in parsed])}
+        if tools is not None:
+            row["tools"] = list(tools)
+        mark, safe = self._protect(row)
+        rendered = self.template.render(
+            safe["messages"], safe.get("tools"), add_generation_prompt=True
+        )
         return self.make_prompt(self._unprotect(self.text.split_special(rendered), mark))
 
     def template_spec(self) -> dict[str, Any]:
@@ -181,10 +191,6 @@ class ChatFormatter(FormatterBase):
             "stop": list(dict.fromkeys(token for token in stop if token)),
         }
 
-    @cached_property
-    def _special_names(self) -> list[str]:
-        return [name for name in self.text.special_tokens if len(name) > 1]
-
     def _complete(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The messages with the default system message in front, if they have none."""
         own = [dict(message) for message in messages]
@@ -192,23 +198,21 @@ class ChatFormatter(FormatterBase):
             own.insert(0, {"role": "system", "content": self.system})
         return own
 
-    def _protect(self, messages: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+    def _protect(self, row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         """Break the names of special tokens in messages by a mark that is removed later.
 
         The template is then free to move, trim or escape the text, and whatever special
         token stands in the result was written by the template.
         """
-        text = json.dumps(messages, ensure_ascii=False)
-        if not any(name in text or json.dumps(name)[1:-1] in text for name in self._special_names):
-            return "", messages
+        pattern = self.text.special_pattern
+        if pattern is None or not any(pattern.search(text) for text in _find_texts(row)):
+            return "", row
+        text = "".join(_find_texts(row))
         mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
-        protected: list[dict[str, Any]] = _map_text(messages, self._break_names, mark)
-        return mark, protected
-
-    def _break_names(self, text: str, mark: str) -> str:
-        for name in sorted(self._special_names, key=len, reverse=True):
-            text = text.replace(name, name[0] + mark + name[1:])
-        return text
+        broken = _map_texts(
+            row, lambda text: pattern.sub(lambda name: name[0][0] + mark + name[0][1:], text)
+        )
+        return mark, broken
 
     def _unprotect(self, segments: list[Segment], mark: str) -> list[Segment]:
         if not mark:
@@ -239,11 +243,34 @@ def _parse_message(message: Any) -> tuple[dict[str, Any], str | None]:
     return parsed, reason and f"has a content that {reason}"
 
 
-def _map_text(value: Any, change: Any, mark: str) -> Any:
+def _find_texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
-        return change(value, mark)
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _find_texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _find_texts(inner)
+
+
+def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
     if isinstance(value, Mapping):
-        return {key: _map_text(inner, change, mark) for key, inner in value.items()}
+        return {key: _map_texts(inner, change) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_map_text(inner, change, mark) for inner in value]
+        return [_map_texts(inner, change) for inner in value]
     return value
+
+
+def _parse_tools(tools: Any) -> tuple[Any, str | None]:
+    """Tool descriptions as a list; data sets often keep them as JSON text."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            return None, f"'tools' is not a JSON list ({error})"
+    if not isinstance(tools, list | tuple) or not all(isinstance(t, Mapping) for t in tools):
+        return None, "'tools' is not a list of objects"
+    return [dict(tool) for tool in tools], None

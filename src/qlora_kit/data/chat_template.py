@@ -18,6 +18,7 @@ _MARKER: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE: Final = "qzx7"
 
 Span = tuple[int, int]
+Messages = Sequence[Mapping[str, Any]]
 
 
 class ChatTemplate:
@@ -54,16 +55,16 @@ class ChatTemplate:
         self.has_markers = _MARKER.search(self.source) is not None
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False
+        self, messages: Messages, tools: Any = None, *, add_generation_prompt: bool = False
     ) -> str:
         """The conversation as text.
 
         Raises:
             DataError: When the template refuses the conversation, with its reason.
         """
-        return self._render(messages, add_generation_prompt=add_generation_prompt)[0]
+        return self._render(messages, tools, add_generation_prompt=add_generation_prompt)[0]
 
-    def render_spans(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Span]]:
+    def render_spans(self, messages: Messages, tools: Any = None) -> tuple[str, list[Span]]:
         """The conversation as text, and the stretches of it that the assistant wrote.
 
         A stretch includes the token that ends the turn, where the template writes one.
@@ -72,7 +73,7 @@ class ChatTemplate:
             DataError: When the template refuses the conversation, or the assistant's part
                 cannot be told from the rest.
         """
-        text, marked = self._render(messages, with_markers=self.has_markers)
+        text, marked = self._render(messages, tools, with_markers=self.has_markers)
         if self.has_markers:
             if not marked:
                 raise DataError("the template's generation markers enclose nothing")
@@ -81,10 +82,10 @@ class ChatTemplate:
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            start = self._find_start(text, messages, index)
+            start = self._find_start(text, messages, tools, index)
             if spans and start < spans[-1][1]:
                 raise DataError(f"message {index + 1} begins before the turn in front of it ends")
-            spans.append((start, self._find_end(text, messages, index, start)))
+            spans.append((start, self._find_end(text, messages, tools, index, start)))
         return text, spans
 
     @cached_property
@@ -109,15 +110,15 @@ class ChatTemplate:
             return end + len(self.turn_end)
         return end
 
-    def _find_start(self, text: str, messages: Sequence[Mapping[str, Any]], index: int) -> int:
+    def _find_start(self, text: str, messages: Messages, tools: Any, index: int) -> int:
         """Where an answer begins: after the prompt it would be generated from."""
-        prompt = self.render(messages[:index], add_generation_prompt=True)
+        prompt = self.render(messages[:index], tools, add_generation_prompt=True)
         if text.startswith(prompt):
             return len(prompt)
         # A generation prompt may open what the history leaves out, such as "<think>". The
         # answer then begins where the two part, at the last line or special token before.
         shared = _shared_start(text, prompt)
-        before = self.render(messages[:index])
+        before = self.render(messages[:index], tools)
         if not shared.startswith(before):
             raise DataError(
                 f"the template rewrites what comes before message {index + 1} once it is answered, "
@@ -128,9 +129,7 @@ class ChatTemplate:
         ends = [match.end() for match in pattern.finditer(shared)] if pattern else []
         return max(len(before), shared.rfind("\n") + 1, *ends, 0)
 
-    def _find_end(
-        self, text: str, messages: Sequence[Mapping[str, Any]], index: int, start: int
-    ) -> int:
+    def _find_end(self, text: str, messages: Messages, tools: Any, index: int, start: int) -> int:
         if self.turn_end is not None:
             # Text of messages cannot hold it: the formatter breaks such names beforehand.
             found = text.find(self.turn_end, start)
@@ -138,7 +137,7 @@ class ChatTemplate:
                 return found + len(self.turn_end)
         if index == len(messages) - 1:
             return len(text)
-        until = self.render(messages[: index + 1])
+        until = self.render(messages[: index + 1], tools)
         if not text.startswith(until):
             raise DataError(
                 f"the template does not say where message {index + 1} ends; use a template with "
@@ -148,7 +147,8 @@ class ChatTemplate:
 
     def _render(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Messages,
+        tools: Any,
         *,
         add_generation_prompt: bool = False,
         with_markers: bool = False,
@@ -161,6 +161,7 @@ class ChatTemplate:
         try:
             texts, spans = renderer(
                 conversations=[list(messages)],
+                tools=tools,
                 chat_template=self.source,
                 add_generation_prompt=add_generation_prompt,
                 return_assistant_tokens_mask=with_markers,
