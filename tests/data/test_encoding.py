@@ -18,6 +18,7 @@ from qlora_kit.data import (
     pack_examples,
 )
 from qlora_kit.data import encoding as encoding_module
+from qlora_kit.data.packing import plan_packs
 from qlora_kit.errors import ConfigError, DataError
 
 SHORT = {"instruction": "Say.", "input": "", "output": "Hello"}
@@ -204,6 +205,23 @@ def test_packing_refuses_what_does_not_fit(formatter: AlpacaFormatter) -> None:
         pack_examples(dataset, 1024, strategy="wrapped")
     with pytest.raises(DataError, match="no examples to pack"):
         pack_examples(dataset.select([]), 1024)
+
+
+def test_the_best_fit_is_the_fullest_row_with_room() -> None:
+    assert plan_packs([7, 6, 3, 1], 10) == [[0, 2], [1, 3]]
+    assert plan_packs([1, 9, 9, 1], 10) == [[0, 1], [2, 3]]
+    assert plan_packs([6, 5, 4], 10, strategy="sequential") == [[0], [1, 2]]
+
+
+def test_no_example_is_predicted_from_the_one_before_it() -> None:
+    """Labels of someone else's making may carry loss at the first token."""
+    from datasets import Dataset
+
+    rows = [{"input_ids": [5, 6], "labels": [5, 6]}, {"input_ids": [7, 8], "labels": [7, 8]}]
+    assert PackedCollator(0)(rows)["labels"].tolist() == [[-100, 6, -100, 8]]
+    assert PaddedCollator(0)(rows)["labels"].tolist() == [[-100, 6], [-100, 8]]
+    packed = pack_examples(Dataset.from_list(rows), 4)
+    assert packed["labels"][0] == [-100, 6, -100, 8]
 
 
 def test_packing_a_selection_packs_that_selection(formatter: AlpacaFormatter) -> None:

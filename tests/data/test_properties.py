@@ -150,9 +150,8 @@ def test_best_fit_decreasing_is_within_its_proven_bound(lengths: list[int]) -> N
     packs = plan_packs(lengths, 50)
     assert sorted(index for pack in packs for index in pack) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in pack) <= 50 for pack in packs)
-    # Johnson 1973: at most 11/9 of the optimum plus 4; the optimum is at least the sum / size.
-    optimum_at_most = len(plan_packs(lengths, 50, strategy="sequential"))
-    assert len(packs) <= optimum_at_most
+    # Johnson 1973: at most 11/9 of the optimum plus 4, and no packing beats the optimum.
+    assert len(packs) <= 11 / 9 * len(plan_packs(lengths, 50, strategy="sequential")) + 4
     # Two packs that are at most half full would have been one.
     assert sum(sum(lengths[i] for i in pack) * 2 <= 50 for pack in packs) <= 1
 

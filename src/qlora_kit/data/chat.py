@@ -36,7 +36,8 @@ class ChatFormatter(FormatterBase):
     Reads ``messages`` (``role``, ``content``) and ShareGPT's ``conversations`` (``from``,
     ``value``), and ``tools`` beside them, a list or its JSON text. The tokens are those of
     ``tokenizer.apply_chat_template``, cut where the assistant's turns begin and end; text of a
-    message that looks like a special token stays text. With ``response_only`` loss falls on each assistant turn and the token that ends it:
+    message that looks like a special token stays text. With ``response_only`` loss falls on
+    each assistant turn and the token that ends it:
     on what the template's ``{% generation %}`` markers enclose where it has them, otherwise on
     what comes after the prompt of that turn.
 
