@@ -110,6 +110,11 @@ class ExporterRegistry:
         """The distribution that an exporter came from."""
         return self._exporters[name].distribution
 
+    def describe_origin(self, name: str) -> str:
+        """The plugin and distribution of an exporter, for messages."""
+        found = self._exporters[name]
+        return f"plugin {found.plugin!r} of {found.distribution}"
+
     def register(self, plugin: object, name: str | None = None) -> str:
         """Add a plugin object by hand, as a notebook or test would, and collect its exporters.
 

@@ -59,6 +59,24 @@ class LiveTensor:
         return bool(self.adapters) or self.is_replaced
 
     @property
+    def is_transposed(self) -> bool:
+        """Whether rows are inputs: embeddings, and the ``Conv1D`` layers of GPT-2."""
+        return bool(self.layer.lora_embedding_A) or getattr(self.layer, "fan_in_fan_out", False)
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether its one active adapter is a DoRA adapter."""
+        return self.key == "weight" and any(a in self.layer.lora_variant for a in self.adapters)
+
+    def factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A of shape (r, in) and B of shape (out, r); the update is ``scaling * B @ A``."""
+        if adapter in self.layer.lora_embedding_A:
+            a, b = self.layer.lora_embedding_A[adapter], self.layer.lora_embedding_B[adapter]
+        else:
+            a, b = self.layer.lora_A[adapter].weight, self.layer.lora_B[adapter].weight
+        return a.detach(), b.detach()
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Its shape when it is not packed."""
         state = getattr(self.tensor, "quant_state", None)
@@ -167,23 +185,22 @@ def _walk(module: Any, path: str, *, is_replaced: bool = False) -> Iterator[Live
 
 def _walk_lora(layer: Any, path: str) -> Iterator[LiveTensor]:
     import torch
-    from peft.tuners.lora import Embedding, Linear
-    from peft.tuners.lora import layer as lora_layers
+    from peft.tuners import lora
     from transformers.pytorch_utils import Conv1D
 
     base = layer.base_layer
-    kinds = [Linear, Embedding]
-    # Present only where bitsandbytes is installed.
-    for name in ("Linear4bit", "Linear8bitLt"):
-        kind = getattr(__import__("peft.tuners.lora", fromlist=[name]), name, None)
-        kinds += [kind] if kind is not None else []
-    known = type(layer) in kinds and isinstance(base, torch.nn.Linear | torch.nn.Embedding | Conv1D)
-    if not known or isinstance(layer, lora_layers.ParamWrapper):
+    # The last two exist only where bitsandbytes is installed.
+    kinds = [
+        getattr(lora, name, None) for name in ("Linear", "Embedding", "Linear4bit", "Linear8bitLt")
+    ]
+    if type(layer) not in kinds or not isinstance(
+        base, torch.nn.Linear | torch.nn.Embedding | Conv1D
+    ):
         raise UnsupportedModelError(
             f"{path} is a {type(layer).__name__} over a {type(base).__name__}; adapters can be "
             "merged into linear and embedding layers. Export with format 'lora' instead."
         )
-    holder = layer.lora_embedding_A if isinstance(layer, Embedding) else layer.lora_A
+    holder = layer.lora_embedding_A if isinstance(layer, lora.Embedding) else layer.lora_A
     active = tuple(name for name in layer.active_adapters if name in holder)
     _check_variants(layer, active, path)
     for key, parameter in base._parameters.items():

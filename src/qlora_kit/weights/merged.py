@@ -67,7 +67,6 @@ class MergedWeights:
         self._live_all = collect_live_tensors(model.model)
         live = drop_tied_copies(self._live_all)
         self._files = _open_original(model, needed=self._needs_original(live))
-        self._passed_through: set[str] = set()
         self._entries: dict[str, LiveTensor | None] = dict(live)
         if self._files is not None:
             self._match_with_files(live, self._files)
@@ -105,33 +104,47 @@ class MergedWeights:
             return self._rounded(self._original.load(name), name)
         return self._rounded(self.merge(live), name).cpu()
 
-    def load_base(self, name: str) -> torch.Tensor:
-        """The same tensor without the adapter, unrounded; for comparing."""
+    def live(self, name: str) -> LiveTensor | None:
+        """The tensor in memory, or ``None`` when it is copied from the files as it is."""
+        return self._entries[name]
+
+    def load_base_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Some rows of the tensor without the adapter, unrounded; for comparing."""
         live = self._entries[name]
-        if live is None:
-            return self._original.load(name)
-        return self._read_base(live).detach().cpu()
+        if live is None or (live.is_quantized and self.base == "original"):
+            return self._original.load_rows(name, start, stop)
+        return self._read_base(live).detach()[start:stop].cpu()
 
     def merge(self, live: LiveTensor) -> torch.Tensor:
         """One tensor with its adapters merged, on the device of the live model."""
         import torch
 
+        if not live.adapters:
+            return self._read_base(live).detach()
         with torch.no_grad():
-            weight = self._read_base(live)
-            if not live.adapters:
-                return weight.detach()
+            weight = self.merge_without_dora(live)
+            if live.is_dora:
+                _rescale_dora(weight, live)
+            return weight
+
+    def merge_without_dora(self, live: LiveTensor) -> torch.Tensor:
+        """The base and every update, in float32, before DoRA gives outputs their magnitude."""
+        import torch
+
+        with torch.no_grad():
             # A copy even when it is float32 already: the base in memory must not change.
-            weight = weight.detach().to(torch.float32, copy=True)
-            if live.key == "bias":
-                for adapter in live.adapters:
-                    added = live.layer.lora_B[adapter].bias.detach().float().to(weight.device)
-                    weight.add_(added, alpha=live.layer.scaling[adapter])
-                return weight
+            weight = self._read_base(live).detach().to(torch.float32, copy=True)
             for adapter in live.adapters:
-                _add_update(weight, live.layer, adapter)
-            # Several active adapters are never DoRA ones, see live.py.
-            if live.adapters[0] in live.layer.lora_variant:
-                _rescale_dora(weight, live.layer, live.adapters[0])
+                scale = live.layer.scaling[adapter]
+                if live.key == "bias":
+                    bias = live.layer.lora_B[adapter].bias.detach()
+                    weight.add_(bias.to(weight), alpha=scale)
+                    continue
+                a, b = (factor.to(weight) for factor in live.factors(adapter))
+                if live.is_transposed:
+                    weight.addmm_(a.T, b.T, alpha=scale)
+                else:
+                    weight.addmm_(b, a, alpha=scale)
             return weight
 
     def config_updates(self) -> dict[str, Any]:
@@ -280,27 +293,14 @@ def _has_weight_converters(model: Any) -> bool:
     return any(type(entry).__name__ == "WeightConverter" for entry in conversions)
 
 
-def _add_update(weight: torch.Tensor, layer: Any, adapter: str) -> None:
-    """``weight += s * B @ A``, in place; ``weight`` has shape (out, in), or as the layer keeps it."""
-    is_embedding = adapter in layer.lora_embedding_A
-    a = layer.lora_embedding_A[adapter] if is_embedding else layer.lora_A[adapter].weight
-    b = layer.lora_embedding_B[adapter] if is_embedding else layer.lora_B[adapter].weight
-    a = a.detach().float().to(weight.device)  # (r, in)
-    b = b.detach().float().to(weight.device)  # (out, r)
-    if is_embedding or getattr(layer, "fan_in_fan_out", False):
-        weight.addmm_(a.T, b.T, alpha=layer.scaling[adapter])
-    else:
-        weight.addmm_(b, a, alpha=layer.scaling[adapter])
-
-
-def _rescale_dora(weight: torch.Tensor, layer: Any, adapter: str) -> None:
+def _rescale_dora(weight: torch.Tensor, live: LiveTensor) -> None:
     """Give every output its trained magnitude, in place."""
     import torch
 
-    magnitude = layer.lora_magnitude_vector[adapter].weight.detach().float().to(weight.device)
-    inputs = 0 if adapter in layer.lora_embedding_A or getattr(layer, "fan_in_fan_out", False) else 1
+    magnitude = live.layer.lora_magnitude_vector[live.adapters[0]].weight.detach()
+    inputs = 0 if live.is_transposed else 1
     norm = torch.linalg.vector_norm(weight, dim=inputs)
-    weight.mul_((magnitude.reshape(-1) / norm).unsqueeze(inputs))
+    weight.mul_((magnitude.reshape(-1).to(weight) / norm).unsqueeze(inputs))
 
 
 #: Spelling in safetensors headers -> name in torch.
