@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, overload
 
 from qlora_kit import plugins
-from qlora_kit.checkpoint.manifest import list_files, make_manifest, write_manifest
+from qlora_kit.checkpoint.files import describe_file, list_files
 from qlora_kit.checkpoint.staging import check_destination, stage_folder
 from qlora_kit.errors import (
     ConfigError,
@@ -29,9 +29,11 @@ from qlora_kit.errors import (
     QloraKitError,
     VerificationError,
 )
+from qlora_kit.device import get_versions
 from qlora_kit.hookspecs import Exporter, ExportEstimate, ExportRequest
+from qlora_kit.manifest import describe_model, read_manifest, write_manifest
 from qlora_kit.options import build_options
-from qlora_kit.results import Artifact, ExportResults, LoadedModel, Verification
+from qlora_kit.results import Artifact, ArtifactFile, ExportResults, LoadedModel, Verification
 from qlora_kit.weights.sharing import SharedMerge
 
 __all__ = ["available_exporters", "export_model", "get_exporter"]
@@ -112,9 +114,7 @@ def export_model(
         job = _Job.make(model, format, options, path, overwrite, verify, progress, shared)
         job.check()
         return job.run()
-    return _export_several(
-        model, format, path, options, overwrite, verify, progress, shared
-    )
+    return _export_several(model, format, path, options, overwrite, verify, progress, shared)
 
 
 def available_exporters() -> list[str]:
@@ -221,7 +221,9 @@ class _Job:
         destination = None if path is None else Path(os.path.abspath(Path(path).expanduser()))
         needs_path = getattr(exporter, "needs_path", True)
         if needs_path and destination is None:
-            raise ConfigError(f"Format {name!r} needs a path: export_model(model, {name!r}, 'out').")
+            raise ConfigError(
+                f"Format {name!r} needs a path: export_model(model, {name!r}, 'out')."
+            )
         if not needs_path and destination is not None:
             raise ConfigError(f"Format {name!r} leaves nothing on this disk and takes no path.")
         if destination is not None:
@@ -265,15 +267,10 @@ class _Job:
                 )
             with self._disk_errors():
                 files = list_files(folder, known_sha256)
-                manifest = make_manifest(
-                    self.request.model,
-                    format=self.name,
-                    options=self.request.options,
-                    facts=facts,
-                    verification=verification,
-                    files=files,
-                )
-                files.append(write_manifest(manifest, folder))
+                content = self._describe(facts, verification, files)
+                path = write_manifest(folder, "artifact", content)
+                files.append(describe_file(path, folder))
+                manifest = read_manifest(folder)
                 commit()
         artifact = Artifact(
             format=self.name,
@@ -290,6 +287,27 @@ class _Job:
             self.name, artifact.path or artifact.url, _format_size(artifact.size), artifact.seconds,
         )  # fmt: skip
         return artifact
+
+    def _describe(
+        self, facts: Mapping[str, Any], verification: Verification, files: list[ArtifactFile]
+    ) -> dict[str, Any]:
+        """What the manifest says about this export."""
+        training = self.request.model.record.training
+        return {
+            "format": self.name,
+            "origin": plugins.get_registry().describe_origin(self.name),
+            **describe_model(self.request.model),
+            "training": training,
+            "options": self.request.options,
+            "facts": facts,
+            "verification": {
+                "level": verification.level,
+                "passed": verification.passed,
+                "checks": verification.checks,
+            },
+            "versions": get_versions(),
+            "files": files,
+        }
 
     @contextmanager
     def _folder(self) -> Iterator[tuple[Path, Callable[[], None]]]:

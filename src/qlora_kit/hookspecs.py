@@ -21,12 +21,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import pluggy
 
 from qlora_kit.results import LoadedModel, Verification
-from qlora_kit.weights.sharing import SharedMerge
+
+if TYPE_CHECKING:
+    from qlora_kit.weights.sharing import SharedMerge
 
 __all__ = [
     "PROJECT_NAME",
@@ -59,7 +61,7 @@ class ExportRequest:
             into the folder that ``write`` is given.
         verify: ``False``, ``True`` or ``"full"``.
         progress: Called as ``progress(what, done, total)``; never required.
-        shared: What exports of one call share; see :class:`qlora_kit.weights.sharing.SharedMerge`.
+        shared: What the exports of one call share, see ``weights/sharing.py``; may be ``None``.
     """
 
     model: LoadedModel
@@ -67,7 +69,7 @@ class ExportRequest:
     destination: Path | None
     verify: bool | Literal["full"] = True
     progress: Callable[[str, int, int], None] = field(default=_ignore_progress, repr=False)
-    shared: SharedMerge = field(default_factory=SharedMerge, repr=False)
+    shared: SharedMerge | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

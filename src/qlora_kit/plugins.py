@@ -83,7 +83,9 @@ class ExporterRegistry:
         self._manager = pluggy.PluginManager(PROJECT_NAME)
         self._manager.add_hookspecs(hookspecs)
         for dotted in builtins:
-            self._add_plugin(dotted, "qlora-kit", lambda dotted=dotted: importlib.import_module(dotted))
+            self._add_plugin(
+                dotted, "qlora-kit", lambda dotted=dotted: importlib.import_module(dotted)
+            )
         if use_entry_points:
             self._add_entry_points()
         self._exporters = self._collect()
@@ -144,7 +146,9 @@ class ExporterRegistry:
 
     def _add_entry_points(self) -> None:
         wanted = os.environ.get(PLUGINS_VARIABLE)
-        chosen = None if wanted is None else {part.strip() for part in wanted.split(",")} - {"", "0"}
+        chosen = (
+            None if wanted is None else {part.strip() for part in wanted.split(",")} - {"", "0"}
+        )
         for entry_point in metadata.entry_points(group=PROJECT_NAME):
             if chosen is not None and entry_point.name not in chosen:
                 continue
@@ -230,5 +234,3 @@ def get_registry() -> ExporterRegistry:
         if "default" not in _registry:
             _registry["default"] = ExporterRegistry()
         return _registry["default"]
-
-

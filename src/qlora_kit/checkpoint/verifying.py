@@ -47,6 +47,9 @@ KL_LIMIT_SAME_BASE: Final = 0.01
 KL_LIMIT_ORIGINAL: Final = 0.5
 _KL_LIMIT_ADAPTER: Final = 1e-3
 
+# Longer than any probe; a model that is only compared needs no more.
+_RELOAD_LENGTH: Final = 128
+
 
 def verify_merged(
     model: LoadedModel, folder: Path, merged: MergedWeights, verify: bool | Literal["full"]
@@ -90,9 +93,12 @@ def verify_adapter(
     checks += [check_generation_config(model, folder), check_tokenizer(model, folder)]
     size = sum(file.stat().st_size for file in model.base.path.glob("*.safetensors"))
     if all(check.passed for check in checks) and (level == "full" or _is_cheap(size, model)):
-        config = dataclasses.replace(model.config, model_name=str(model.base.path))
-        loaded = model.engine.load(config)
-        again = model.engine.attach_saved(loaded, folder, is_trainable=False)
+        config = dataclasses.replace(
+            model.config, model_name=str(model.base.path), max_seq_length=_RELOAD_LENGTH
+        )
+        with _quiet_loading():
+            loaded = model.engine.load(config)
+            again = model.engine.attach_saved(loaded, folder, is_trainable=False)
         with again.engine.inference(again) as exported:
             distance = measure_logits_distance(model, exported, make_probes(model))
         limit = KL_LIMIT_SAME_BASE if tensors.is_converted else _KL_LIMIT_ADAPTER
@@ -100,28 +106,41 @@ def verify_adapter(
     return Verification(level, tuple(checks))
 
 
-@contextmanager
-def load_exported(model: LoadedModel, folder: Path) -> Iterator[Any]:
+def load_exported(model: LoadedModel, folder: Path) -> Any:
     """An exported checkpoint through plain transformers, on the live model's device and dtype."""
     from transformers import AutoModelForCausalLM
 
     live = get_hf_model(model.model)
-    exported = AutoModelForCausalLM.from_pretrained(
-        str(folder),
-        dtype=to_torch_dtype(model.base.compute_dtype),
-        device_map={"": _device_of(live)},
-        attn_implementation=live.config._attn_implementation,
-        local_files_only=True,
-        trust_remote_code=model.config.trust_remote_code,
-    )
-    exported.eval()
-    yield exported
+    with _quiet_loading():
+        exported = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=to_torch_dtype(model.base.compute_dtype),
+            device_map={"": _device_of(live)},
+            attn_implementation=live.config._attn_implementation,
+            local_files_only=True,
+            trust_remote_code=model.config.trust_remote_code,
+        )
+    return exported.eval()
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No progress bars for a model that is loaded only to be looked at."""
+    from transformers.utils import logging as hf_logging
+
+    was_enabled = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            hf_logging.enable_progress_bar()
 
 
 def _reload_and_compare(model: LoadedModel, folder: Path, limit: float) -> list[Check]:
-    with load_exported(model, folder) as exported:
-        distance = measure_logits_distance(model, exported, make_probes(model))
-        return [distance.as_check(limit), check_stops(model, exported)]
+    exported = load_exported(model, folder)
+    distance = measure_logits_distance(model, exported, make_probes(model))
+    return [distance.as_check(limit), check_stops(model, exported)]
 
 
 def _compare_adapter_tensors(folder: Path, tensors: AdapterTensors) -> Check:
@@ -153,7 +172,15 @@ def _check_adapter_config(folder: Path, tensors: AdapterTensors) -> Check:
 
     written = PeftConfig.from_pretrained(str(folder))
     expected = {**tensors.config.to_dict(), **tensors.config_updates()}
-    names = ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "bias", "modules_to_save")
+    names = (
+        "r",
+        "lora_alpha",
+        "target_modules",
+        "use_rslora",
+        "use_dora",
+        "bias",
+        "modules_to_save",
+    )
     wrong = [
         name for name in names if _comparable(getattr(written, name)) != _comparable(expected[name])
     ]
@@ -180,9 +207,7 @@ def _is_cheap(size: int, model: LoadedModel) -> bool:
     )
     cheap = size <= _CHEAP_BYTES and size <= free * _MEMORY_SHARE
     if not cheap:
-        logger.info(
-            "Not reloading %.1f GiB to compare logits; verify='full' does.", size / 1024**3
-        )
+        logger.info("Not reloading %.1f GiB to compare logits; verify='full' does.", size / 1024**3)
     return cheap
 
 

@@ -14,6 +14,7 @@ from qlora_kit.device import to_torch_dtype
 from qlora_kit.hookspecs import Exporter, ExportEstimate, ExportRequest, hookimpl
 from qlora_kit.results import LoadedModel, Verification
 from qlora_kit.weights.merged import MergeBase, MergedWeights, choose_merge_base
+from qlora_kit.weights.sharing import SharedMerge
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +61,8 @@ class Merged16bit:
         """Stream every tensor into shards."""
         base, dtype = _settle(request)
         name = str(dtype).removeprefix("torch.")
-        with request.shared.open(request.model, base, dtype) as merged:
+        shared = request.shared or SharedMerge()
+        with shared.open(request.model, base, dtype) as merged:
             written = write_tensors(
                 merged,
                 folder,
@@ -72,7 +74,7 @@ class Merged16bit:
         write_generation_config(request.model, folder)
         write_tokenizer(request.model, folder)
         if request.destination is not None:
-            request.shared.offer(base, dtype, request.destination)
+            shared.offer(base, dtype, request.destination)
         return {
             "base": base,
             "dtype": name,

@@ -64,7 +64,11 @@ class AdapterTensors:
             save_embedding_layers=self._is_vocabulary_resized(),
         )
         self._layers = (
-            {name: live for name, live in self._live.items() if live.adapters and live.key == "weight"}
+            {
+                name: live
+                for name, live in self._live.items()
+                if live.adapters and live.key == "weight"
+            }
             if self.is_converted
             else {}
         )

@@ -82,7 +82,9 @@ class MergedWeights:
 
     def adapted_names(self) -> list[str]:
         """Names of the tensors that the adapter changes."""
-        return [name for name, live in self._entries.items() if live is not None and live.is_adapted]
+        return [
+            name for name, live in self._entries.items() if live is not None and live.is_adapted
+        ]
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype :meth:`load` returns, without loading."""

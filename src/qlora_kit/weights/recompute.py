@@ -101,8 +101,10 @@ def _recompute_rows(
     if live.key == "bias":
         total = base.float()
         for adapter in live.adapters:
-            total = total + live.layer.scaling[adapter] * (
-                live.layer.lora_B[adapter].bias.detach().float().cpu()[start:stop]
+            total = (
+                total
+                + live.layer.scaling[adapter]
+                * (live.layer.lora_B[adapter].bias.detach().float().cpu()[start:stop])
             )
         return base, total
     return base, _recompute_weight_rows(merged, live, base, start, stop)
