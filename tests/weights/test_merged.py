@@ -208,7 +208,7 @@ def test_weights_packed_for_a_cpu_are_read_and_left_packed(tiny_llama):
         layer.weight.data, layer.weight.quant_state = packed, state
         again = merged.load(name)
     # Packing rounds the scales to bfloat16, which is what the layer then computes with.
-    torch.testing.assert_close(again.float(), before.float(), rtol=2**-7, atol=1e-6)
+    torch.testing.assert_close(again.float(), before.float(), rtol=2**-6, atol=1e-6)
     assert layer.weight.quant_state.packing_format_for_cpu
     assert torch.equal(layer.weight.data, packed)
 
