@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import make_checkpoint
 
 from qlora_kit import export_model, load_quantized
 from qlora_kit.errors import ConfigError, UnknownOptionError, VerificationError
@@ -75,8 +76,6 @@ def test_hashes_made_while_writing_are_the_files_hashes(adapted, tmp_path):
 
 
 def test_shards_have_an_index_and_stay_under_their_size(make_adapted, tmp_path):
-    from conftest import make_checkpoint
-
     base = make_checkpoint(tmp_path / "base", "llama", hidden_size=256, intermediate_size=1024)
     model = make_adapted(base, load_in_4bit=False)
     artifact = export_model(model, "merged_16bit", tmp_path / "out", max_shard_size="1MB")
@@ -153,7 +152,7 @@ def _break(folder, damage, request):
     elif damage == "nan":
         tensors[name][0, 0] = float("nan")
     elif damage == "one value, full":
-        tensors[name][20, 20] += 0.01
+        tensors[name][20, 20] += 1.0
     save_file(tensors, path, metadata={"format": "pt"})
 
 

@@ -3,24 +3,13 @@
 import math
 
 import pytest
+from conftest import make_checkpoint, randomize
 
 from qlora_kit import attach_lora, load_quantized
 from qlora_kit.errors import ConfigError, UnsupportedModelError
 from qlora_kit.weights.merged import MergedWeights, choose_merge_base
 
 IDS = [[5, 6, 7, 8, 9, 40, 41, 300]]
-
-
-def randomize(model, *, std=0.05, seed=1):
-    """Give every trainable parameter values that matter; peft starts B at zero."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(std * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def logits_of(model):
@@ -120,8 +109,6 @@ def test_pissa_merges_into_the_base_it_changed(tiny_llama):
 
 
 def test_bias_adapters_merge(tmp_path):
-    from conftest import make_checkpoint
-
     folder = make_checkpoint(tmp_path / "biased", "llama", attention_bias=True, mlp_bias=True)
     for bias in ("all", "lora_only"):
         base = load_quantized(folder, 64, "float32", load_in_4bit=False, engine="native")
@@ -131,7 +118,6 @@ def test_bias_adapters_merge(tmp_path):
 def test_lora_bias_merges_where_there_is_a_bias_and_is_refused_where_not(tmp_path, tiny_llama):
     import dataclasses
 
-    from conftest import make_checkpoint
     from peft import LoraConfig, get_peft_model
 
     from qlora_kit.results import AdaptedModel
@@ -295,8 +281,6 @@ def test_the_base_is_chosen_and_wrong_choices_are_explained(tiny_llama, tmp_path
 
 def test_an_original_that_does_not_fit_the_model_in_memory_is_refused(tiny_llama, tmp_path):
     import dataclasses
-
-    from conftest import make_checkpoint
 
     model = randomize(attach_lora(load_quantized(tiny_llama, 64, "float32", engine="native")))
     other = make_checkpoint(tmp_path / "other", "llama", intermediate_size=160)
