@@ -173,7 +173,9 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
         grad_x = torch.ops.qlora_kit.lora_linear_grad(
             grad, weights, scales, rows, columns, blocksize, quant_type, low_grad, down
         )
-    return grad_x, None, None, None, None, None, None, grad_down, grad_up
+    # Autograd wants a list of nothing where a list went in.
+    none = ([None] * len(weights), [None] * len(scales))
+    return grad_x, *none, None, None, None, None, grad_down, grad_up
 
 
 _LIBRARY.impl("lora_linear", _lora_linear, "CompositeExplicitAutograd")
