@@ -82,6 +82,11 @@ class AdapterBank:
             for slot in self._slots:
                 slot.up_grad.add_(up[:, slot.rows, slot.ranks], alpha=slot.scaling)
 
+    def drop_gradients(self) -> None:
+        """Forget the copies' gradients."""
+        for leaf in (*self.down, *self.up):
+            leaf.grad = None
+
     def publish_gradients(self) -> None:
         """Make the gathered gradients the parameters' own."""
         for slot in self._slots:
