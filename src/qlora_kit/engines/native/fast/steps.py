@@ -37,9 +37,9 @@ class FastSteps:
     _runner: StepRunner | None = None
     _asked: FastPlan
 
-    def start_fast(self, runtime: FastRuntime, asked: FastPlan) -> None:
-        """Compute training steps with ``runtime`` from here on."""
-        self._runner = StepRunner(runtime)
+    def start_fast(self, model: Any, asked: FastPlan) -> None:
+        """Compute training steps of a ``PeftModel`` here from now on."""
+        self._runner = StepRunner(FastRuntime(model, asked))
         self._asked = asked
         self._fast_metrics: dict[str, list[Any]] = {"train": [], "eval": []}
         self._parameter_count: int | None = None
@@ -101,16 +101,17 @@ class FastSteps:
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         if _EXAMPLES not in inputs:
             return runner.zero
-        model.train()
+        if not model.training:
+            model.train()
         if hasattr(self.optimizer, "train"):  # type: ignore[attr-defined]
             self.optimizer.train()  # type: ignore[attr-defined]
         examples: list[Example] = inputs[_EXAMPLES]
         scaler = self.accelerator.scaler  # type: ignore[attr-defined]
         loss, stats = runner.run_step(examples, num_items_in_batch, scaler)
         self._note("train", examples, stats, num_items_in_batch)
-        if self.args.logging_nan_inf_filter:  # type: ignore[attr-defined]
-            return loss
-        return loss
+        # The trainer's own filter for the logged loss would wait for the device.
+        steps = 1 + self.state.global_step - self._globalstep_last_logged  # type: ignore[attr-defined]
+        return torch.where(torch.isfinite(loss), loss, self._tr_loss / steps)  # type: ignore[attr-defined]
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
