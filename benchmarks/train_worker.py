@@ -133,7 +133,7 @@ def _train(job: dict[str, Any]) -> dict[str, Any]:
         table = profile_steps(trainer, watch, job)
     else:
         trainer.train()
-    kept = watch.steps[job["warmup"] :]
+    kept = watch.steps[min(job["warmup"], len(watch.steps) // 2) :]
     plan = getattr(trainer, "fast_plan", None)
     import resource
 
