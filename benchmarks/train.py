@@ -145,7 +145,7 @@ def _short(result: dict[str, Any]) -> str:
 def _render(facts: dict[str, Any], results: list[dict[str, Any]]) -> str:
     limit = arithmetic_limit(facts)
     done = [result for result in results if "error" not in result]
-    classic = next((r for r in done if r["row"] == "trl-classic"), None)
+    classic = next((r for r in done if r["row"].startswith("trl-classic")), None)
     lines = [
         f"{facts['date']}, {facts['device']}, {facts['model_name']}, "
         f"{facts['parameters'] / 1e9:.2f} B parameters, {facts['versions']}",

@@ -43,6 +43,7 @@ class Compiled:
         wanted: ``True``, ``False`` or ``"auto"``.
         device: Where its tensors live.
         what: What it is, for messages.
+        otherwise: What runs when it is not compiled; the function itself by default.
     """
 
     def __init__(
@@ -51,8 +52,9 @@ class Compiled:
         wanted: bool | Literal["auto"],
         device: torch.device,
         what: str,
+        otherwise: Callable[..., Any] | None = None,
     ) -> None:
-        self._plain = function
+        self._plain = otherwise or function
         self._what = what
         self._compiled: Callable[..., Any] | None = None
         obstacle = None if wanted is not False else "it was turned off"

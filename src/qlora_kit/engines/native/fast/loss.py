@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["linear_cross_entropy", "softmax_step"]
+__all__ = ["linear_cross_entropy", "plain_softmax_step", "softmax_step"]
 
 _IGNORED = -100
 
@@ -32,18 +32,19 @@ def linear_cross_entropy(
         weight: The head's weight, shape ``(V, H)``; gets no gradient.
         targets: Shape ``(P,)``; positions of -100 count nothing.
         chunk: Positions whose logits exist at the same time.
-        step: :func:`softmax_step` or a compiled version of it.
+        step: :func:`plain_softmax_step`, or :func:`softmax_step` compiled.
 
     Returns:
         The loss as a float32 scalar, and ``[hits, entropy]`` without gradient: how many targets
         were the likeliest token, and the predictions' summed entropy in nats.
     """
-    loss, stats = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, step or softmax_step)
+    step = step or plain_softmax_step
+    loss, stats = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, step)
     return loss, stats
 
 
 def softmax_step(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """See :data:`SoftmaxStep`; arithmetic in float32 whatever the logits' dtype."""
+    """See :data:`SoftmaxStep`; float32 arithmetic whatever the logits' dtype, to be compiled."""
     dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32
     scores = logits.to(dtype)
     counts = targets != _IGNORED
@@ -65,6 +66,22 @@ def softmax_step(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         ]
     )
     return gradient, sums
+
+
+def plain_softmax_step(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The same as :func:`softmax_step` with few passes over memory when nothing is compiled."""
+    dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32
+    counts = targets != _IGNORED
+    places = torch.where(counts, targets, 0)[:, None]
+    kept = counts[:, None].to(dtype)
+    log_probabilities = torch.log_softmax(logits, dim=1, dtype=dtype)
+    chosen = log_probabilities.gather(1, places)
+    hits = chosen >= log_probabilities.amax(1, keepdim=True)
+    gradient = log_probabilities.exp()
+    entropy = -torch.bmm(gradient[:, None], log_probabilities[:, :, None])[:, 0]
+    gradient.scatter_add_(1, places, torch.full_like(kept, -1.0)).mul_(kept)
+    sums = [-(chosen * kept).sum(), (hits.to(dtype) * kept).sum(), (entropy * kept).sum()]
+    return gradient.to(logits.dtype), torch.stack(sums)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -218,7 +218,7 @@ def resolve_plan(
         supports_graphs: Whether CUDA graphs work for this model on this device.
     """
     usable = int(free_bytes * _USABLE_SHARE.get(device_type, _USABLE_SHARE_ELSEWHERE))
-    chunk = asked.loss_chunk_tokens or (2048 if device_type == "cuda" else 512)
+    chunk = asked.loss_chunk_tokens or (2048 if device_type == "cuda" else 256)
     layers = memory.layers
 
     def predict(tokens: int, checkpointed: int, caches: bool) -> int:

@@ -25,7 +25,11 @@ from qlora_kit.engines.native.fast.layer import (
     decoder_layer,
 )
 from qlora_kit.engines.native.fast.layout import MicroBatch
-from qlora_kit.engines.native.fast.loss import linear_cross_entropy, softmax_step
+from qlora_kit.engines.native.fast.loss import (
+    linear_cross_entropy,
+    plain_softmax_step,
+    softmax_step,
+)
 from qlora_kit.engines.native.fast.plan import FastPlan, MemoryModel, ResolvedPlan
 from qlora_kit.engines.native.fast.projection import dequantize
 from qlora_kit.engines.native.fast.weights import GroupReader, read_group
@@ -78,7 +82,9 @@ class FastRuntime:
         self._layers: list[LayerTensors] = []
         self._plan: ResolvedPlan | None = None
         self._layer_call = Compiled(decoder_layer, asked.compile, self.device, "decoder layers")
-        self._softmax_call = Compiled(softmax_step, asked.compile, self.device, "the loss")
+        self._softmax_call = Compiled(
+            softmax_step, asked.compile, self.device, "the loss", otherwise=plain_softmax_step
+        )
 
     @property
     def plan(self) -> ResolvedPlan:
