@@ -73,6 +73,7 @@ class NativeTrainer(StepRecorder, FastSteps, PortableLoss, SFTTrainer):  # type:
     def release(self) -> None:
         """Give the model back its own ``forward``, and free what training allocated."""
         self.stop_fast()
+        self.model.__dict__.pop("_is_accelerate_prepared", None)
         base = self.model.get_base_model()
         if self._own_forward is None:
             base.__dict__.pop("forward", None)

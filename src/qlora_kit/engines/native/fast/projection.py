@@ -45,8 +45,8 @@ def project(
 
     Args:
         x: Input, shape ``(T, K)``, in the compute dtype.
-        weights: Packed 4-bit weights, one per projection; or, when ``scales`` is empty, one
-            16/32-bit matrix of shape ``(N, K)`` with all projections' rows.
+        weights: Packed 4-bit weights, one per projection; or, when ``scales`` is empty, 16/32-bit
+            matrices of ``N`` rows altogether and ``K`` columns.
         scales: Each weight's block maxima, float32, already dequantized.
         rows: Output features of each projection; they add up to ``N``.
         blocksize: Weights per block maximum.
@@ -76,7 +76,7 @@ def dequantize(
 ) -> Tensor:
     """A group's weights as one matrix of shape ``(sum(rows), columns)``."""
     if not scales:
-        return weights[0]
+        return weights[0] if len(weights) == 1 else torch.cat(weights)
     ops = torch.ops.bitsandbytes
     if len(weights) == 1 or weights[0].device.type != "cuda":
         parts = [

@@ -122,7 +122,7 @@ class FastRuntime:
         queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         groups = [group for layer in self._readers for group in layer.values()
                   if isinstance(group, GroupReader)]  # fmt: skip
-        sizes = [sum(group.rows) * group.columns * size for group in groups] or [0]
+        sizes = [sum(group.rows) * group.columns * size for group in groups]
         # Kept per token: normalized inputs, q/k/v before and after rotation, attention output,
         # gate and up, their product. Measured peaks lie within this.
         saved = (3 * hidden + 2 * (queries + 2 * keys) + queries + 3 * shape.intermediate) * size
@@ -132,9 +132,9 @@ class FastRuntime:
             boundary_per_token=hidden * size,
             transient_per_token=(4 * hidden + 4 * shape.intermediate) * size,
             dequantized=sum(
-                size for size, group in zip(sizes, groups, strict=True) if group.scales
+                taken for taken, group in zip(sizes, groups, strict=True) if group.scales
             ),
-            largest_group=max(sizes),
+            largest_group=max(sizes, default=0),
             loss_per_token=self._head.shape[0] * (2 * size + 8),
             gradients=2 * sum(bank.nbytes() for bank in self.banks),
         )
