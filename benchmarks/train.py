@@ -131,7 +131,9 @@ def _start(job: dict[str, Any], log: Path, timeout: int) -> str | None:
             return f"stopped after {timeout} s"
     if code == 0:
         return None
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line]
+    lines = [
+        line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line
+    ]
     return f"exit status {code}: {lines[-1] if lines else 'no output'}"
 
 

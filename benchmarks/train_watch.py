@@ -97,6 +97,8 @@ def profile_steps(trainer: Any, watch: Watch, job: dict[str, Any]) -> dict[str, 
         kernels.append((milliseconds, event.count // active, event.key[:140]))
     kernels.sort(reverse=True)
     return {
-        "groups_ms_per_step": {k: round(v, 2) for k, v in sorted(groups.items(), key=lambda x: -x[1])},
+        "groups_ms_per_step": {
+            k: round(v, 2) for k, v in sorted(groups.items(), key=lambda x: -x[1])
+        },
         "kernels": [f"{ms:9.3f} ms {count:5d} x {name}" for ms, count, name in kernels[:60]],
     }

@@ -15,9 +15,7 @@ def make_adapted(tiny_llama, tiny_qwen3):
         from qlora_kit import attach_lora, load_quantized
 
         folder = tiny_llama if kind == "llama" else tiny_qwen3
-        loaded = load_quantized(
-            folder, 256, dtype, load_in_4bit, load_in_8bit, engine="native"
-        )
+        loaded = load_quantized(folder, 256, dtype, load_in_4bit, load_in_8bit, engine="native")
         settings = {"r": 4, "lora_alpha": 6, "use_gradient_checkpointing": False, **adapter}
         adapted = attach_lora(loaded, **settings)
         generator = torch.Generator().manual_seed(1)

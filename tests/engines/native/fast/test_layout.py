@@ -47,9 +47,7 @@ def test_fillers_attend_among_themselves_and_carry_no_loss():
     assert (batch.tokens, batch.trained_tokens) == (8, 5)
 
 
-@given(
-    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=20), most=st.integers(1, 100)
-)
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=20), most=st.integers(1, 100))
 def test_nothing_is_lost_or_repeated(lengths, most):
     rows, token = [], 0
     for length in lengths:

@@ -40,9 +40,7 @@ def test_equals_float64_arithmetic(group, cached):
     packed, scales, dense, down, up, x, bias = group
     weights = [dense] if cached else packed
     leaves = [tensor.clone().requires_grad_() for tensor in (x, down, up)]
-    out = project(
-        leaves[0], weights, [] if cached else scales, ROWS, 64, "nf4", bias, *leaves[1:]
-    )
+    out = project(leaves[0], weights, [] if cached else scales, ROWS, 64, "nf4", bias, *leaves[1:])
     probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
     (out * probe).sum().backward()
 

@@ -140,9 +140,7 @@ def test_logs_and_evaluation(make_adapted, make_trainer):
 def _first_rows(trainer):
     loader = trainer.get_train_dataloader()
     return [
-        row["input_ids"]
-        for batch, _ in zip(loader, range(4), strict=False)
-        for row in batch.rows
+        row["input_ids"] for batch, _ in zip(loader, range(4), strict=False) for row in batch.rows
     ]
 
 

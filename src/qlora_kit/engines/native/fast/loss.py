@@ -91,8 +91,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wants_grad = ctx.needs_input_grad[0]
         hidden_grad = torch.empty_like(hidden) if wants_grad else None
-        sums = torch.zeros(3, dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32,
-                           device=hidden.device)
+        sums = torch.zeros(
+            3,
+            dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32,
+            device=hidden.device,
+        )
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
             gradient, part_sums = step(hidden[part] @ weight.T, targets[part])

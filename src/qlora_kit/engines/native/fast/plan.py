@@ -102,9 +102,7 @@ class MemoryModel:
     loss_per_token: int
     gradients: int
 
-    def predict(
-        self, tokens: int, checkpointed: int, *, caches: bool, loss_chunk: int
-    ) -> int:
+    def predict(self, tokens: int, checkpointed: int, *, caches: bool, loss_chunk: int) -> int:
         """Peak bytes beyond the loaded model for a micro-batch of ``tokens``."""
         kept = (self.layers - checkpointed) * self.saved_per_token
         kept += self.layers * self.boundary_per_token
@@ -272,7 +270,9 @@ def _pinned_layers(asked: FastPlan, layers: int) -> int | None:
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     # `1 in (True, ...)` holds in Python, and is not what anyone means here.
-    if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in choices):
+    if not any(
+        value is choice or (isinstance(choice, str) and value == choice) for choice in choices
+    ):
         raise ConfigError(
             f"plan option {name} must be one of {', '.join(map(repr, choices))}; got {value!r}."
         )

@@ -80,7 +80,12 @@ def _find_in_settings(args: Any, extra: dict[str, Any], dtype: torch.dtype) -> s
     for name in ("label_smoothing_factor", "neftune_noise_alpha"):
         if getattr(args, name, None):
             return f"{name}={getattr(args, name)}"
-    for name in ("activation_offloading", "use_liger_kernel", "torch_compile", "auto_find_batch_size"):
+    for name in (
+        "activation_offloading",
+        "use_liger_kernel",
+        "torch_compile",
+        "auto_find_batch_size",
+    ):
         if getattr(args, name, False):
             return f"{name}=True"
     if (args.bf16 and dtype != torch.bfloat16) or (args.fp16 and dtype == torch.bfloat16):
