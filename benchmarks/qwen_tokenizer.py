@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 _PATTERN = (
@@ -54,7 +55,7 @@ def convert(source: Path, folder: Path) -> None:
 def _find_parts(ranks: dict[bytes, int], token: bytes, below: int) -> tuple[bytes, bytes]:
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
-        pairs = [(ranks.get(a + b, below), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))]
+        pairs = [(ranks.get(a + b, below), i) for i, (a, b) in enumerate(pairwise(parts))]
         rank, index = min(pairs)
         if rank >= below:
             break

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import time
 from pathlib import Path
@@ -158,7 +157,7 @@ def _arguments(row: Row, job: dict[str, Any]) -> dict[str, Any]:
 
     on_gpu = torch.cuda.is_available()
     return {
-        "output_dir": os.path.join(job["work"], "run-" + row.name),
+        "output_dir": str(Path(job["work"]) / f"run-{row.name}"),
         "per_device_train_batch_size": row.batch,
         "gradient_accumulation_steps": row.accumulation,
         "max_steps": job["steps"],

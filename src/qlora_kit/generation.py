@@ -77,6 +77,9 @@ def generate_stream(
         raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens!r}.")
     filters = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
     given = {name: value for name, value in filters.items() if value is not None}
+    for name in ("top_p", "min_p"):
+        if name in given and not 0 <= given[name] <= 1:
+            raise ConfigError(f"{name} is a probability from 0 to 1, got {given[name]!r}.")
     if temperature is not None and temperature <= 0:
         raise ConfigError(
             f"temperature must be above 0, got {temperature!r}; do_sample=False is greedy."
@@ -189,7 +192,12 @@ def _encode(tokenizer: Any, prompt: Any) -> list[int]:
         ids = [int(token) for token in exact]
     elif isinstance(prompt, str):
         ids = list(tokenizer(prompt)["input_ids"])
-    elif prompt and all(isinstance(part, Mapping) for part in prompt):
+    elif not isinstance(prompt, Sequence) or not prompt:
+        raise ConfigError(
+            f"prompt must be text, formatter.prompt(...), token ids or chat messages; "
+            f"got {prompt!r}."
+        )
+    elif all(isinstance(part, Mapping) for part in prompt):
         if tokenizer.chat_template is None:
             raise ConfigError(
                 "This tokenizer has no chat template, so chat messages cannot be turned into a "
@@ -200,13 +208,10 @@ def _encode(tokenizer: Any, prompt: Any) -> list[int]:
                 list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False
             )
         )
-    elif prompt and all(isinstance(part, int) for part in prompt):
-        ids = list(prompt)
     else:
-        raise ConfigError(
-            f"prompt must be text, formatter.prompt(...), token ids or chat messages; "
-            f"got {prompt!r}."
-        )
+        ids = [part for part in prompt if isinstance(part, int)]
+        if len(ids) != len(prompt):
+            raise ConfigError(f"Token ids must be whole numbers, got {prompt!r}.")
     if not ids:
         raise ConfigError("The prompt is empty: it has no tokens.")
     return ids

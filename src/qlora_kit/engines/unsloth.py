@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.config import AdapterConfig, LoadConfig
 from qlora_kit.device import choose_compute_dtype, get_device, to_torch_dtype
 from qlora_kit.engines.base import TrainJob
+from qlora_kit.engines.offline import NoTelemetry
+from qlora_kit.engines.portable_loss import PortableLoss
 from qlora_kit.engines.recording import StepRecorder
 from qlora_kit.engines.shared import (
     collect_stop_token_ids,
@@ -207,7 +209,7 @@ def _make_trainer_class() -> Any:
     """TRL's trainer is patched in place, so it is looked up when a run begins."""
     trl = importlib.import_module("trl")
 
-    class UnslothTrainer(StepRecorder, trl.SFTTrainer):  # type: ignore[misc,name-defined]
+    class UnslothTrainer(StepRecorder, PortableLoss, NoTelemetry, trl.SFTTrainer):  # type: ignore[misc,name-defined]
         """``SFTTrainer`` as patched by unsloth, with this library's counters."""
 
     return UnslothTrainer

@@ -243,6 +243,8 @@ def _released_afterwards(model: AdaptedModel) -> Iterator[list[Any]]:
     module = model.model
     was_training, use_cache = module.training, module.config.use_cache
     had_checkpointing = module.is_gradient_checkpointing
+    embeddings = module.get_input_embeddings()
+    hooks_before = set(embeddings._forward_hooks)
     trainers: list[Any] = []
     try:
         yield trainers
@@ -254,9 +256,9 @@ def _released_afterwards(model: AdaptedModel) -> Iterator[list[Any]]:
                 trainer.release()
             if trainer.args.gradient_checkpointing and not had_checkpointing:
                 module.gradient_checkpointing_disable()
-                if hasattr(module, "disable_input_require_grads"):
-                    with contextlib.suppress(AttributeError):  # no hook was ever set
-                        module.disable_input_require_grads()
+        # TRL and transformers both ask for input gradients; only one of the hooks is kept track of.
+        for key in set(embeddings._forward_hooks) - hooks_before:
+            del embeddings._forward_hooks[key]
         module.config.use_cache = use_cache
         module.train(was_training)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.config import SCRIPT_TRAINING_DEFAULTS
+from qlora_kit.engines.portable_loss import has_triton_loss
 from qlora_kit.errors import ConfigError, UnknownOptionError, did_you_mean
 from qlora_kit.results import AdaptedModel
 
@@ -154,6 +155,14 @@ def build_arguments(
         merged.update(_evaluation_defaults({**merged, **fields}))
     merged.update(fields)
     merged["optim"] = optimizer.name
+    rate = merged["learning_rate"]
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or rate < 0:
+        raise ConfigError(f"learning_rate must be a number of at least 0, got {rate!r}.")
+    if merged.get("loss_type", "nll") != "nll" and not has_triton_loss(device.type):
+        raise ConfigError(
+            f"loss_type={merged['loss_type']!r} is computed by TRL's triton kernel, which does "
+            f"not run on {device.type} here. Use loss_type='nll'."
+        )
     try:
         return SFTConfig(
             output_dir=str(output_dir),

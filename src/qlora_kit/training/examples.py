@@ -74,6 +74,8 @@ def prepare_examples(
     columns = _columns(rows)
     if "input_ids" in columns:
         return TrainingData(_use_tokenized(rows, options), formatter, {"source": "tokenized"})
+    if "text" in columns and formatter is None and not columns & {"instruction", "messages"}:
+        return TrainingData(_encode_text(model, rows, options), None, {"source": "text"})
     if isinstance(rows, Rows):
         formatter = formatter or rows.formatter
     if formatter is None:
@@ -120,15 +122,53 @@ def _use_tokenized(rows: Any, options: DataOptions) -> Dataset:
         dataset = dataset.map(
             lambda row: {"labels": [-100, *row["input_ids"][1:]]}, desc="labels"
         )
-    lengths = [len(ids) for ids in dataset["input_ids"]]
-    too_long = [index for index, length in enumerate(lengths) if length > options.max_length]
-    if too_long:
-        raise DataError(
-            f"{len(too_long)} tokenized rows are longer than max_length={options.max_length} "
-            f"(the first is row {too_long[0]}, {lengths[too_long[0]]} tokens). Cut them, or raise "
-            "max_length."
-        )
-    return dataset.select_columns(["input_ids", "labels"])
+    return _fit(dataset.select_columns(["input_ids", "labels"]), options)
+
+
+def _encode_text(model: AdaptedModel, rows: Any, options: DataOptions) -> Dataset:
+    """A ``text`` column as notebooks make it; the end token is there once, whoever put it."""
+    from datasets import Dataset
+
+    dataset = rows if isinstance(rows, Dataset) else Dataset.from_list([dict(row) for row in rows])
+    tokenizer: Any = model.tokenizer
+    eos = tokenizer.eos_token_id
+
+    def encode(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
+        bad = [text for text in batch["text"] if not isinstance(text, str) or not text]
+        if bad:
+            raise DataError(f"The column 'text' holds {bad[0]!r} where text is expected.")
+        ids = [
+            row if row and row[-1] == eos else [*row, eos]
+            for row in tokenizer(batch["text"])["input_ids"]
+        ]
+        return {"input_ids": ids, "labels": [[-100, *row[1:]] for row in ids]}
+
+    encoded = dataset.map(
+        encode, batched=True, remove_columns=dataset.column_names, desc="tokenizing"
+    )
+    return _fit(encoded, options)
+
+
+def _fit(dataset: Dataset, options: DataOptions) -> Dataset:
+    """Apply ``truncation`` to rows beyond ``max_length``, and say how many there were."""
+    limit = options.max_length
+    long = [index for index, ids in enumerate(dataset["input_ids"]) if len(ids) > limit]
+    if not long:
+        return dataset
+    said = (
+        f"{len(long)} of {len(dataset)} rows ({len(long) / len(dataset):.1%}) are longer than "
+        f"max_length={limit} tokens"
+    )
+    if options.truncation == "error":
+        raise DataError(f"{said}; the first is row {long[0]}. Raise max_length or cut them.")
+    if options.truncation == "drop":
+        logger.warning("%s and are left out.", said)
+        left_out = set(long)
+        return dataset.select([i for i in range(len(dataset)) if i not in left_out])
+    logger.warning("%s and lose their end.", said)
+    return dataset.map(
+        lambda row: {name: row[name][:limit] for name in ("input_ids", "labels")}, desc="cutting"
+    )
 
 
 def _columns(rows: Any) -> set[str]:

@@ -12,6 +12,7 @@ from trl import SFTTrainer
 from qlora_kit.engines.native.fast.plan import FastPlan, parse_plan
 from qlora_kit.engines.native.fast.steps import FastSteps
 from qlora_kit.engines.native.fast.support import find_obstacle
+from qlora_kit.engines.offline import NoTelemetry
 from qlora_kit.engines.portable_loss import PortableLoss
 from qlora_kit.engines.recording import StepRecorder
 from qlora_kit.errors import EngineError
@@ -21,7 +22,9 @@ __all__ = ["NativeTrainer"]
 logger = logging.getLogger(__name__)
 
 
-class NativeTrainer(StepRecorder, FastSteps, PortableLoss, SFTTrainer):  # type: ignore[misc]
+class NativeTrainer(  # type: ignore[misc]
+    StepRecorder, FastSteps, PortableLoss, NoTelemetry, SFTTrainer
+):
     """``SFTTrainer`` that leaves the adapter's dtype and the model's forward as it found them.
 
     TRL 1.15 rounds every trainable parameter of a quantized model to bfloat16 when the

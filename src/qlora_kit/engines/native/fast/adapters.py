@@ -53,25 +53,22 @@ class AdapterBank:
         tensors += [slot.up_grad for slot in self._slots]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    @torch.no_grad()
     def refresh(self) -> None:
         """Copy the parameters' present values, scaled and cast."""
         for slot in self._slots:
-            down = torch.stack([part.down for part in slot.parts])
+            down = torch.stack([part.down.detach() for part in slot.parts])
             self._down_all.data[:, slot.ranks].copy_(down)
-            up = torch.stack([part.up for part in slot.parts])
+            up = torch.stack([part.up.detach() for part in slot.parts])
             if slot.scaling != 1.0:
                 up *= slot.scaling
             self._up_all.data[:, slot.rows, slot.ranks].copy_(up)
 
-    @torch.no_grad()
     def clear_gradients(self) -> None:
         """Start a step: gathered gradients to zero."""
         self._down_grad.zero_()
         for slot in self._slots:
             slot.up_grad.zero_()
 
-    @torch.no_grad()
     def gather_gradients(self) -> None:
         """Add the copies' gradients to the gathered ones and drop them."""
         down = _stack_gradients(self.down)

@@ -11,6 +11,7 @@ build a new graph for each value, and on the device reading it would wait for th
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -126,7 +127,7 @@ def _backward_cuda(
 
 def _spans(bounds: Tensor) -> list[tuple[int, int]]:
     values = bounds.tolist()
-    return [(start, end) for start, end in zip(values, values[1:], strict=False) if end > start]
+    return [(start, end) for start, end in pairwise(values) if end > start]
 
 
 def _as_batch(tensor: Tensor, start: int, end: int, repeats: int = 1) -> Tensor:
@@ -182,10 +183,10 @@ def _backward_segments(
             scale=scale,
         )
         for index, (whole, part) in enumerate(zip(grads, parts, strict=True)):
-            part = part[0]
+            heads = part[0]
             if index > 0 and repeats > 1:
-                part = part.unflatten(0, (-1, repeats)).sum(1)
-            whole[start:end] = part.transpose(0, 1)
+                heads = heads.unflatten(0, (-1, repeats)).sum(1)
+            whole[start:end] = heads.transpose(0, 1)
     return grads[0], grads[1], grads[2]
 
 

@@ -72,7 +72,6 @@ class StepRunner:
         runtime.end_step()
         return total, stats
 
-    @torch.no_grad()
     def evaluate(self, examples: Sequence[Example], trained: int) -> tuple[Tensor, Tensor]:
         """The mean loss and ``[hits, entropy]`` without gradients."""
         runtime = self.runtime
@@ -81,7 +80,8 @@ class StepRunner:
         stats = torch.zeros(2, dtype=torch.float32, device=runtime.device)
         for batch in self._lay_out(examples):
             if batch.trained_tokens:
-                loss, part = runtime.loss(batch.to(runtime.device))
+                with torch.no_grad():
+                    loss, part = runtime.loss(batch.to(runtime.device))
                 total += loss / trained
                 stats += part
         return total, stats

@@ -33,7 +33,7 @@ def _dtype_of(model: Any) -> torch.dtype:
 
 def _find_in_model(model: Any) -> str | None:
     base = model.get_base_model()
-    decoder = getattr(base, "model", None)
+    decoder: Any = getattr(base, "model", None)
     name = type(decoder).__name__
     if name not in _DECODERS or not type(decoder).__module__.startswith("transformers.models."):
         return f"{type(base).__name__} is not of the Llama family"
