@@ -37,6 +37,7 @@ def test_micro_batch_of_everything():
 def test_fillers_attend_among_themselves_and_carry_no_loss():
     (batch,) = lay_out(
         split_rows(ROWS), 100, round_tokens=lambda n: 16, round_count=lambda n: 12,
+        round_trained=lambda n, tokens: 12,
         round_longest=lambda n: 5,
     )  # fmt: skip
     assert len(batch.input_ids) == 16

@@ -99,26 +99,36 @@ class StepRunner:
             return lay_out(examples, most)
         if self.runtime.plan.uses_cuda_graphs:
             return lay_out(
-                examples, most, round_tokens=_round_for_graph, round_count=_round_for_graph,
-                round_longest=_next_power_of_two,
-            )  # fmt: skip
-        return lay_out(
-            examples, most, round_tokens=_round_up,
-            round_longest=_next_power_of_two,
-        )  # fmt: skip
+                examples,
+                most,
+                round_tokens=_round_for_graph,
+                round_trained=_round_trained_for_graph,
+                round_count=_round_count_for_graph,
+                round_longest=_round_longest,
+            )
+        return lay_out(examples, most, round_tokens=_round_up, round_longest=_round_longest)
 
 
 def _round_up(size: int) -> int:
     return -(-size // _EAGER_MULTIPLE) * _EAGER_MULTIPLE
 
 
-def _next_power_of_two(size: int) -> int:
-    return max(128, 1 << (size - 1).bit_length())
+def _round_longest(size: int) -> int:
+    # Attention launches blocks up to this length for every example; empty ones end at once.
+    return max(512, 1 << (size - 1).bit_length())
 
 
 def _round_for_graph(size: int) -> int:
     """Eight sizes per doubling: at most an eighth is filler, and few graphs serve every batch."""
-    if size <= 128:
-        return 128
     step = max(64, 1 << ((size - 1).bit_length() - 4))
     return -(-size // step) * step
+
+
+def _round_trained_for_graph(size: int, tokens: int) -> int:
+    """To quarters of the micro-batch, whose share of trained tokens hardly changes."""
+    quarter = -(-tokens // 4)
+    return min(-(-size // quarter) * quarter, tokens)
+
+
+def _round_count_for_graph(size: int) -> int:
+    return max(65, (1 << (size - 2).bit_length()) + 1)

@@ -1,12 +1,12 @@
 """CUDA graphs of whole micro-batches: one launch instead of thousands.
 
-A graph is captured for each combination of rounded sizes, after one plain run of it. All
-graphs share one memory pool; their gradients are added to the banks inside the graph.
+A micro-batch of sizes not seen before runs plainly, which warms every kernel up, and is
+captured afterwards for the next one of these sizes. All graphs share one memory pool; their
+gradients are added to the banks inside the graph.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from dataclasses import dataclass
 
@@ -21,9 +21,8 @@ __all__ = ["GraphPool"]
 logger = logging.getLogger(__name__)
 
 #: Beyond this many, further sizes run plainly: each graph takes time to capture.
-_MOST_GRAPHS = 24
+_MOST_GRAPHS = 32
 
-#: A size is captured when it comes for the second time; the first run warms kernels up.
 _INPUTS = ("input_ids", "position_ids", "bounds", "trained", "targets")
 
 
@@ -46,7 +45,6 @@ class GraphPool:
     def __init__(self, runtime: FastRuntime) -> None:
         self._runtime = runtime
         self._graphs: dict[tuple[int, ...], _Captured] = {}
-        self._seen: set[tuple[int, ...]] = set()
         self._pool: tuple[int, int] | None = None
         self._is_broken = False
 
@@ -65,14 +63,10 @@ class GraphPool:
         if captured is None:
             moved = batch.to(self._runtime.device)
             share = torch.full((), 1.0 / trained, device=self._runtime.device)
-            is_first = key not in self._seen
-            self._seen.add(key)
-            if is_first or self._is_broken or len(self._graphs) >= _MOST_GRAPHS:
-                return self._compute(moved, share)
-            captured = self._capture(moved, share)
-            if captured is None:
-                return self._compute(moved, share)
-            self._graphs[key] = captured
+            result = self._compute(moved, share)
+            if not self._is_broken and len(self._graphs) < _MOST_GRAPHS:
+                self._capture(key, moved, share)
+            return result
         for name in _INPUTS:
             source = getattr(batch, name).pin_memory()
             getattr(captured.batch, name).copy_(source, non_blocking=True)
@@ -87,9 +81,7 @@ class GraphPool:
         self._runtime.end_micro_batch()
         return loss.detach(), stats
 
-    def _capture(self, batch: MicroBatch, share: Tensor) -> _Captured | None:
-        # The graph keeps reading these very tensors, so they must outlive the step.
-        batch = dataclasses.replace(batch, longest=batch.longest.clone())
+    def _capture(self, key: tuple[int, ...], batch: MicroBatch, share: Tensor) -> None:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._runtime.device)
         try:
@@ -103,7 +95,8 @@ class GraphPool:
             torch.cuda.synchronize(self._runtime.device)
             for bank in self._runtime.banks:
                 bank.drop_gradients()
-            return None
+            return
         self._pool = self._pool or graph.pool()
         logger.debug("Captured a CUDA graph for %s tokens.", len(batch.input_ids))
-        return _Captured(graph, batch, share, loss, stats)
+        # The graph goes on reading these very tensors.
+        self._graphs[key] = _Captured(graph, batch, share, loss, stats)

@@ -140,6 +140,7 @@ def lay_out(
     most_tokens: int,
     *,
     round_tokens: Callable[[int], int] = lambda tokens: tokens,
+    round_trained: Callable[[int, int], int] = lambda count, _: count,
     round_count: Callable[[int], int] = lambda count: count,
     round_longest: Callable[[int], int] = lambda longest: longest,
 ) -> list[MicroBatch]:
@@ -150,7 +151,8 @@ def lay_out(
         most_tokens: Most tokens in a micro-batch; a longer example stands alone.
         round_tokens: Size to fill a micro-batch up to. Fillers attend among themselves only and
             carry no loss.
-        round_count: Size to fill ``bounds`` and ``trained`` up to.
+        round_trained: Size to fill ``trained`` up to, of its own and the filled number of tokens.
+        round_count: Size to fill ``bounds`` up to.
         round_longest: What to declare as the longest length.
     """
     batches = []
@@ -165,14 +167,15 @@ def lay_out(
         targets = np.concatenate([example.targets for example in group])
         trained = np.flatnonzero(targets != IGNORED)
         bounds = np.cumsum([0, *lengths])
+        room = round_trained(len(trained), filled)
         batches.append(
             MicroBatch(
                 input_ids=_fill([example.input_ids for example in group], filled, 0),
                 position_ids=_fill([np.arange(length) for length in lengths], filled, 0),
                 bounds=_fill([bounds], round_count(len(bounds)), bounds[-1]).to(torch.int32),
                 longest=torch.tensor(longest, dtype=torch.int32),
-                trained=_fill([trained], round_count(len(trained)), trained[-1:].sum()),
-                targets=_fill([targets[trained]], round_count(len(trained)), IGNORED),
+                trained=_fill([trained], room, trained[-1:].sum()),
+                targets=_fill([targets[trained]], room, IGNORED),
                 tokens=tokens,
                 trained_tokens=len(trained),
             )

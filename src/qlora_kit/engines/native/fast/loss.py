@@ -109,7 +109,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return sums[0].clone(), stats
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
         (hidden_grad,) = ctx.saved_tensors
-        # The factor (1 / trained tokens, and fp16's loss scale) is applied in its own precision.
+        # Late: 1 / trained tokens would have pushed fp16's small gradients out of its range.
         return (hidden_grad * grad).to(hidden_grad.dtype), None, None, None, None

@@ -216,7 +216,7 @@ def resolve_plan(
         supports_graphs: Whether CUDA graphs work for this model on this device.
     """
     usable = int(free_bytes * _USABLE_SHARE.get(device_type, _USABLE_SHARE_ELSEWHERE))
-    chunk = asked.loss_chunk_tokens or (2048 if device_type == "cuda" else 256)
+    chunk = asked.loss_chunk_tokens or _choose_loss_chunk(asked, device_type)
     layers = memory.layers
 
     def predict(tokens: int, checkpointed: int, caches: bool) -> int:
@@ -266,6 +266,13 @@ def _pinned_layers(asked: FastPlan, layers: int) -> int | None:
     if asked.checkpointing == "selective" and asked.checkpointed_layers is not None:
         return min(asked.checkpointed_layers, layers)
     return None
+
+
+def _choose_loss_chunk(asked: FastPlan, device_type: str) -> int:
+    # On a GPU long chunks fill it better; whoever asks for full checkpointing wants memory.
+    if device_type != "cuda":
+        return 256
+    return 1024 if asked.checkpointing == "full" else 4096
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
