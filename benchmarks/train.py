@@ -139,8 +139,9 @@ def _start(job: dict[str, Any], log: Path, timeout: int) -> str | None:
 
 def _short(result: dict[str, Any]) -> str:
     return (
-        f"{result['tokens_per_second']:,.0f} tokens/s, {result['step_seconds'] * 1000:,.0f} ms/step,"
-        f" peak {result['peak_gib']:.1f} GiB, first step {result['first_step_seconds']:.1f} s"
+        f"{result['tokens_per_second']:,.0f} tokens/s, "
+        f"{result['step_seconds'] * 1000:,.0f} ms/step, peak {result['peak_gib']:.1f} GiB, "
+        f"first step {result['first_step_seconds']:.1f} s"
     )
 
 
