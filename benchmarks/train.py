@@ -153,20 +153,21 @@ def _render(facts: dict[str, Any], results: list[dict[str, Any]]) -> str:
         f"{facts['date']}, {facts['device']}, {facts['model_name']}, "
         f"{facts['parameters'] / 1e9:.2f} B parameters, {facts['versions']}",
         "",
-        "| line | tokens/s | of TRL's classic | of the limit | ms/step | peak GiB "
+        "| line | tokens/s | of TRL's classic | of the limit | ms/step | processor s/step | peak GiB "
         "(allocated / reserved) | first step s | loss of the last step |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         if "error" in result:
-            lines.append(f"| {result['row']} | {result['error'][:160]} | | | | | | |")
+            lines.append(f"| {result['row']} | {result['error'][:160]} | | | | | | | |")
             continue
         speed = result["tokens_per_second"]
         ratio = f"{speed / classic['tokens_per_second']:.2f} x" if classic else ""
         share = f"{speed / limit:.0%}" if limit else ""
         lines.append(
             f"| {result['row']} | {speed:,.0f} | {ratio} | {share} | "
-            f"{result['step_seconds'] * 1000:,.0f} | {result['peak_gib']:.2f} / "
+            f"{result['step_seconds'] * 1000:,.0f} | {result['processor_seconds']:.2f} | "
+            f"{result['peak_gib']:.2f} / "
             f"{result['reserved_gib']:.2f} | {result['first_step_seconds']:.1f} | "
             f"{result['losses'][-1]:.4f} |"
         )

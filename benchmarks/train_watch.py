@@ -24,13 +24,15 @@ class Watch:
     def __init__(self, torch: Any) -> None:
         self._torch = torch
         self.steps: list[tuple[float, int]] = []
+        #: Processor seconds of all threads, which other processes do not stretch as they do seconds.
+        self.processor_seconds: list[float] = []
         self.losses: list[float] = []
         self.tokens: Any = 0
-        self._last = 0.0
+        self._last = self._last_processor = 0.0
         self.callback = _Callback(self)
 
     def start(self) -> None:
-        self._last = time.perf_counter()
+        self._last, self._last_processor = time.perf_counter(), time.process_time()
 
     def end_step(self) -> None:
         if self._torch.cuda.is_available():
@@ -38,6 +40,9 @@ class Watch:
         now = time.perf_counter()
         self.steps.append((now - self._last, int(self.tokens)))
         self._last, self.tokens = now, 0
+        processor = time.process_time()
+        self.processor_seconds.append(processor - self._last_processor)
+        self._last_processor = processor
 
 
 class _Callback(TrainerCallback):  # type: ignore[misc]

@@ -132,7 +132,8 @@ def _train(job: dict[str, Any]) -> dict[str, Any]:
         table = profile_steps(trainer, watch, job)
     else:
         trainer.train()
-    kept = watch.steps[min(job["warmup"], len(watch.steps) // 2) :]
+    first = min(job["warmup"], len(watch.steps) // 2)
+    kept = watch.steps[first:]
     plan = getattr(trainer, "fast_plan", None)
     import resource
 
@@ -140,6 +141,7 @@ def _train(job: dict[str, Any]) -> dict[str, Any]:
     return {
         "tokens_per_second": sum(t for _, t in kept) / sum(s for s, _ in kept),
         "step_seconds": statistics.median(s for s, _ in kept),
+        "processor_seconds": statistics.median(watch.processor_seconds[first:]),
         "tokens_per_step": statistics.mean(t for _, t in kept),
         "first_step_seconds": watch.steps[0][0],
         "all_steps": watch.steps,
