@@ -33,6 +33,7 @@ class TrainJob:
         is_packed: Whether rows hold several examples each.
         callbacks: Trainer callbacks.
         extra: Further keyword arguments of the trainer, passed as they are.
+        plan: How steps are computed, for engines that have a choice; ``None`` lets them choose.
     """
 
     args: SFTConfig
@@ -42,6 +43,7 @@ class TrainJob:
     is_packed: bool
     callbacks: Sequence[Any] = ()
     extra: dict[str, Any] = field(default_factory=dict)
+    plan: Any = None
 
 
 @runtime_checkable

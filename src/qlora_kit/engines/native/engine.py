@@ -131,6 +131,8 @@ class NativeEngine:
             processing_class=model.tokenizer,
             data_collator=job.collator,
             callbacks=list(job.callbacks),
+            plan=job.plan,
+            chooses_checkpointing=model.adapter.use_gradient_checkpointing == "auto",
             **job.extra,
         )
 

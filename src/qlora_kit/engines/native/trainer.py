@@ -2,42 +2,98 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import logging
 from typing import Any
 
 from trl import SFTTrainer
 
+from qlora_kit.engines.native.fast.plan import FastPlan, parse_plan
+from qlora_kit.engines.native.fast.steps import FastSteps
+from qlora_kit.engines.native.fast.support import find_obstacle
 from qlora_kit.engines.offline import NoTelemetry
 from qlora_kit.engines.portable_loss import PortableLoss
 from qlora_kit.engines.recording import StepRecorder
+from qlora_kit.errors import EngineError
 
 __all__ = ["NativeTrainer"]
 
+logger = logging.getLogger(__name__)
 
-class NativeTrainer(StepRecorder, PortableLoss, NoTelemetry, SFTTrainer):  # type: ignore[misc]
+
+class NativeTrainer(  # type: ignore[misc]
+    StepRecorder, FastSteps, PortableLoss, NoTelemetry, SFTTrainer
+):
     """``SFTTrainer`` that leaves the adapter's dtype and the model's forward as it found them.
 
     TRL 1.15 rounds every trainable parameter of a quantized model to bfloat16 when the
     trainer is made, which loses small updates; the classic script trains float32 adapters.
     It also replaces the model's ``forward`` by one with a fused language-model head;
     :meth:`release` takes it off again.
+
+    Args:
+        model: A ``PeftModel``.
+        args: The run's ``SFTConfig``.
+        plan: What :func:`~qlora_kit.engines.native.fast.plan.parse_plan` takes.
+        chooses_checkpointing: Whether ``args.gradient_checkpointing`` is a mere default, which the
+            plan may overrule.
     """
 
-    def __init__(self, *args: Any, model: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        model: Any,
+        args: Any,
+        plan: object = None,
+        chooses_checkpointing: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        asked = parse_plan(plan)
+        if asked.checkpointing == "auto" and not chooses_checkpointing:
+            asked = dataclasses.replace(
+                asked, checkpointing="full" if args.gradient_checkpointing else "none"
+            )
+        is_fast = _decide(model, args, asked, kwargs)
+        if is_fast:
+            args = copy.copy(args)
+            # The fast path recomputes layers itself and filters losses without waiting for them.
+            args.gradient_checkpointing = False
+            args.logging_nan_inf_filter = False
         before = {
             name: parameter.detach().clone()
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         }
         self._own_forward = model.get_base_model().__dict__.get("forward")
-        super().__init__(*args, model=model, **kwargs)
+        super().__init__(model=model, args=args, **kwargs)
         for name, parameter in model.named_parameters():
             if name in before and parameter.dtype != before[name].dtype:
                 parameter.data = before[name].to(parameter.device)
+        if is_fast:
+            self.start_fast(model, asked)
 
     def release(self) -> None:
-        """Give the model back its own ``forward``."""
+        """Give the model back its own ``forward``, and free what training allocated."""
+        self.stop_fast()
+        self.model.__dict__.pop("_is_accelerate_prepared", None)
         base = self.model.get_base_model()
         if self._own_forward is None:
             base.__dict__.pop("forward", None)
         else:
             base.forward = self._own_forward
+
+
+def _decide(model: Any, args: Any, asked: FastPlan, extra: dict[str, Any]) -> bool:
+    if asked.enabled is False:
+        return False
+    obstacle = find_obstacle(model, args, extra)
+    if obstacle is None:
+        return True
+    if asked.enabled is True:
+        raise EngineError(
+            f"plan asks for the fast training step, which does not cover this run: {obstacle}. "
+            "Leave enabled='auto' to train through TRL and peft."
+        )
+    logger.info("Training through TRL and peft, not the fast training step: %s.", obstacle)
+    return False

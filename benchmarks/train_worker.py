@@ -1,0 +1,283 @@
+"""One process of the training benchmark: preparing the model, or training one line."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from train_rows import ROWS, Row
+
+_PROMPT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n### Instruction:\n"
+    "{instruction}\n\n### Input:\n{input}\n\n### Response:\n{output}"
+)
+_SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-4b": {
+        "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+        "vocab_size": 151936, "tie_word_embeddings": True, "rope_theta": 1e6,
+        "max_position_embeddings": 40960,
+    },
+    "qwen3-0.6b": {
+        "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+        "vocab_size": 151936, "tie_word_embeddings": True, "rope_theta": 1e6,
+        "max_position_embeddings": 40960,
+    },
+    "tiny": {
+        "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32,
+        "vocab_size": 151936, "tie_word_embeddings": True, "max_position_embeddings": 40960,
+    },
+}  # fmt: skip
+
+
+def work(job: dict[str, Any]) -> None:
+    """Do what a job file says."""
+    result = _prepare(job) if job["kind"] == "prepare" else _train(job)
+    Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
+
+
+def _prepare(job: dict[str, Any]) -> dict[str, Any]:
+    import torch
+    from transformers import AutoTokenizer
+
+    from qlora_kit.device import get_device, get_device_name, get_versions
+
+    device = get_device()
+    folder = Path(job["model"] or Path(job["work"]) / job["shape"])
+    if job["shape"] and not (folder / "config.json").is_file():
+        _make_model(job["shape"], Path(job["tokenizer"]), folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    rows = json.loads(Path(job["data"]).read_text(encoding="utf-8"))
+    texts = [_PROMPT.format_map(row) + tokenizer.eos_token for row in rows]
+    ids = [tokenizer(text)["input_ids"][: job["max_length"]] for text in texts]
+    data = Path(job["work"]) / "rows.json"
+    data.write_text(json.dumps({"texts": texts, "ids": ids}), encoding="utf-8")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    versions = get_versions()
+    names = ("torch", "transformers", "trl", "peft", "bitsandbytes", "unsloth")
+    return {
+        "model": str(folder),
+        "model_name": job["shape"] or folder.name,
+        "parameters": _count_parameters(config),
+        "data": str(data),
+        "max_length": job["max_length"],
+        "device": get_device_name(device),
+        "device_type": device.type,
+        "threads": torch.get_num_threads(),
+        "versions": ", ".join(f"{name} {versions[name]}" for name in names if name in versions),
+        "tokens_in_data": sum(map(len, ids)),
+    }
+
+
+def _make_model(shape: str, tokenizer: Path, folder: Path) -> None:
+    """Random weights of a known shape, quantized to NF4 and saved."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
+
+    from qlora_kit import load_quantized
+    from qlora_kit.device import get_device
+
+    raw = folder.with_name(folder.name + "-16bit")
+    torch.manual_seed(0)
+    rows = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    with torch.device(get_device()):
+        model = AutoModelForCausalLM.from_config(
+            Qwen3Config(eos_token_id=rows.eos_token_id, **_SHAPES[shape]), dtype=torch.bfloat16
+        )
+    model.save_pretrained(raw)
+    rows.save_pretrained(raw)
+    del model
+    loaded = load_quantized(raw, dtype="bfloat16")
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    for file in raw.iterdir():
+        file.unlink()
+    raw.rmdir()
+
+
+def _count_parameters(config: dict[str, Any]) -> int:
+    """Weights that take part in matrix products, the head included once."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head_dim = config.get("head_dim") or hidden // heads
+    q, kv = heads * head_dim, config["num_key_value_heads"] * head_dim
+    layer = hidden * (2 * q + 2 * kv) + 3 * hidden * config["intermediate_size"]
+    return int(config["num_hidden_layers"] * layer + config["vocab_size"] * hidden)
+
+
+def _train(job: dict[str, Any]) -> dict[str, Any]:
+    row = next(row for row in ROWS if row.name == job["row"])
+    started = time.perf_counter()
+    maker = {"ours": _make_ours, "trl": _make_trl, "unsloth": _make_unsloth}[row.engine]
+    trainer = maker(row, job)
+    ready = time.perf_counter()
+    import torch
+
+    from train_watch import Watch, count_tokens, profile_steps
+
+    watch = Watch(torch)
+    trainer.add_callback(watch.callback)
+    count_tokens(trainer, watch)
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    table = None
+    watch.start()
+    if row.profile:
+        table = profile_steps(trainer, watch, job)
+    else:
+        trainer.train()
+    first = min(job["warmup"], len(watch.steps) // 2)
+    kept = watch.steps[first:]
+    plan = getattr(trainer, "fast_plan", None)
+    import resource
+
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {
+        "tokens_per_second": sum(t for _, t in kept) / sum(s for s, _ in kept),
+        "step_seconds": statistics.median(s for s, _ in kept),
+        "processor_seconds": statistics.median(watch.processor_seconds[first:]),
+        "tokens_per_step": statistics.mean(t for _, t in kept),
+        "first_step_seconds": watch.steps[0][0],
+        "all_steps": watch.steps,
+        "load_seconds": ready - started,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else resident,
+        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if on_gpu else resident,
+        "losses": watch.losses,
+        "plan": str(plan) if plan else None,
+        "kernels": table,
+    }
+
+
+def _arguments(row: Row, job: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    return {
+        "output_dir": str(Path(job["work"]) / f"run-{row.name}"),
+        "per_device_train_batch_size": row.batch,
+        "gradient_accumulation_steps": row.accumulation,
+        "max_steps": job["steps"],
+        "warmup_steps": 5,
+        "learning_rate": 2e-4,
+        "logging_steps": 1,
+        "weight_decay": 0.01,
+        "lr_scheduler_type": "linear",
+        "seed": 3407,
+        "report_to": "none",
+        "optim": "adamw_8bit" if on_gpu else "adamw_torch",
+        "bf16": True,
+        "use_cpu": not on_gpu,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": on_gpu,
+    }
+
+
+def _tokenized(row: Row, job: dict[str, Any]) -> Any:
+    from datasets import Dataset
+
+    ids = json.loads(Path(job["facts"]["data"]).read_text(encoding="utf-8"))["ids"]
+    if not row.packed:
+        return Dataset.from_list([{"input_ids": part, "labels": part} for part in ids])
+    packed = []
+    for group in _pack(ids, row.packed):
+        joined = [token for part in group for token in part]
+        labels = [-100 if i == 0 else token for part in group for i, token in enumerate(part)]
+        packed.append(
+            {"input_ids": joined, "labels": labels, "seq_lengths": [len(part) for part in group]}
+        )
+    return Dataset.from_list(packed)
+
+
+def _pack(ids: list[list[int]], length: int) -> list[list[list[int]]]:
+    """Best fit, longest first, as TRL packs; rows that stay under 95% full are left out."""
+    bins: list[tuple[int, list[list[int]]]] = []
+    for part in sorted(ids, key=len, reverse=True):
+        fitting = [i for i, (size, _) in enumerate(bins) if size + len(part) <= length]
+        if fitting:
+            best = max(fitting, key=lambda i: bins[i][0])
+            bins[best] = (bins[best][0] + len(part), [*bins[best][1], part])
+        else:
+            bins.append((len(part), [part]))
+    full = [group for size, group in bins if size >= 0.95 * length]
+    return full or [group for _, group in bins]
+
+
+def _make_ours(row: Row, job: dict[str, Any]) -> Any:
+    import logging
+
+    logging.basicConfig(level=logging.INFO)
+    from trl import SFTConfig
+
+    from qlora_kit import attach_lora, load_quantized
+    from qlora_kit.engines.base import TrainJob
+
+    model = load_quantized(job["facts"]["model"], dtype="bfloat16", engine="native")
+    model = attach_lora(model)
+    plan = dict(row.plan)
+    if row.checkpointing is not None:
+        plan["checkpointing"] = row.checkpointing
+    args = SFTConfig(
+        **_arguments(row, job), remove_unused_columns=False, max_length=None, packing=False,
+        padding_free=False, dataset_kwargs={"skip_prepare_dataset": True},
+        gradient_checkpointing=False,
+    )  # fmt: skip
+    train_job = TrainJob(
+        args=args, train_dataset=_tokenized(row, job), eval_dataset=None, collator=None,
+        is_packed=bool(row.packed), plan=plan,
+    )  # fmt: skip
+    return model.engine.make_trainer(model, train_job)
+
+
+def _make_trl(row: Row, job: dict[str, Any]) -> Any:
+    from trl import SFTConfig, SFTTrainer
+
+    from qlora_kit import attach_lora, load_quantized
+    from qlora_kit.engines.native.trainer import NativeTrainer
+
+    model = attach_lora(load_quantized(job["facts"]["model"], dtype="bfloat16", engine="native"))
+    packing = {"packing": True, "max_length": row.packed} if row.packed else {"max_length": None}
+    args = SFTConfig(
+        **_arguments(row, job), gradient_checkpointing=bool(row.checkpointing), **packing
+    )
+    dataset = _tokenized(Row("", "", 1, 1), job)
+    settings: dict[str, Any] = {"model": model.model, "args": args, "train_dataset": dataset}
+    settings["processing_class"] = model.tokenizer
+    if args.use_cpu:
+        # TRL 1.15's own loss is a triton kernel; this adds the model's own and nothing else.
+        return NativeTrainer(**settings, plan=False)
+    return SFTTrainer(**settings)
+
+
+def _make_unsloth(row: Row, job: dict[str, Any]) -> Any:
+    from unsloth import FastLanguageModel  # isort: skip  # it must come before the others
+    import torch
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    length = row.packed or job["facts"]["max_length"]
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        job["facts"]["model"], max_seq_length=length, dtype=torch.bfloat16, load_in_4bit=True,
+        local_files_only=True,
+    )  # fmt: skip
+    model = FastLanguageModel.get_peft_model(
+        model, r=16, lora_alpha=16, lora_dropout=0, bias="none", random_state=3407,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
+                        "down_proj"],
+        use_gradient_checkpointing=row.checkpointing, max_seq_length=length,
+    )  # fmt: skip
+    texts = json.loads(Path(job["facts"]["data"]).read_text(encoding="utf-8"))["texts"]
+    args = SFTConfig(
+        **_arguments(row, job), dataset_text_field="text", max_length=length,
+        packing=bool(row.packed), dataset_num_proc=1,
+    )  # fmt: skip
+    return SFTTrainer(
+        model=model, processing_class=tokenizer, args=args,
+        train_dataset=Dataset.from_dict({"text": texts}),
+    )  # fmt: skip

@@ -1,0 +1,94 @@
+"""``torch.compile`` where it works, the plain function where it does not, with the reason said."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+
+__all__ = ["Compiled", "find_compile_obstacle"]
+
+logger = logging.getLogger(__name__)
+
+
+def find_compile_obstacle(device: torch.device) -> str | None:
+    """Why ``torch.compile`` cannot work here, or ``None``. Nothing is compiled to find out."""
+    if device.type == "cpu":
+        from torch._inductor import config, cpp_builder, exc
+
+        try:
+            cpp_builder.get_cpp_compiler()
+        except (exc.InvalidCxxCompiler, RuntimeError, OSError):
+            return f"no C++ compiler was found (looked for {config.cpp.cxx})"
+        return None
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            return "triton is not installed or does not support this card"
+        if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
+            return "triton needs a C compiler, and none was found"
+        return None
+    return f"it is not used on {device.type}"
+
+
+class Compiled:
+    """A function that is compiled on its first call and runs plainly if that fails.
+
+    Args:
+        function: Pure, of tensors.
+        wanted: ``True``, ``False`` or ``"auto"``.
+        device: Where its tensors live.
+        what: What it is, for messages.
+        otherwise: What runs when it is not compiled; the function itself by default.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        wanted: bool | Literal["auto"],
+        device: torch.device,
+        what: str,
+        otherwise: Callable[..., Any] | None = None,
+    ) -> None:
+        self._plain = otherwise or function
+        self._what = what
+        self._compiled: Callable[..., Any] | None = None
+        obstacle = None if wanted is not False else "it was turned off"
+        obstacle = obstacle or find_compile_obstacle(device)
+        if obstacle is None:
+            self._compiled = torch.compile(function, fullgraph=True)
+        elif wanted is not False:
+            logger.info("Running %s without torch.compile: %s.", what, obstacle)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether calls go through ``torch.compile``."""
+        return self._compiled is not None
+
+    def __call__(self, *arguments: Any, dynamic: Sequence[Any] | None = None) -> Any:
+        """Call the function.
+
+        Args:
+            *arguments: Its arguments.
+            dynamic: Tensors whose first dimension varies between calls; all by default.
+        """
+        if self._compiled is None:
+            return self._plain(*arguments)
+        for argument in arguments if dynamic is None else dynamic:
+            if isinstance(argument, torch.Tensor) and argument.dim() > 0:
+                torch._dynamo.maybe_mark_dynamic(argument, 0)
+        try:
+            return self._compiled(*arguments)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            logger.warning(
+                "Running %s without torch.compile, which failed: %s",
+                self._what,
+                str(error).strip().splitlines()[0] if str(error).strip() else repr(error),
+            )
+            logger.debug("torch.compile failed", exc_info=True)
+            self._compiled = None
+            return self._plain(*arguments)

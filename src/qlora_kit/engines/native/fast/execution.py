@@ -1,0 +1,134 @@
+"""Running the micro-batches of a step, plainly or as replayed CUDA graphs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_kit.engines.native.fast.graphs import GraphPool
+from qlora_kit.engines.native.fast.layout import Example, MicroBatch, lay_out
+from qlora_kit.engines.native.fast.runtime import FastRuntime
+
+__all__ = ["StepRunner"]
+
+logger = logging.getLogger(__name__)
+
+# Matrix products on tensor cores want sizes divisible by 8; more makes kernels and allocations
+# repeat from step to step.
+_EAGER_MULTIPLE = 64
+
+
+class StepRunner:
+    """Forward and backward of whole effective batches."""
+
+    def __init__(self, runtime: FastRuntime) -> None:
+        self.runtime = runtime
+        self.zero = torch.zeros((), dtype=torch.float32, device=runtime.device)
+        self._graphs: GraphPool | None = None
+
+    def supports_graphs(self) -> bool:
+        """Whether a micro-batch can be captured: everything fused, on CUDA, one attention call."""
+        runtime = self.runtime
+        return (
+            runtime.device.type == "cuda"
+            and runtime.is_fully_fused
+            and runtime.attention == "varlen"
+            and runtime.dtype != torch.float16
+        )
+
+    def run_step(
+        self, examples: Sequence[Example], trained: int, scaler: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the mean loss over ``trained`` tokens, left in peft's parameters.
+
+        Args:
+            examples: The effective batch.
+            trained: Its trained tokens.
+            scaler: fp16's gradient scaler, if there is one.
+
+        Returns:
+            The mean loss, and ``[hits, entropy]`` summed; both stay on the device.
+        """
+        runtime, plan = self.runtime, self.runtime.plan
+        batches = self._lay_out(examples)
+        if plan.uses_cuda_graphs and self._graphs is None:
+            self._graphs = GraphPool(runtime)
+        runtime.begin_step()
+        total = self.zero.clone()
+        stats = torch.zeros(2, dtype=torch.float32, device=runtime.device)
+        for batch in batches:
+            if batch.trained_tokens == 0:
+                continue
+            if self._graphs is not None and batch.tokens <= plan.micro_batch_tokens:
+                loss, part = self._graphs.run(batch, trained)
+            else:
+                loss, part = self._run_plainly(batch.to(runtime.device), trained, scaler)
+            total += loss
+            stats += part
+        runtime.end_step()
+        return total, stats
+
+    def evaluate(self, examples: Sequence[Example], trained: int) -> tuple[Tensor, Tensor]:
+        """The mean loss and ``[hits, entropy]`` without gradients."""
+        runtime = self.runtime
+        runtime.begin_step()
+        total = self.zero.clone()
+        stats = torch.zeros(2, dtype=torch.float32, device=runtime.device)
+        for batch in self._lay_out(examples):
+            if batch.trained_tokens:
+                with torch.no_grad():
+                    loss, part = runtime.loss(batch.to(runtime.device))
+                total += loss / trained
+                stats += part
+        return total, stats
+
+    def _run_plainly(self, batch: MicroBatch, trained: int, scaler: Any) -> tuple[Tensor, Tensor]:
+        loss, stats = self.runtime.loss(batch)
+        loss = loss / trained
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        self.runtime.end_micro_batch()
+        return loss.detach(), stats
+
+    def _lay_out(self, examples: Sequence[Example]) -> list[MicroBatch]:
+        most = self.runtime.plan.micro_batch_tokens
+        if self.runtime.device.type == "cpu":
+            return lay_out(examples, most)
+        if self.runtime.plan.uses_cuda_graphs:
+            return lay_out(
+                examples,
+                most,
+                round_tokens=_round_for_graph,
+                round_trained=_round_trained_for_graph,
+                round_count=_round_count_for_graph,
+                round_longest=_round_longest,
+            )
+        return lay_out(examples, most, round_tokens=_round_up, round_longest=_round_longest)
+
+
+def _round_up(size: int) -> int:
+    return -(-size // _EAGER_MULTIPLE) * _EAGER_MULTIPLE
+
+
+def _round_longest(size: int) -> int:
+    # Attention launches blocks up to this length for every example; empty ones end at once.
+    return max(512, 1 << (size - 1).bit_length())
+
+
+def _round_for_graph(size: int) -> int:
+    """Eight sizes per doubling: at most an eighth is filler, and few graphs serve every batch."""
+    step = max(64, 1 << ((size - 1).bit_length() - 4))
+    return -(-size // step) * step
+
+
+def _round_trained_for_graph(size: int, tokens: int) -> int:
+    """To quarters of the micro-batch, whose share of trained tokens hardly changes."""
+    quarter = -(-tokens // 4)
+    return min(-(-size // quarter) * quarter, tokens)
+
+
+def _round_count_for_graph(size: int) -> int:
+    return max(65, (1 << (size - 2).bit_length()) + 1)

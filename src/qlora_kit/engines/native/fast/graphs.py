@@ -1,0 +1,102 @@
+"""CUDA graphs of whole micro-batches: one launch instead of thousands.
+
+A micro-batch of sizes not seen before runs plainly, which warms every kernel up, and is
+captured afterwards for the next one of these sizes. All graphs share one memory pool; their
+gradients are added to the banks inside the graph.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qlora_kit.engines.native.fast.layout import MicroBatch
+from qlora_kit.engines.native.fast.runtime import FastRuntime
+
+__all__ = ["GraphPool"]
+
+logger = logging.getLogger(__name__)
+
+#: Beyond this many, further sizes run plainly: each graph takes time to capture.
+_MOST_GRAPHS = 32
+
+_INPUTS = ("input_ids", "position_ids", "bounds", "trained", "targets")
+
+
+@dataclass
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    batch: MicroBatch
+    share: Tensor
+    loss: Tensor
+    stats: Tensor
+
+
+class GraphPool:
+    """Captures and replays micro-batches.
+
+    Args:
+        runtime: A planned runtime on CUDA.
+    """
+
+    def __init__(self, runtime: FastRuntime) -> None:
+        self._runtime = runtime
+        self._graphs: dict[tuple[int, ...], _Captured] = {}
+        self._pool: tuple[int, int] | None = None
+        self._is_broken = False
+
+    def run(self, batch: MicroBatch, trained: int) -> tuple[Tensor, Tensor]:
+        """Forward, backward and gathering of gradients.
+
+        Args:
+            batch: In host memory.
+            trained: Trained tokens of the whole effective batch.
+
+        Returns:
+            The micro-batch's share of the mean loss, and ``[hits, entropy]``.
+        """
+        key = (len(batch.input_ids), len(batch.bounds), len(batch.trained), int(batch.longest))
+        captured = self._graphs.get(key)
+        if captured is None:
+            moved = batch.to(self._runtime.device)
+            share = torch.full((), 1.0 / trained, device=self._runtime.device)
+            result = self._compute(moved, share)
+            if not self._is_broken and len(self._graphs) < _MOST_GRAPHS:
+                self._capture(key, moved, share)
+            return result
+        for name in _INPUTS:
+            source = getattr(batch, name).pin_memory()
+            getattr(captured.batch, name).copy_(source, non_blocking=True)
+        captured.share.fill_(1.0 / trained)
+        captured.graph.replay()
+        return captured.loss, captured.stats
+
+    def _compute(self, batch: MicroBatch, share: Tensor) -> tuple[Tensor, Tensor]:
+        loss, stats = self._runtime.loss(batch)
+        loss = loss * share
+        loss.backward()
+        self._runtime.end_micro_batch()
+        return loss.detach(), stats
+
+    def _capture(self, key: tuple[int, ...], batch: MicroBatch, share: Tensor) -> None:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self._runtime.device)
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                loss, stats = self._compute(batch, share)
+        except RuntimeError as error:
+            self._is_broken = True
+            logger.warning(
+                "Running without CUDA graphs, a capture failed: %s", str(error).splitlines()[0]
+            )
+            torch.cuda.synchronize(self._runtime.device)
+            for bank in self._runtime.banks:
+                bank.drop_gradients()
+            return
+        self._pool = self._pool or graph.pool()
+        logger.debug("Captured a CUDA graph for %s tokens.", len(batch.input_ids))
+        # The graph goes on reading these very tensors.
+        self._graphs[key] = _Captured(graph, batch, share, loss, stats)

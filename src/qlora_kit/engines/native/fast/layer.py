@@ -1,0 +1,122 @@
+"""One decoder layer of the Llama family as a function of its tensors.
+
+The same function serves every layer, so one compiled graph does too. It covers Llama,
+Mistral, Qwen2 and Qwen3 layers; which models those are is decided in ``support``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qlora_kit.engines.native.fast.attention import attend
+from qlora_kit.engines.native.fast.projection import project
+
+__all__ = ["LayerShape", "LayerTensors", "Modules", "Projections", "decoder_layer"]
+
+
+class Projections(NamedTuple):
+    """A group of projections with one input; fields as in :func:`projection.project`."""
+
+    weights: list[Tensor]
+    scales: list[Tensor]
+    rows: list[int]
+    blocksize: int
+    quant_type: str
+    bias: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
+
+
+class Modules(NamedTuple):
+    """A group left to peft's own modules: dropout, DoRA, 8-bit weights, trained biases."""
+
+    modules: Sequence[Any]
+
+
+class LayerTensors(NamedTuple):
+    """Everything a layer reads besides its input."""
+
+    input_norm: Tensor
+    post_norm: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    qkv: Projections | Modules
+    out: Projections | Modules
+    gate_up: Projections | Modules
+    down: Projections | Modules
+
+
+class LayerShape(NamedTuple):
+    """Numbers that all layers of a model share."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    epsilon: float
+
+
+def decoder_layer(
+    hidden: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    bounds: Tensor,
+    longest: Tensor,
+    mask: Tensor | None,
+    layer: LayerTensors,
+    shape: LayerShape,
+) -> Tensor:
+    """Attention and feed-forward block with their residuals.
+
+    Args:
+        hidden: Shape ``(T, H)``.
+        cos: Rotary cosines, shape ``(T, D)``.
+        sin: Rotary sines, shape ``(T, D)``.
+        bounds: See :func:`attention.attend`, like ``longest`` and ``mask``.
+        longest: The same.
+        mask: The same.
+        layer: The layer's tensors.
+        shape: The model's numbers.
+
+    Returns:
+        Shape ``(T, H)``.
+    """
+    tokens = hidden.shape[0]
+    q_size, kv_size = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    x = _rms_norm(hidden, layer.input_norm, shape.epsilon)
+    q, k, v = _apply(x, layer.qkv).split([q_size, kv_size, kv_size], dim=1)
+    q = q.reshape(tokens, shape.heads, shape.head_dim)
+    k = k.reshape(tokens, shape.kv_heads, shape.head_dim)
+    v = v.reshape(tokens, shape.kv_heads, shape.head_dim)
+    if layer.q_norm is not None and layer.k_norm is not None:
+        q = _rms_norm(q, layer.q_norm, shape.epsilon)
+        k = _rms_norm(k, layer.k_norm, shape.epsilon)
+    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    attended = attend(q, k, v, bounds, longest, mask).reshape(tokens, q_size)
+    hidden = hidden + _apply(attended, layer.out)
+    x = _rms_norm(hidden, layer.post_norm, shape.epsilon)
+    gate, up = _apply(x, layer.gate_up).split([shape.intermediate, shape.intermediate], dim=1)
+    return hidden + _apply(torch.nn.functional.silu(gate) * up, layer.down)
+
+
+def _apply(x: Tensor, group: Projections | Modules) -> Tensor:
+    if isinstance(group, Modules):
+        return torch.cat([module(x[None])[0] for module in group.modules], dim=1)
+    return project(x, *group)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    # Rounded to the weight's dtype before the weight is applied, as transformers does.
+    wide = x if x.dtype == torch.float64 else x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return weight * wide.to(x.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cos[:, None] + turned * sin[:, None]

@@ -1,0 +1,285 @@
+"""What the fast path is asked to do, and what it decided to do.
+
+This module knows bytes and choices. It does not know tensors.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Final, Literal
+
+from qlora_kit.errors import ConfigError, UnknownOptionError
+
+__all__ = ["FastPlan", "MemoryModel", "ResolvedPlan", "parse_plan", "resolve_plan"]
+
+_GIB: Final = 1024**3
+
+#: Beyond this many tokens a GPU's matrix products are as fast as they get, so that splitting
+#: an effective batch costs less than recomputing activations.
+_SATURATING_TOKENS: Final = 4096
+
+#: Steps up to this size are bound by the host's kernel launches and by reading weights.
+_SMALL_STEP_TOKENS: Final = 4096
+
+# Part of the free memory that may be planned for; the rest is fragmentation and other users.
+_USABLE_SHARE: Final = {"cuda": 0.90}
+_USABLE_SHARE_ELSEWHERE: Final = 0.70
+
+
+@dataclass(frozen=True)
+class FastPlan:
+    """How the native engine computes a training step. None of it changes the maths.
+
+    Attributes:
+        enabled: ``"auto"`` uses the fast path where the model allows it and logs the reason
+            where not; ``True`` insists (:class:`~qlora_kit.errors.EngineError` otherwise);
+            ``False`` trains through TRL and peft alone.
+        micro_batch_tokens: Most tokens that go through the model at once; ``None`` chooses by
+            memory. A longer example still goes through whole.
+        checkpointing: ``"none"``, ``"full"`` (recompute every layer in the backward pass),
+            ``"selective"`` (recompute as many layers as memory demands, or
+            ``checkpointed_layers``), or ``"auto"``.
+        checkpointed_layers: How many layers ``"selective"`` recomputes.
+        weights: ``"nf4"`` dequantizes on the fly, ``"cache"`` keeps the dequantized weights (2
+            bytes per parameter, the same numbers), ``"auto"`` chooses by memory.
+        compile: Whether decoder layers go through ``torch.compile``.
+        cuda_graphs: Whether micro-batches are replayed as CUDA graphs.
+        attention: ``"varlen"`` (kernels that know the examples apart), ``"mask"`` (SDPA with a
+            block-diagonal mask), or ``"auto"``.
+        loss_chunk_tokens: Tokens whose logits exist at the same time; ``None`` chooses.
+    """
+
+    enabled: bool | Literal["auto"] = "auto"
+    micro_batch_tokens: int | None = None
+    checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    checkpointed_layers: int | None = None
+    weights: Literal["auto", "nf4", "cache"] = "auto"
+    compile: bool | Literal["auto"] = "auto"
+    cuda_graphs: bool | Literal["auto"] = "auto"
+    attention: Literal["auto", "varlen", "mask"] = "auto"
+    loss_chunk_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("enabled", "compile", "cuda_graphs"):
+            _check_choice(name, getattr(self, name), (True, False, "auto"))
+        _check_choice("checkpointing", self.checkpointing, ("auto", "none", "selective", "full"))
+        _check_choice("weights", self.weights, ("auto", "nf4", "cache"))
+        _check_choice("attention", self.attention, ("auto", "varlen", "mask"))
+        for name in ("micro_batch_tokens", "checkpointed_layers", "loss_chunk_tokens"):
+            value = getattr(self, name)
+            if value is not None and (
+                not isinstance(value, int) or isinstance(value, bool) or value < 1
+            ):
+                raise ConfigError(
+                    f"plan option {name} must be a whole number of at least 1 or None, "
+                    f"got {value!r}."
+                )
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """What a training step of one model takes, in bytes.
+
+    Attributes:
+        layers: Number of decoder layers.
+        saved_per_token: Activations one layer keeps per token for its backward pass.
+        boundary_per_token: A layer's input per token, all that a recomputed layer keeps.
+        transient_per_token: The largest extra per-token buffers alive while one layer runs.
+        dequantized: All projection weights, dequantized.
+        largest_group: The largest group of projection weights, dequantized.
+        loss_per_token: Logits and their gradient for one token.
+        gradients: Gradients and optimizer states of the adapters, once training runs.
+    """
+
+    layers: int
+    saved_per_token: int
+    boundary_per_token: int
+    transient_per_token: int
+    dequantized: int
+    largest_group: int
+    loss_per_token: int
+    gradients: int
+
+    def predict(self, tokens: int, checkpointed: int, *, caches: bool, loss_chunk: int) -> int:
+        """Peak bytes beyond the loaded model for a micro-batch of ``tokens``."""
+        kept = (self.layers - checkpointed) * self.saved_per_token
+        kept += self.layers * self.boundary_per_token
+        if checkpointed:
+            kept += self.saved_per_token
+        fixed = self.dequantized if caches else 2 * self.largest_group
+        fixed += self.gradients + min(loss_chunk, tokens) * self.loss_per_token
+        return fixed + tokens * (kept + self.transient_per_token)
+
+
+@dataclass(frozen=True)
+class ResolvedPlan:
+    """What was decided, with nothing left open.
+
+    Attributes:
+        micro_batch_tokens: Most tokens that go through the model at once.
+        checkpointed_layers: Layers whose activations are recomputed, counted from the first.
+        layers: Number of decoder layers.
+        caches_weights: Whether dequantized weights are kept.
+        loss_chunk_tokens: Tokens whose logits exist at the same time.
+        uses_cuda_graphs: Whether micro-batches are replayed as CUDA graphs.
+        predicted_bytes: Predicted peak beyond the loaded model.
+        usable_bytes: Memory that was thought usable when deciding.
+    """
+
+    micro_batch_tokens: int
+    checkpointed_layers: int
+    layers: int
+    caches_weights: bool
+    loss_chunk_tokens: int
+    uses_cuda_graphs: bool
+    predicted_bytes: int
+    usable_bytes: int
+
+    @property
+    def checkpointing(self) -> str:
+        """``"none"``, ``"selective"`` or ``"full"``."""
+        if self.checkpointed_layers == 0:
+            return "none"
+        return "full" if self.checkpointed_layers == self.layers else "selective"
+
+    def __str__(self) -> str:
+        recomputed = (
+            f" ({self.checkpointed_layers} of {self.layers} layers)"
+            if self.checkpointing == "selective"
+            else ""
+        )
+        return (
+            f"micro-batches of up to {self.micro_batch_tokens:,} tokens, checkpointing "
+            f"{self.checkpointing}{recomputed}, "
+            f"{'cached 16-bit' if self.caches_weights else 'on-the-fly'} weights, "
+            f"{'CUDA graphs, ' if self.uses_cuda_graphs else ''}"
+            f"{self.predicted_bytes / _GIB:.1f} GiB predicted beyond the model of "
+            f"{self.usable_bytes / _GIB:.1f} GiB usable"
+        )
+
+
+def parse_plan(plan: object) -> FastPlan:
+    """A :class:`FastPlan` from what a user may type.
+
+    Args:
+        plan: A :class:`FastPlan`; ``"auto"``, ``None`` or ``True`` for all choices automatic;
+            ``False`` for no fast path; or a mapping of option names to values.
+
+    Raises:
+        UnknownOptionError: When the mapping has a key that is no option.
+        ConfigError: When it is something else, or a value cannot work.
+    """
+    if isinstance(plan, FastPlan):
+        return plan
+    if plan is None or plan == "auto":
+        return FastPlan()
+    if isinstance(plan, bool):
+        return FastPlan(enabled="auto" if plan else False)
+    if isinstance(plan, Mapping):
+        known = [field.name for field in fields(FastPlan)]
+        for name in plan:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise UnknownOptionError(
+                    f"plan has no option {name!r}.{hint} Options: {', '.join(known)}."
+                )
+        return FastPlan(**plan)
+    raise ConfigError(
+        f"plan must be 'auto', False, a mapping of options or a FastPlan; got {plan!r}."
+    )
+
+
+def resolve_plan(
+    asked: FastPlan,
+    memory: MemoryModel,
+    *,
+    device_type: str,
+    free_bytes: int,
+    step_tokens: int,
+    longest: int,
+    is_quantized: bool,
+    supports_graphs: bool,
+) -> ResolvedPlan:
+    """Decide what was left to ``"auto"``.
+
+    Args:
+        asked: What the user pinned.
+        memory: What a step of this model takes.
+        device_type: ``"cuda"``, ``"cpu"``, ...
+        free_bytes: Free memory on the device now, before any training buffer exists.
+        step_tokens: Tokens of the largest effective batch to expect.
+        longest: Tokens of its longest example, which cannot be split.
+        is_quantized: Whether the weights are quantized, so that there is something to cache.
+        supports_graphs: Whether CUDA graphs work for this model on this device.
+    """
+    usable = int(free_bytes * _USABLE_SHARE.get(device_type, _USABLE_SHARE_ELSEWHERE))
+    chunk = asked.loss_chunk_tokens or _choose_loss_chunk(asked, device_type)
+    layers = memory.layers
+
+    def predict(tokens: int, checkpointed: int, caches: bool) -> int:
+        return memory.predict(tokens, checkpointed, caches=caches, loss_chunk=chunk)
+
+    pinned = _pinned_layers(asked, layers)
+    caches = asked.weights == "cache" and is_quantized
+    if asked.weights == "auto" and is_quantized and asked.checkpointing != "full":
+        whole = predict(min(step_tokens, _SMALL_STEP_TOKENS), pinned or 0, True)
+        is_small = device_type != "cuda" or step_tokens <= _SMALL_STEP_TOKENS
+        caches = is_small and whole <= usable // 2
+    tokens = asked.micro_batch_tokens
+    if tokens is None:
+        smallest = max(longest, min(step_tokens, _SATURATING_TOKENS))
+        tokens = step_tokens
+        while tokens > smallest and predict(tokens, pinned or 0, caches) > usable:
+            tokens = max(smallest, (tokens + 1) // 2)
+    tokens = max(tokens, 1)
+    checkpointed = pinned
+    if checkpointed is None:
+        checkpointed = 0
+        reach = max(tokens, longest)
+        while checkpointed < layers and predict(reach, checkpointed, caches) > usable:
+            checkpointed += 1
+        if asked.checkpointing == "selective" and checkpointed == 0:
+            checkpointed = (layers + 1) // 2
+    graphs = asked.cuda_graphs is True or (
+        asked.cuda_graphs == "auto" and min(tokens, step_tokens) <= _SMALL_STEP_TOKENS
+    )
+    return ResolvedPlan(
+        micro_batch_tokens=tokens,
+        checkpointed_layers=checkpointed,
+        layers=layers,
+        caches_weights=caches,
+        loss_chunk_tokens=chunk,
+        uses_cuda_graphs=bool(graphs and supports_graphs),
+        predicted_bytes=predict(max(min(tokens, step_tokens), longest), checkpointed, caches),
+        usable_bytes=usable,
+    )
+
+
+def _pinned_layers(asked: FastPlan, layers: int) -> int | None:
+    if asked.checkpointing == "none":
+        return 0
+    if asked.checkpointing == "full":
+        return layers
+    if asked.checkpointing == "selective" and asked.checkpointed_layers is not None:
+        return min(asked.checkpointed_layers, layers)
+    return None
+
+
+def _choose_loss_chunk(asked: FastPlan, device_type: str) -> int:
+    # On a GPU long chunks fill it better; whoever asks for full checkpointing wants memory.
+    if device_type != "cuda":
+        return 256
+    return 1024 if asked.checkpointing == "full" else 4096
+
+
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    # `1 in (True, ...)` holds in Python, and is not what anyone means here.
+    if not any(
+        value is choice or (isinstance(choice, str) and value == choice) for choice in choices
+    ):
+        raise ConfigError(
+            f"plan option {name} must be one of {', '.join(map(repr, choices))}; got {value!r}."
+        )

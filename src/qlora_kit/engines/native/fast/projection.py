@@ -1,0 +1,187 @@
+"""Frozen quantized weights and their LoRA adapters as one differentiable operation.
+
+Projections with the same input (q/k/v, gate/up) form a group: their weights are dequantized
+into one matrix and multiplied once, their adapters lie side by side in ``down`` and block by
+block in ``up``. Both passes are opaque to ``torch.compile``: it would otherwise merge the
+dequantization of the forward and the backward pass and keep every dequantized weight alive
+in between. Method: QLoRA, Dettmers et al., arXiv:2305.14314.
+
+This module knows tensors. It does not know peft, layers or models.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["dequantize", "project"]
+
+_LIBRARY = torch.library.Library("qlora_kit", "FRAGMENT")
+
+_LIBRARY.define(
+    "lora_linear(Tensor x, Tensor[] weights, Tensor[] scales, int[] rows, int blocksize, "
+    "str quant_type, Tensor? bias, Tensor? down, Tensor? up) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "lora_linear_grad(Tensor grad, Tensor[] weights, Tensor[] scales, int[] rows, int columns, "
+    "int blocksize, str quant_type, Tensor? low_grad, Tensor? down) -> Tensor"
+)
+
+
+def project(
+    x: Tensor,
+    weights: list[Tensor],
+    scales: list[Tensor],
+    rows: list[int],
+    blocksize: int,
+    quant_type: str,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+) -> Tensor:
+    """``x @ W.T + bias + (x @ down.T) @ up.T`` for a group of frozen weights.
+
+    Args:
+        x: Input, shape ``(T, K)``, in the compute dtype.
+        weights: Packed 4-bit weights, one per projection; or, when ``scales`` is empty, 16/32-bit
+            matrices of ``N`` rows altogether and ``K`` columns.
+        scales: Each weight's block maxima, float32, already dequantized.
+        rows: Output features of each projection; they add up to ``N``.
+        blocksize: Weights per block maximum.
+        quant_type: ``"nf4"`` or ``"fp4"``.
+        bias: Shape ``(N,)``, frozen; or ``None``.
+        down: LoRA A matrices one above the other, shape ``(R, K)``; or ``None``.
+        up: LoRA B matrices, scaled, as a block-diagonal matrix of shape ``(N, R)``; or ``None``.
+
+    Returns:
+        Shape ``(T, N)``. Gradients reach ``x``, ``down`` and ``up``; in ``up`` also outside its
+        blocks, where they mean nothing.
+    """
+    out: Tensor = torch.ops.qlora_kit.lora_linear(
+        x, weights, scales, rows, blocksize, quant_type, bias, down, up
+    )[0]
+    return out
+
+
+def dequantize(
+    weights: list[Tensor],
+    scales: list[Tensor],
+    rows: list[int],
+    columns: int,
+    blocksize: int,
+    quant_type: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """A group's weights as one matrix of shape ``(sum(rows), columns)``."""
+    if not scales:
+        return weights[0] if len(weights) == 1 else torch.cat(weights)
+    ops = torch.ops.bitsandbytes
+    if len(weights) == 1 or weights[0].device.type != "cuda":
+        parts = [
+            ops.dequantize_4bit(weight, scale, blocksize, quant_type, [row, columns], dtype)
+            for weight, scale, row in zip(weights, scales, rows, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    out = torch.empty((sum(rows), columns), dtype=dtype, device=weights[0].device)
+    start = 0
+    for weight, scale, row in zip(weights, scales, rows, strict=True):
+        ops.dequantize_4bit.out(
+            weight, scale, blocksize, quant_type, [row, columns], dtype,
+            out=out[start : start + row],
+        )  # fmt: skip
+        start += row
+    return out
+
+
+def _lora_linear(
+    x: Tensor,
+    weights: list[Tensor],
+    scales: list[Tensor],
+    rows: list[int],
+    blocksize: int,
+    quant_type: str,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    weight = dequantize(weights, scales, rows, x.shape[1], blocksize, quant_type, x.dtype)
+    out = torch.nn.functional.linear(x, weight, bias)
+    if down is None or up is None:
+        return out, x.new_empty((0, 0))
+    low = x @ down.T
+    out.addmm_(low, up.T)
+    return out, low
+
+
+def _lora_linear_fake(
+    x: Tensor, weights: Any, scales: Any, rows: list[int], *rest: Any
+) -> tuple[Tensor, Tensor]:
+    down = rest[3]
+    low = x.new_empty((0, 0)) if down is None else x.new_empty((x.shape[0], down.shape[0]))
+    return x.new_empty((x.shape[0], sum(rows))), low
+
+
+def _lora_linear_grad(
+    grad: Tensor,
+    weights: list[Tensor],
+    scales: list[Tensor],
+    rows: list[int],
+    columns: int,
+    blocksize: int,
+    quant_type: str,
+    low_grad: Tensor | None,
+    down: Tensor | None,
+) -> Tensor:
+    weight = dequantize(weights, scales, rows, columns, blocksize, quant_type, grad.dtype)
+    out = grad @ weight
+    if low_grad is not None and down is not None:
+        out.addmm_(low_grad, down)
+    return out
+
+
+def _lora_linear_grad_fake(
+    grad: Tensor, weights: Any, scales: Any, rows: Any, columns: int, *rest: Any
+) -> Tensor:
+    return grad.new_empty((grad.shape[0], columns))
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weights, scales, rows, blocksize, quant_type, _, down, up = inputs
+    ctx.has_adapter = down is not None and up is not None
+    ctx.count = len(weights)
+    ctx.settings = (rows, x.shape[1], blocksize, quant_type)
+    adapter = (x, output[1], down, up) if ctx.has_adapter else ()
+    ctx.save_for_backward(*weights, *scales, *adapter)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+    saved = list(ctx.saved_tensors)
+    adapter = saved[-4:] if ctx.has_adapter else []
+    tensors = saved[: len(saved) - len(adapter)]
+    weights, scales = tensors[: ctx.count], tensors[ctx.count :]
+    rows, columns, blocksize, quant_type = ctx.settings
+    grad_down = grad_up = low_grad = down = None
+    if ctx.has_adapter:
+        x, low, down, up = adapter
+        low_grad = grad @ up
+        grad_down = low_grad.T @ x
+        grad_up = grad.T @ low
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.qlora_kit.lora_linear_grad(
+            grad, weights, scales, rows, columns, blocksize, quant_type, low_grad, down
+        )
+    # Autograd wants a list of nothing where a list went in.
+    none = ([None] * len(weights), [None] * len(scales))
+    return grad_x, *none, None, None, None, None, grad_down, grad_up
+
+
+_LIBRARY.impl("lora_linear", _lora_linear, "CompositeExplicitAutograd")
+_LIBRARY.impl("lora_linear_grad", _lora_linear_grad, "CompositeExplicitAutograd")
+torch.library.register_fake("qlora_kit::lora_linear", _lora_linear_fake, lib=_LIBRARY)
+torch.library.register_fake("qlora_kit::lora_linear_grad", _lora_linear_grad_fake, lib=_LIBRARY)
+torch.library.register_autograd(
+    "qlora_kit::lora_linear", _backward, setup_context=_remember, lib=_LIBRARY
+)

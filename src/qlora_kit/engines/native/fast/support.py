@@ -1,0 +1,96 @@
+"""Which models and settings the fast path covers; everything else trains through TRL."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+
+__all__ = ["find_obstacle"]
+
+#: transformers' decoders whose layers are what ``layer.decoder_layer`` computes.
+_DECODERS: Final = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
+
+#: Rotary embeddings that do not depend on the length of the batch.
+_ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
+
+
+def find_obstacle(model: Any, args: Any, extra: dict[str, Any]) -> str | None:
+    """Why a run cannot use the fast path, or ``None``.
+
+    Args:
+        model: A ``PeftModel``.
+        args: The run's ``SFTConfig``.
+        extra: Further keyword arguments of the trainer.
+    """
+    return _find_in_model(model) or _find_in_settings(args, extra, _dtype_of(model))
+
+
+def _dtype_of(model: Any) -> torch.dtype:
+    dtype: torch.dtype = model.get_base_model().get_input_embeddings().weight.dtype
+    return dtype
+
+
+def _find_in_model(model: Any) -> str | None:
+    base = model.get_base_model()
+    decoder: Any = getattr(base, "model", None)
+    name = type(decoder).__name__
+    if name not in _DECODERS or not type(decoder).__module__.startswith("transformers.models."):
+        return f"{type(base).__name__} is not of the Llama family"
+    config = base.config
+    if config.hidden_act != "silu":
+        return f"the activation is {config.hidden_act}"
+    if getattr(config, "attention_dropout", 0.0):
+        return f"attention_dropout={config.attention_dropout}"
+    layer_types = getattr(config, "layer_types", None) or ()
+    if "sliding_attention" in layer_types or (
+        name == "MistralModel" and getattr(config, "sliding_window", None)
+    ):
+        return "the model attends through a sliding window"
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in _ROPE_TYPES:
+        return f"rotary embeddings of type {rope!r}"
+    head = base.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or head.bias is not None or head.weight.requires_grad:
+        return "the language-model head is trained, adapted, quantized or has a bias"
+    embedding = base.get_input_embeddings()
+    if type(embedding) is not torch.nn.Embedding or embedding.weight.requires_grad:
+        return "the token embedding is trained or adapted"
+    if embedding.weight.dtype != head.weight.dtype:
+        return "the embedding and the head have different dtypes"
+    for layer in decoder.layers:
+        norms = [layer.input_layernorm, layer.post_attention_layernorm]
+        if any(not hasattr(norm, "weight") or norm.weight.requires_grad for norm in norms):
+            return "a normalization is trained"
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1:
+        return f"the model is spread over {', '.join(sorted(map(str, devices)))}"
+    if not any(hasattr(module, "lora_A") for module in decoder.modules()):
+        return "the adapter is not LoRA"
+    return None
+
+
+def _find_in_settings(args: Any, extra: dict[str, Any], dtype: torch.dtype) -> str | None:
+    if args.world_size > 1 or args.n_gpu > 1:
+        return "training is distributed"
+    if args.deepspeed or args.fsdp:
+        return "DeepSpeed or FSDP is in use"
+    if args.loss_type not in (None, "nll", "chunked_nll"):
+        return f"loss_type={args.loss_type!r}"
+    for name in ("label_smoothing_factor", "neftune_noise_alpha"):
+        if getattr(args, name, None):
+            return f"{name}={getattr(args, name)}"
+    for name in (
+        "activation_offloading",
+        "use_liger_kernel",
+        "torch_compile",
+        "auto_find_batch_size",
+    ):
+        if getattr(args, name, False):
+            return f"{name}=True"
+    if (args.bf16 and dtype != torch.bfloat16) or (args.fp16 and dtype == torch.bfloat16):
+        return f"mixed precision over a {dtype} model"
+    for name in ("compute_loss_func", "peft_config"):
+        if extra.get(name) is not None:
+            return f"{name} is given"
+    return None

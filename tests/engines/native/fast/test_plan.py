@@ -1,0 +1,102 @@
+"""What users may ask for, and what memory decides."""
+
+import dataclasses
+
+import pytest
+
+from qlora_kit.engines.native.fast.plan import FastPlan, MemoryModel, parse_plan, resolve_plan
+from qlora_kit.errors import ConfigError, UnknownOptionError
+
+GIB = 1024**3
+
+#: Qwen3-4B's shapes.
+MEMORY = MemoryModel(
+    layers=36,
+    saved_per_token=(3 * 2560 + 2 * 6144 + 4096 + 3 * 9728) * 2,
+    boundary_per_token=2560 * 2,
+    transient_per_token=(4 * 2560 + 4 * 9728) * 2,
+    dequantized=7_266_631_680,
+    largest_group=99_614_720,
+    loss_per_token=151936 * 12,
+    gradients=GIB,
+)
+
+
+def _resolve(free_gib, step_tokens=16384, longest=2048, **asked):
+    return resolve_plan(
+        FastPlan(**asked), MEMORY, device_type="cuda", free_bytes=free_gib * GIB,
+        step_tokens=step_tokens, longest=longest, is_quantized=True, supports_graphs=True,
+    )  # fmt: skip
+
+
+def test_plenty_of_memory_takes_the_batch_whole():
+    plan = _resolve(130)
+    assert plan.micro_batch_tokens == 16384
+    assert plan.checkpointing == "none"
+
+
+def test_less_memory_splits_before_it_recomputes():
+    plan = _resolve(40)
+    assert plan.micro_batch_tokens == 4096
+    assert plan.checkpointing == "none"
+    assert plan.predicted_bytes <= plan.usable_bytes
+
+
+def test_little_memory_recomputes_as_few_layers_as_it_must():
+    plan = _resolve(12)
+    assert plan.checkpointing == "selective"
+    assert plan.predicted_bytes <= plan.usable_bytes
+    fewer = dataclasses.replace(plan, checkpointed_layers=plan.checkpointed_layers - 1)
+    needed = MEMORY.predict(
+        4096, fewer.checkpointed_layers, caches=False, loss_chunk=plan.loss_chunk_tokens
+    )
+    assert needed > plan.usable_bytes
+
+
+def test_a_small_step_keeps_dequantized_weights_where_they_fit():
+    assert _resolve(130, step_tokens=1500, longest=400).caches_weights
+    assert not _resolve(12, step_tokens=1500, longest=400).caches_weights
+    assert not _resolve(130).caches_weights
+
+
+def test_small_steps_use_graphs_and_large_ones_do_not():
+    assert _resolve(130, step_tokens=1500, longest=400).uses_cuda_graphs
+    assert not _resolve(130).uses_cuda_graphs
+    assert not _resolve(130, step_tokens=1500, longest=400, cuda_graphs=False).uses_cuda_graphs
+
+
+def test_what_is_pinned_stays():
+    plan = _resolve(
+        4, checkpointing="none", micro_batch_tokens=9999, weights="cache", loss_chunk_tokens=7
+    )
+    assert plan.micro_batch_tokens == 9999
+    assert plan.checkpointing == "none"
+    assert plan.caches_weights
+    assert plan.loss_chunk_tokens == 7
+    assert _resolve(130, checkpointing="full").checkpointed_layers == 36
+    assert _resolve(130, checkpointing="selective", checkpointed_layers=9).checkpointed_layers == 9
+
+
+def test_what_users_may_type():
+    assert parse_plan(None) == parse_plan("auto") == parse_plan(True) == FastPlan()
+    assert parse_plan(False).enabled is False
+    assert parse_plan({"weights": "cache"}) == FastPlan(weights="cache")
+
+
+def test_wrong_options_are_named():
+    with pytest.raises(UnknownOptionError, match="Did you mean 'weights'"):
+        parse_plan({"weight": "cache"})
+    with pytest.raises(ConfigError, match="'nf4', 'cache'; got 'int4'"):
+        FastPlan(weights="int4")
+    with pytest.raises(ConfigError, match="micro_batch_tokens"):
+        FastPlan(micro_batch_tokens=0)
+    with pytest.raises(ConfigError, match="compile"):
+        FastPlan(compile=1)
+    with pytest.raises(ConfigError, match="plan must be"):
+        parse_plan("fastest")
+
+
+def test_a_plan_reads_as_a_sentence():
+    assert "checkpointing selective (9 of 36 layers)" in str(
+        _resolve(130, checkpointing="selective", checkpointed_layers=9)
+    )
