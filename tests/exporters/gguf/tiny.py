@@ -179,7 +179,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-yarn": ("LlamaConfig", {"rope_parameters": _YARN}),
     "llama-yarn-factor": (
         "LlamaConfig",
-        {"rope_parameters": {**_YARN, "attention_factor": 1.3, "beta_fast": 16.0}},
+        {"rope_parameters": {**_YARN, "attention_factor": 1.3, "beta_fast": 4.0, "beta_slow": 0.5}},
     ),
     "mistral": ("MistralConfig", {"sliding_window": None}),
     "qwen2": ("Qwen2Config", {"head_dim": None}),

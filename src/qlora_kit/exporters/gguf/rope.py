@@ -138,7 +138,7 @@ def _describe_yarn(rope: Rope, context_length: int) -> dict[str, Any]:
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": factor,
         "rope.scaling.original_context_length": original,
-        "rope.scaling.yarn_attn_factor": float(wanted) / own,
+        "rope.scaling.attn_factor": float(wanted) / own,
         "rope.scaling.yarn_beta_fast": float(rope.parameters.get("beta_fast") or 32),
         "rope.scaling.yarn_beta_slow": float(rope.parameters.get("beta_slow") or 1),
     }
