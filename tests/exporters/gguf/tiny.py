@@ -179,7 +179,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-yarn": ("LlamaConfig", {"rope_parameters": _YARN}),
     "llama-yarn-factor": (
         "LlamaConfig",
-        {"rope_parameters": {**_YARN, "attention_factor": 1.3, "beta_fast": 4.0, "beta_slow": 0.5}},
+        {"rope_parameters": {**_YARN, "attention_factor": 1.3}},
     ),
     "mistral": ("MistralConfig", {"sliding_window": None}),
     "qwen2": ("Qwen2Config", {"head_dim": None}),
@@ -236,14 +236,14 @@ def longrope_case(dimensions: int) -> dict[str, Any]:
     generator = random.Random(7)
     return {
         "head_dim": None,
-        "max_position_embeddings": 256,
-        "original_max_position_embeddings": 128,
+        "max_position_embeddings": 512,
+        "original_max_position_embeddings": 256,
         "rope_parameters": {
             "rope_type": "longrope",
             "rope_theta": 10000.0,
             "short_factor": [1.0 + generator.random() for _ in range(dimensions // 2)],
             "long_factor": [2.0 + 4 * generator.random() for _ in range(dimensions // 2)],
-            "original_max_position_embeddings": 128,
+            "original_max_position_embeddings": 256,
         },
     }
 

@@ -117,11 +117,22 @@ def describe_rope(
 
 
 def _describe_yarn(rope: Rope, context_length: int) -> dict[str, Any]:
-    """YaRN (arXiv:2309.00071); llama.cpp multiplies its own 0.1 ln(s) + 1 into the factor."""
+    """YaRN (arXiv:2309.00071); llama.cpp multiplies its own 0.1 ln(s) + 1 into the factor.
+
+    ``yarn_attn_factor`` would be the obvious key, and is overwritten by llama.cpp; ``attn_factor``
+    is multiplied in.
+    """
     if not rope.parameters.get("truncate", True):
         raise UnsupportedModelError(
             "YaRN with truncate=False has no counterpart in llama.cpp, which always rounds the "
             "correction range."
+        )
+    betas = (rope.parameters.get("beta_fast") or 32, rope.parameters.get("beta_slow") or 1)
+    if betas != (32, 1):
+        # The format has keys for them, but llama.cpp does not read them for these families.
+        raise UnsupportedModelError(
+            f"YaRN with beta_fast={betas[0]} and beta_slow={betas[1]}: llama.cpp uses 32 and 1 for "
+            "this family. Export with 'merged_16bit' and run it with transformers or vLLM."
         )
     original = int(rope.require("original_max_position_embeddings"))
     factor = float(rope.parameters.get("factor") or context_length / original)
@@ -139,8 +150,6 @@ def _describe_yarn(rope: Rope, context_length: int) -> dict[str, Any]:
         "rope.scaling.factor": factor,
         "rope.scaling.original_context_length": original,
         "rope.scaling.attn_factor": float(wanted) / own,
-        "rope.scaling.yarn_beta_fast": float(rope.parameters.get("beta_fast") or 32),
-        "rope.scaling.yarn_beta_slow": float(rope.parameters.get("beta_slow") or 1),
     }
 
 
