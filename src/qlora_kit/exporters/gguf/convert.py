@@ -23,7 +23,7 @@ from qlora_kit.exporters.gguf.families import Config, Description, Family, find_
 from qlora_kit.exporters.gguf.ggml import check_encoder, row_size, type_number
 from qlora_kit.exporters.gguf.recipes import ModelShape, Recipe, choose_types, resolve_recipes
 from qlora_kit.exporters.gguf.tensors import PlannedTensor, plan_tensors
-from qlora_kit.exporters.gguf.tokens import check_vocabulary, check_written_names
+from qlora_kit.exporters.gguf.tokens import check_vocabulary, check_written_name
 from qlora_kit.exporters.gguf.vocabulary import Vocabulary, read_vocabulary
 from qlora_kit.weights.source import TensorSource
 
@@ -169,7 +169,7 @@ def convert(
     """
     plan = plan_conversion(source, config, quantization=quantization, name=name)
     vocabulary = read_vocabulary(tokenizer, plan.vocabulary_size, stop_token_ids)
-    model_name = check_written_names(name, tokenizer)
+    model_name = check_written_name(name, vocabulary)
     texts, token_notes = check_vocabulary(vocabulary, tokenizer)
     files = {recipe.name: folder / plan.file_name(recipe) for recipe in plan.recipes}
     try:

@@ -22,6 +22,10 @@ __all__ = ["LlamaTokenizer"]
 
 _SPACE: Final = "\u2581"
 
+# What llama.cpp's phi-3 rule leaves alone, and what C's isspace() takes for a space.
+_NEVER_STRIPPING: Final = ("<unk>", "<s>", "<|endoftext|>")
+_C_SPACES: Final = " \t\n\v\f\r"
+
 
 def _byte_alphabet() -> dict[int, str]:
     """GPT-2's printable stand-in for every byte."""
@@ -106,6 +110,8 @@ class LlamaTokenizer:
                 for position, part in enumerate(fragment.split(token)):
                     if position:
                         cut.append(index)
+                        if self._vocabulary.strips_after_special and token not in _NEVER_STRIPPING:
+                            part = part.lstrip(_C_SPACES)
                     if part:
                         cut.append(part)
             fragments = cut

@@ -15,7 +15,7 @@ from qlora_kit.exporters.gguf.vocabulary import CONTROL, Vocabulary, describe_ba
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["check_vocabulary", "check_written_names", "compare_tokenizers"]
+__all__ = ["check_vocabulary", "check_written_name", "compare_tokenizers"]
 
 # llama.cpp strips the spaces behind special tokens of a model called so (llama-vocab.cpp).
 _STRIPPING_NAMES: Final = ("phi-3", "phi3")
@@ -95,13 +95,21 @@ def _choose_texts(
     used = [token for token in control if token in (vocabulary.chat_template or "")]
     ends = [vocabulary.tokens[index] for index in vocabulary.special_ids.values()]
     chosen = list(dict.fromkeys([*ends, *used, *control]))[:_MIXED_TOKENS]
-    if _prefixes_first_only(description, vocabulary):
+    chosen = [token for token in chosen if token]
+    if _is_metaspace(description) and vocabulary.adds_space_prefix:
         notes.append(
-            "The tokenizer puts a space before the very first word only; llama.cpp also puts one "
-            "after every special token. Prompts with special tokens inside differ by that space."
+            "The tokenizer puts a space before the first word only, and only if there is none; "
+            "llama.cpp always puts one, and one after every special token. Prompts that begin "
+            "with a space, or go on after a special token, differ by that space."
         )
+        texts = [
+            text
+            for text in texts
+            if not text.startswith((" ", "\u2581")) and not any(token in text for token in control)
+        ]
+        texts += [*chosen, *(token + other for token in chosen for other in chosen)]
     else:
-        texts = texts + mix_with_tokens([token for token in chosen if token])
+        texts = texts + mix_with_tokens(chosen)
     return texts, tuple(notes)
 
 
@@ -113,16 +121,12 @@ def _normalizes_unicode(normalizer: Any) -> bool:
     return normalizer.get("type") in ("NFC", "NFD", "NFKC", "NFKD")
 
 
-def _prefixes_first_only(description: dict[str, Any], vocabulary: Vocabulary) -> bool:
-    stated = description.get("pre_tokenizer") or {}
-    return (
-        vocabulary.adds_space_prefix
-        and stated.get("type") == "Metaspace"
-        and stated.get("prepend_scheme") == "first"
-    )
+def _is_metaspace(description: dict[str, Any]) -> bool:
+    stated = description.get("pre_tokenizer")
+    return isinstance(stated, dict) and stated.get("type") == "Metaspace"
 
 
-def check_written_names(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def check_written_name(name: str, vocabulary: Vocabulary) -> str:
     """The name to write into the file, given what llama.cpp reads into names.
 
     A model called "phi-3" has the spaces behind its special tokens stripped, whatever its
@@ -131,12 +135,10 @@ def check_written_names(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     Returns:
         ``name``, changed where it would switch that on wrongly or fail to.
     """
-    _, description = describe_backend(tokenizer)
-    strips = any(added.get("rstrip") for added in description.get("added_tokens", ()))
     is_named_so = any(part in name.lower() for part in _STRIPPING_NAMES)
-    if strips == is_named_so:
+    if vocabulary.strips_after_special == is_named_so:
         return name
-    if strips:
+    if vocabulary.strips_after_special:
         return f"{name} (phi-3 tokenizer)"
     changed = name
     for part in ("Phi-3", "phi-3", "PHI-3", "Phi3", "phi3", "PHI3"):

@@ -45,6 +45,7 @@ class Vocabulary:
         adds_bos: Whether encoding puts the beginning-of-text token first.
         adds_eos: Whether encoding puts the end-of-text token last.
         adds_space_prefix: Whether a space is put before the text.
+        strips_after_special: Whether spaces behind special tokens belong to them, as in phi-3.
         chat_template: The Jinja template, if there is one.
         notes: What the user should know, one sentence each.
     """
@@ -59,6 +60,7 @@ class Vocabulary:
     adds_bos: bool = False
     adds_eos: bool = False
     adds_space_prefix: bool = False
+    strips_after_special: bool = False
     chat_template: str | None = None
     notes: tuple[str, ...] = ()
 
@@ -118,6 +120,9 @@ def read_vocabulary(
         "special_ids": special_ids,
         "adds_bos": adds_bos,
         "adds_eos": adds_eos,
+        "strips_after_special": any(
+            added.get("rstrip") for added in description.get("added_tokens", ())
+        ),
         "chat_template": template,
         "notes": notes,
     }
