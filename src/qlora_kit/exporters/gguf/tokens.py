@@ -5,6 +5,7 @@ This module knows both tokenizers and a set of texts. It does not know files.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.errors import UnsupportedModelError
@@ -15,7 +16,7 @@ from qlora_kit.exporters.gguf.vocabulary import CONTROL, Vocabulary, describe_ba
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["check_vocabulary", "check_written_name", "compare_tokenizers"]
+__all__ = ["check_vocabulary", "check_written_name", "compare_tokenizers", "is_called_like_phi3"]
 
 # llama.cpp strips the spaces behind special tokens of a model called so (llama-vocab.cpp).
 _STRIPPING_NAMES: Final = ("phi-3", "phi3")
@@ -126,6 +127,11 @@ def _is_metaspace(description: dict[str, Any]) -> bool:
     return isinstance(stated, dict) and stated.get("type") == "Metaspace"
 
 
+def is_called_like_phi3(name: str) -> bool:
+    """Whether llama.cpp takes a model for a phi-3, whose special tokens swallow spaces."""
+    return any(part in name.lower() for part in _STRIPPING_NAMES)
+
+
 def check_written_name(name: str, vocabulary: Vocabulary) -> str:
     """The name to write into the file, given what llama.cpp reads into names.
 
@@ -135,12 +141,8 @@ def check_written_name(name: str, vocabulary: Vocabulary) -> str:
     Returns:
         ``name``, changed where it would switch that on wrongly or fail to.
     """
-    is_named_so = any(part in name.lower() for part in _STRIPPING_NAMES)
-    if vocabulary.strips_after_special == is_named_so:
+    if vocabulary.strips_after_special == is_called_like_phi3(name):
         return name
     if vocabulary.strips_after_special:
         return f"{name} (phi-3 tokenizer)"
-    changed = name
-    for part in ("Phi-3", "phi-3", "PHI-3", "Phi3", "phi3", "PHI3"):
-        changed = changed.replace(part, "Phi 3")
-    return changed
+    return re.sub(r"phi-?3", "Phi 3", name, flags=re.IGNORECASE)
