@@ -14,14 +14,17 @@ from qlora_kit.exporters.gguf.modelfile import describe_prompt, write_modelfile
 from qlora_kit.exporters.gguf.recipes import resolve_recipes
 from qlora_kit.exporters.gguf.running import check_runner
 from qlora_kit.exporters.gguf.tokens import check_vocabulary
-from qlora_kit.exporters.gguf.verifying import check_file, check_run
+from qlora_kit.exporters.gguf.verifying import check_files, check_run
 from qlora_kit.exporters.gguf.vocabulary import Vocabulary, read_vocabulary
 from qlora_kit.hookspecs import ExportEstimate, ExportRequest
-from qlora_kit.results import Check, LoadedModel, Verification
+from qlora_kit.results import LoadedModel, Verification
 
 __all__ = ["GgufExporter", "GgufOptions", "choose_name", "read_config"]
 
 _DEFAULT: Final = "q8_0"
+
+# A base read from "model.Q4_1.gguf" is no longer of that type.
+_TYPE_SUFFIX: Final = re.compile(r"[.-](I?Q\d\w*|B?F16|F32)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -139,9 +142,7 @@ class GgufExporter:
                 name=choose_name(request),
             )
             files = [(recipe, folder / plan.file_name(recipe)) for recipe in plan.recipes]
-            checks: list[Check] = []
-            for recipe, path in files:
-                checks += check_file(path, plan, recipe, source, model.tokenizer)
+            checks = check_files(files, plan, source, model.tokenizer)
             into_original = source.base == "original"
         if request.verify != "full":
             return Verification("standard", tuple(checks))
@@ -151,9 +152,12 @@ class GgufExporter:
 
 def choose_name(request: ExportRequest) -> str:
     """The name asked for, or the base's, without what file systems dislike."""
-    asked = getattr(request.options, "name", None) or Path(request.model.base.name_or_path).name
-    cleaned = re.sub(r"[^\w.+-]+", "-", str(asked).removesuffix(".gguf")).strip("-.")
-    return cleaned or "model"
+    asked = request.options.name
+    if asked is None:
+        asked = Path(request.model.base.name_or_path).name.removesuffix(".gguf")
+        if request.model.base.source == "gguf":
+            asked = _TYPE_SUFFIX.sub("", asked)
+    return re.sub(r"[^\w.+-]+", "-", str(asked)).strip("-.") or "model"
 
 
 def read_config(model: LoadedModel, source: Any) -> dict[str, Any]:
