@@ -11,14 +11,15 @@ import contextlib
 import errno
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
 from qlora_kit.errors import DiskSpaceError
-from qlora_kit.exporters.gguf.encoding import encode_tensor
+from qlora_kit.exporters.gguf.encoding import cut_rows, encode_piece
 from qlora_kit.exporters.gguf.families import Config, Description, Family, find_family
 from qlora_kit.exporters.gguf.ggml import check_encoder, row_size, type_number
 from qlora_kit.exporters.gguf.recipes import ModelShape, Recipe, choose_types, resolve_recipes
@@ -28,6 +29,7 @@ from qlora_kit.exporters.gguf.vocabulary import Vocabulary, read_vocabulary
 from qlora_kit.weights.source import TensorSource
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Conversion", "Plan", "convert", "plan_conversion"]
@@ -35,6 +37,9 @@ __all__ = ["Conversion", "Plan", "convert", "plan_conversion"]
 logger = logging.getLogger(__name__)
 
 _ALIGNMENT: Final = 32
+
+# Enough for workers never to wait for the writer, few enough to bound memory.
+_PIECES_PER_WORKER: Final = 4
 
 Progress = Callable[[str, int, int], None]
 
@@ -172,10 +177,11 @@ def convert(
     model_name = check_written_name(name, vocabulary)
     texts, token_notes = check_vocabulary(vocabulary, tokenizer)
     files = {recipe.name: folder / plan.file_name(recipe) for recipe in plan.recipes}
+    workers = threads or _count_cores()
     try:
         with (
             contextlib.ExitStack() as stack,
-            ThreadPoolExecutor(threads or _count_cores()) as pool,
+            ThreadPoolExecutor(workers) as pool,
         ):
             handles = {}
             for recipe in plan.recipes:
@@ -183,7 +189,11 @@ def convert(
                 _write_header(path, plan, recipe, vocabulary, model_name)
                 handles[recipe.name] = stack.enter_context(path.open("ab"))
                 _pad(handles[recipe.name])
-            _write_tensors(source, plan, handles, pool, progress)
+            try:
+                _write_tensors(source, plan, handles, pool, workers, progress)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
     except BaseException as error:
         for path in files.values():
             path.unlink(missing_ok=True)
@@ -224,18 +234,37 @@ def _write_tensors(
     plan: Plan,
     handles: Mapping[str, IO[bytes]],
     pool: Executor,
+    threads: int,
     progress: Progress,
 ) -> None:
+    """Encode pieces on the pool and write them in order.
+
+    A few pieces per worker are under way at any time, also across tensors: the next tensor is
+    read, and merged, while the last pieces of the one before are being encoded.
+    """
+    pending: deque[tuple[IO[bytes], Future[NDArray[Any]], bool]] = deque()
+
+    def write_oldest() -> None:
+        handle, piece, ends_tensor = pending.popleft()
+        handle.write(piece.result().data)
+        if ends_tensor:
+            _pad(handle)
+
     total = len(plan.tensors)
     for done, planned in enumerate(plan.tensors, start=1):
         tensor = planned.load(source)
         for recipe in plan.recipes:
             handle = handles[recipe.name]
             type_name = plan.types[recipe.name][planned.name]
-            for piece in encode_tensor(tensor, type_name, planned.name, pool):
-                handle.write(piece.data)
-            _pad(handle)
+            pieces = list(cut_rows(tensor))
+            for number, rows in enumerate(pieces, start=1):
+                while len(pending) >= _PIECES_PER_WORKER * threads:
+                    write_oldest()
+                future = pool.submit(encode_piece, rows, type_name, planned.name)
+                pending.append((handle, future, number == len(pieces)))
         progress("writing GGUF", done, total)
+    while pending:
+        write_oldest()
 
 
 def _write_header(

@@ -7,7 +7,6 @@ held in float32 as a whole. This module knows tensors and types. It does not kno
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.errors import ExportError
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-__all__ = ["encode_tensor"]
+__all__ = ["cut_rows", "encode_piece"]
 
 # Large enough that a call's overhead vanishes, small enough to stay near the cache.
 _PIECE_NUMBERS: Final = 1 << 20
@@ -25,36 +24,34 @@ _PIECE_NUMBERS: Final = 1 << 20
 _LARGEST_F16: Final = 65504.0
 
 
-def encode_tensor(
-    tensor: torch.Tensor, type_name: str, name: str, pool: Executor
-) -> Iterator[NDArray[Any]]:
-    """Encode a tensor, piece by piece in file order.
+def cut_rows(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A tensor's rows, all leading dimensions taken as one, in pieces of a few megabytes."""
+    columns = tensor.shape[-1]
+    rows = tensor.reshape(-1, columns)
+    step = max(1, _PIECE_NUMBERS // columns)
+    for start in range(0, rows.shape[0], step):
+        yield rows[start : start + step]
+
+
+def encode_piece(rows: torch.Tensor, type_name: str, name: str) -> NDArray[Any]:
+    """Encode some rows.
 
     Args:
-        tensor: Any floating dtype, on the CPU, any number of dimensions.
-        type_name: The type to store it in, as ``gguf.GGMLQuantizationType`` spells it.
-        name: Its name, for messages.
-        pool: Where pieces are encoded; each call occupies one worker.
+        rows: Shape (rows, columns), any floating dtype, on the CPU.
+        type_name: The type to store them in, as ``gguf.GGMLQuantizationType`` spells it.
+        name: The tensor's name, for messages.
 
-    Yields:
-        Contiguous arrays whose bytes follow each other in the file.
+    Returns:
+        A contiguous array with the bytes of the file.
 
     Raises:
         ExportError: When a weight is not finite, or too large for 16-bit floats.
     """
-    columns = tensor.shape[-1] if tensor.ndim else 1
-    rows = tensor.reshape(-1, columns)
-    step = max(1, _PIECE_NUMBERS // max(1, columns))
-    starts = range(0, rows.shape[0], step)
-    yield from pool.map(lambda start: _encode(rows[start : start + step], type_name, name), starts)
-
-
-def _encode(rows: torch.Tensor, type_name: str, name: str) -> NDArray[Any]:
     import torch
 
     values = rows.to(torch.float32).contiguous()
     # One pass finds infinities, NaN (which max() propagates) and overflow alike.
-    low, high = torch.aminmax(values) if values.numel() else (values.sum(), values.sum())
+    low, high = torch.aminmax(values)
     peak = max(-float(low), float(high))
     if not peak < float("inf"):
         raise ExportError(

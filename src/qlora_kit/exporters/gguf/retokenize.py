@@ -36,6 +36,7 @@ def _byte_alphabet() -> dict[int, str]:
 
 
 _ALPHABET: Final = _byte_alphabet()
+_BYTE_OF: Final = {character: byte for byte, character in _ALPHABET.items()}
 
 
 class LlamaTokenizer:
@@ -89,8 +90,7 @@ class LlamaTokenizer:
         if kind in (CONTROL, USER_DEFINED, UNKNOWN):
             return token.encode()
         if self._vocabulary.model == "gpt2":
-            inverse = {character: byte for byte, character in _ALPHABET.items()}
-            return bytes(inverse[character] for character in token)
+            return bytes(_BYTE_OF[character] for character in token)
         if token.startswith("<0x") and len(token) == 6:
             return bytes([int(token[3:5], 16)])
         return token.replace(_SPACE, " ").encode()
