@@ -5,6 +5,7 @@ Everything here only looks; nothing is changed.
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -22,11 +23,14 @@ __all__ = [
     "get_device_name",
     "get_versions",
     "measure_memory_gib",
+    "measure_peak_memory_gib",
     "reset_peak_memory",
     "to_torch_dtype",
 ]
 
 _GIB = 1024**3
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
 _DTYPE_ALIASES = {
     "bfloat16": "bfloat16",
     "bf16": "bfloat16",
@@ -101,15 +105,35 @@ def get_device_name(device: torch.device) -> str:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start measuring the peak anew, on devices that keep one."""
+    """Start measuring the peak anew, where the system allows it (CUDA, and Linux for a CPU)."""
     import torch
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    elif _CLEAR_REFS.exists():
+        # "5" resets the process's peak resident set and nothing else (proc(5)).
+        with contextlib.suppress(OSError):
+            _CLEAR_REFS.write_text("5", encoding="ascii")
 
 
 def measure_memory_gib(device: torch.device) -> float:
-    """Memory in use in GiB: peak reserved since the last reset on CUDA, resident set elsewhere."""
+    """Memory in use now, in GiB: reserved by torch on CUDA, the process's resident set elsewhere."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device) / _GIB
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / _GIB
+    return int(psutil.Process().memory_info().rss) / _GIB
+
+
+def measure_peak_memory_gib(device: torch.device) -> float:
+    """Most memory in use since :func:`reset_peak_memory`, in GiB.
+
+    Where the peak cannot be reset (a CPU under macOS or Windows) it is the process's since it
+    started.
+    """
     import psutil
     import torch
 
@@ -117,7 +141,12 @@ def measure_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_reserved(device) / _GIB
     if device.type == "mps":
         return torch.mps.driver_allocated_memory() / _GIB
-    return int(psutil.Process().memory_info().rss) / _GIB
+    if _STATUS.exists():
+        for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024**2
+    memory = psutil.Process().memory_info()
+    return int(getattr(memory, "peak_wset", memory.rss)) / _GIB
 
 
 def get_versions() -> dict[str, str]:

@@ -8,6 +8,7 @@
     ├── UnsupportedModelError (ValueError)      the model is of a kind we refuse to guess about
     ├── MissingDependencyError (ImportError)    an optional package is absent or broken
     ├── DataError (ValueError)                  rows are missing, empty or malformed
+    │   └── DataNotFoundError (FileNotFoundError)   no rows at that path or name
     ├── EngineError (RuntimeError)              the chosen engine cannot do what was asked
     ├── TrainingError (RuntimeError)            training stopped for a reason we can name
     ├── PluginError (RuntimeError)              an exporter plugin is broken or clashes
@@ -28,6 +29,7 @@ from collections.abc import Iterable
 __all__ = [
     "ConfigError",
     "DataError",
+    "DataNotFoundError",
     "DestinationExistsError",
     "DiskSpaceError",
     "EngineError",
@@ -75,6 +77,10 @@ class MissingDependencyError(QloraKitError, ImportError):
 
 class DataError(QloraKitError, ValueError):
     """Training rows are missing, empty or malformed."""
+
+
+class DataNotFoundError(DataError, FileNotFoundError):
+    """There are no rows at the given path or under the given name."""
 
 
 class EngineError(QloraKitError, RuntimeError):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.config import LoadConfig
 from qlora_kit.engines.selection import resolve_engine
 from qlora_kit.errors import ConfigError, ModelNotFoundError, OfflineError, did_you_mean
+from qlora_kit.manifest import read_manifest
 from qlora_kit.results import AdaptedModel, LoadedModel
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ logger = logging.getLogger(__name__)
 CACHE_VARIABLE = "QLORA_KIT_CACHE"
 
 _ADAPTER_CONFIG = "adapter_config.json"
-_MANIFEST = "qlora_kit_manifest.json"
 _WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 _HUB_PATTERNS = [
     "*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py",
@@ -129,7 +129,7 @@ def _load_base(path: Path, config: LoadConfig, engine: Engine) -> LoadedModel:
 
 def _load_adapter(path: Path, config: LoadConfig, engine: Engine) -> AdaptedModel:
     saved = json.loads((path / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     base_name = _find_base_of(path, saved, manifest)
     logger.info("%s is an adapter; its base is %s.", path, base_name)
     base_config = dataclasses.replace(config, model_name=base_name)
@@ -162,14 +162,6 @@ def _find_base_of(path: Path, saved: dict[str, Any], manifest: dict[str, Any]) -
         f"The adapter {path} was trained on {candidates[0]}, which is not there any more. Put the "
         f"base back, or set base_model_name_or_path in {path / _ADAPTER_CONFIG}."
     )
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    file = path / _MANIFEST
-    if not file.is_file():
-        return {}
-    manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return manifest
 
 
 def _find(name: str, config: LoadConfig) -> Path:

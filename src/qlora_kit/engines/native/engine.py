@@ -12,7 +12,14 @@ from qlora_kit.config import AdapterConfig, LoadConfig
 from qlora_kit.device import choose_compute_dtype, get_device, to_torch_dtype
 from qlora_kit.engines.base import TrainJob
 from qlora_kit.engines.native import loftq, quantization
-from qlora_kit.engines.native.tokenizer import collect_stop_token_ids, load_tokenizer
+from qlora_kit.engines.native.tokenizer import load_tokenizer
+from qlora_kit.engines.shared import (
+    collect_stop_token_ids,
+    keep_weights_unpacked,
+    make_adapted,
+    read_adapter_config,
+    warn_beyond_positions,
+)
 from qlora_kit.errors import ConfigError, UnsupportedModelError
 from qlora_kit.results import AdaptedModel, BaseInfo, LoadedModel
 
@@ -46,7 +53,7 @@ class NativeEngine:
         model_config = AutoConfig.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=config.trust_remote_code
         )
-        _warn_beyond_positions(config.max_seq_length, model_config)
+        warn_beyond_positions(config.max_seq_length, model_config)
         tokenizer = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
         try:
             model = AutoModelForCausalLM.from_pretrained(
@@ -66,7 +73,7 @@ class NativeEngine:
                 f"transformers cannot load {folder} as a causal language model: {error}"
             ) from error
         if active in ("nf4", "fp4"):
-            quantization.keep_weights_unpacked(model)
+            keep_weights_unpacked(model)
             if stored:
                 quantization.set_compute_dtype(model, to_torch_dtype(dtype))
         stop_token_ids = collect_stop_token_ids(tokenizer, model.generation_config)
@@ -99,7 +106,7 @@ class NativeEngine:
             if use_loftq:
                 loftq.initialize(model, loaded.base.path)
         model.config.use_cache = True
-        return _adapted(loaded, model, config)
+        return make_adapted(loaded, model, config)
 
     def attach_saved(
         self, loaded: LoadedModel, folder: Path, *, is_trainable: bool
@@ -110,25 +117,7 @@ class NativeEngine:
         model = PeftModel.from_pretrained(
             loaded.model, str(folder), is_trainable=is_trainable, local_files_only=True
         )
-        saved = model.peft_config["default"]
-        config = AdapterConfig(
-            r=saved.r,
-            target_modules=(
-                saved.target_modules
-                if isinstance(saved.target_modules, str)
-                else tuple(sorted(saved.target_modules or ()))
-            ),
-            lora_alpha=saved.lora_alpha,
-            lora_dropout=saved.lora_dropout,
-            bias=saved.bias,
-            use_rslora=saved.use_rslora,
-            use_dora=saved.use_dora,
-            modules_to_save=saved.modules_to_save,
-            layers_to_transform=saved.layers_to_transform,
-            rank_pattern=saved.rank_pattern or None,
-            alpha_pattern=saved.alpha_pattern or None,
-        )
-        return _adapted(loaded, model, config)
+        return make_adapted(loaded, model, read_adapter_config(model))
 
     def make_trainer(self, model: AdaptedModel, job: TrainJob) -> SFTTrainer:
         """TRL's trainer, with adapters kept in float32."""
@@ -160,21 +149,6 @@ class NativeEngine:
             model.model.train(was_training)
             if had_checkpointing and not model.model.is_gradient_checkpointing:
                 model.model.gradient_checkpointing_enable()
-
-
-def _adapted(loaded: LoadedModel, model: Any, config: AdapterConfig) -> AdaptedModel:
-    trainable, total = model.get_nb_trainable_parameters()
-    return AdaptedModel(
-        model=model,
-        tokenizer=loaded.tokenizer,
-        engine=loaded.engine,
-        base=loaded.base,
-        config=loaded.config,
-        record=loaded.record,
-        adapter=config,
-        trainable_parameters=int(trainable),
-        total_parameters=int(total),
-    )
 
 
 def _make_lora_config(config: AdapterConfig, *, use_loftq: bool) -> Any:
@@ -210,16 +184,4 @@ def _check_pissa(loaded: LoadedModel, config: AdapterConfig) -> None:
             f"init_lora_weights={init!r} changes the base weights, which a {loaded.base.quantization} "
             "base cannot hold. Load with load_in_4bit=False, or use LoftQ on the 4-bit base: "
             "loftq_config={'loftq_bits': 4}."
-        )
-
-
-def _warn_beyond_positions(max_seq_length: int, model_config: Any) -> None:
-    text_config = model_config.get_text_config()
-    positions = getattr(text_config, "max_position_embeddings", None)
-    if positions and max_seq_length > positions:
-        logger.warning(
-            "max_seq_length=%d is beyond the %d positions this model was trained for; "
-            "answers past that point may be poor.",
-            max_seq_length,
-            positions,
         )

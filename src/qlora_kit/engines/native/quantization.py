@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 __all__ = [
     "QuantizationName",
     "check_bitsandbytes",
-    "keep_weights_unpacked",
     "make_quantization_config",
     "read_stored_quantization",
     "set_compute_dtype",
@@ -102,17 +101,3 @@ def set_compute_dtype(model: Any, dtype: torch.dtype) -> None:
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype
             module.compute_type_is_set = True
-
-
-def keep_weights_unpacked(model: Any) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights in place on CPUs with AVX512-BF16.
-
-    ``Linear4bit.forward`` repacks the weight the first time a layer runs in eval mode, and
-    rounds the scales to bfloat16 while doing so: training, merging or saving afterwards would
-    see other numbers than before (bitsandbytes 0.50, ``_convert_weight_packed_for_cpu``).
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False

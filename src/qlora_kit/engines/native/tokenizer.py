@@ -11,7 +11,7 @@ from qlora_kit.errors import ModelNotFoundError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["collect_stop_token_ids", "load_tokenizer"]
+__all__ = ["load_tokenizer"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,16 +49,6 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         tokenizer.pad_token = _choose_pad_token(tokenizer)
         logger.info("The tokenizer names no padding token; using %r.", tokenizer.pad_token)
     return tokenizer
-
-
-def collect_stop_token_ids(
-    tokenizer: PreTrainedTokenizerBase, generation_config: Any
-) -> tuple[int, ...]:
-    """Every token that ends an answer: the tokenizer's end token, then the generation config's."""
-    stored = generation_config.eos_token_id
-    stored = [] if stored is None else [stored] if isinstance(stored, int) else list(stored)
-    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return tuple(dict.fromkeys([*own, *stored]))
 
 
 def _choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> str | None:

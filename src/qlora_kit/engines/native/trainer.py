@@ -6,12 +6,14 @@ from typing import Any
 
 from trl import SFTTrainer
 
-from qlora_kit.engines.counting import TokenCounter
+from qlora_kit.engines.offline import NoTelemetry
+from qlora_kit.engines.portable_loss import PortableLoss
+from qlora_kit.engines.recording import StepRecorder
 
 __all__ = ["NativeTrainer"]
 
 
-class NativeTrainer(TokenCounter, SFTTrainer):  # type: ignore[misc]
+class NativeTrainer(StepRecorder, PortableLoss, NoTelemetry, SFTTrainer):  # type: ignore[misc]
     """``SFTTrainer`` that leaves the adapter's dtype and the model's forward as it found them.
 
     TRL 1.15 rounds every trainable parameter of a quantized model to bfloat16 when the

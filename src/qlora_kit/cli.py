@@ -1,0 +1,196 @@
+"""A thin command line over the same functions: train, generate, export, exporters.
+
+Arguments become keyword arguments and results become lines; nothing is decided here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from qlora_kit.errors import ConfigError, QloraKitError
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit status: 0, or 1 after an error that was explained, or 130 after Ctrl-C.
+    """
+    parser = _make_parser()
+    options = parser.parse_args(arguments)
+    logging.basicConfig(
+        level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s"
+    )
+    try:
+        return int(options.run(options) or 0)
+    except QloraKitError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qlora-kit", description="Fine-tune a language model with QLoRA and export it."
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="say what is being done")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a LoRA adapter on Alpaca-style rows")
+    _add_model(train)
+    train.add_argument("data", help=".json, .jsonl, .csv, .parquet, a folder or a hub name")
+    train.add_argument("--output", default="outputs", help="checkpoints and the manifest")
+    train.add_argument("--export", default="lora", help="formats to export, by comma")
+    train.add_argument("--export-to", default=None, help="default: OUTPUT/FORMAT")
+    train.add_argument("--r", type=int, default=16, help="rank of the adapter")
+    train.add_argument("--lora-alpha", type=float, default=16)
+    train.add_argument("--response-only", action="store_true", help="loss on the answer alone")
+    train.add_argument("--packing", action="store_true", help="several examples in a row")
+    _add_settings(train, "any SFTConfig field, for example max_steps=200")
+    train.set_defaults(run=_train)
+
+    generate = commands.add_parser("generate", help="answer one instruction")
+    _add_model(generate)
+    generate.add_argument("instruction")
+    generate.add_argument("--input", default="", help="the instruction's input")
+    generate.add_argument("--max-new-tokens", type=int, default=256)
+    _add_settings(generate, "any GenerationConfig field, for example temperature=0.7")
+    generate.set_defaults(run=_generate)
+
+    export = commands.add_parser("export", help="write a model in another format")
+    _add_model(export)
+    export.add_argument("format", help="see `qlora-kit exporters`")
+    export.add_argument("path", help="the folder to write")
+    export.add_argument("--overwrite", action="store_true")
+    _add_settings(export, "the format's own options")
+    export.set_defaults(run=_export)
+
+    exporters = commands.add_parser("exporters", help="list the export formats")
+    exporters.add_argument("--json", action="store_true")
+    exporters.set_defaults(run=_exporters)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a folder, an adapter's folder, a .gguf file or a hub name")
+    parser.add_argument("--max-seq-length", type=int, default=2048)
+    parser.add_argument("--dtype", default=None)
+    parser.add_argument("--no-4bit", action="store_true", help="keep 16-bit weights")
+    parser.add_argument("--engine", default="auto")
+    parser.add_argument("--download", action="store_true", help="allow downloading the model")
+
+
+def _add_settings(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", dest="settings", help=what
+    )
+
+
+def _read_settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """``name=value`` pairs; values are JSON where they parse as such, text otherwise."""
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--set takes NAME=VALUE, got {pair!r}.")
+        try:
+            settings[name.replace("-", "_")] = json.loads(text)
+        except json.JSONDecodeError:
+            settings[name.replace("-", "_")] = {"True": True, "False": False, "None": None}.get(
+                text, text
+            )
+    return settings
+
+
+def _load(options: argparse.Namespace) -> Any:
+    from qlora_kit import load_quantized
+
+    return load_quantized(
+        options.model,
+        max_seq_length=options.max_seq_length,
+        dtype=options.dtype,
+        load_in_4bit=not options.no_4bit,
+        engine=options.engine,
+        local_files_only=not options.download,
+    )
+
+
+def _train(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from qlora_kit import AdaptedModel, AlpacaFormatter, attach_lora, export_model, train_sft
+    from qlora_kit import get_exporter as find_exporter
+
+    settings = _read_settings(options.settings)
+    formats = [name.strip() for name in options.export.split(",") if name.strip()]
+    for name in formats:
+        find_exporter(name)  # a misspelt format is said now, not after an hour
+    model = _load(options)
+    formatter = AlpacaFormatter(model.tokenizer, response_only=options.response_only)
+    rows = formatter.load(options.data)
+    if not isinstance(model, AdaptedModel):
+        model = attach_lora(model, r=options.r, lora_alpha=options.lora_alpha)
+    result = train_sft(
+        model, rows, output_dir=options.output, packing=options.packing, **settings
+    )
+    print(result)
+    for name in formats:
+        target = Path(options.export_to or options.output) / name
+        _print_artifact(export_model(model, name, target, overwrite=True))
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from qlora_kit import AlpacaFormatter, generate_stream
+
+    settings = _read_settings(options.settings)
+    model = _load(options)
+    formatter = model.record.formatter or AlpacaFormatter(model.tokenizer)
+    prompt = formatter.prompt(options.instruction, options.input)
+    for chunk in generate_stream(
+        model, prompt, max_new_tokens=options.max_new_tokens, **settings
+    ):
+        print(chunk.text, end="", flush=True)
+    print()
+
+
+def _export(options: argparse.Namespace) -> None:
+    from qlora_kit import export_model
+
+    settings = _read_settings(options.settings)
+    artifact = export_model(
+        _load(options), options.format, options.path, overwrite=options.overwrite, **settings
+    )
+    _print_artifact(artifact)
+
+
+def _print_artifact(artifact: Any) -> None:
+    checked = "checked against the live model" if artifact.verification.checks else "not checked"
+    print(
+        f"{artifact.format}: {artifact.path or artifact.url}, {len(artifact.files)} files, "
+        f"{artifact.size / 1e6:.1f} MB, {checked}"
+    )
+
+
+def _exporters(options: argparse.Namespace) -> None:
+    from qlora_kit.export import describe_exporters
+
+    described = describe_exporters()
+    if options.json:
+        print(json.dumps(described, indent=2, ensure_ascii=False))
+        return
+    for entry in described["exporters"]:
+        state = "ready" if entry["is_available"] else f"missing: {entry['missing']}"
+        print(f"{entry['name']:<16} {entry['summary']}")
+        print(f"{'':<16} from {entry['distribution']} {entry['version']}; {state}")
+        for option in entry["options"]:
+            print(f"{'':<16}   {option['name']}={option['default']}  ({option['type']})")
+    for broken in described["broken"]:
+        print(f"not usable: {broken}")

@@ -1,0 +1,73 @@
+"""Recording what a trainer really consumes and computes, the same way for every engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["StepRecorder"]
+
+# Losses stay on the device until this many steps are done, so that recording never waits for it.
+_FLUSH_EVERY = 256
+
+
+class StepRecorder:
+    """Mixin for ``transformers.Trainer``: tokens taken and the loss of each optimizer step.
+
+    Counting in the collator would include evaluation and prefetched batches; the trainer's
+    own log rounds losses and averages them over ``logging_steps``.
+    """
+
+    _tokens_seen: Any = 0
+    _trained_tokens: Any = 0
+    _starts_step: bool = True
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Take one optimizer step's micro-batches, counting their tokens."""
+        samples, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        self._starts_step = True
+        for batch in samples:
+            mask = batch.get("attention_mask")
+            if mask is not None and mask.dim() == 2:
+                self._tokens_seen = self._tokens_seen + mask.sum()
+            else:
+                self._tokens_seen = self._tokens_seen + batch["input_ids"].numel()
+            # The first token of a row is never predicted, whatever its label says.
+            trained = (batch["labels"][..., 1:] != -100).sum()
+            self._trained_tokens = self._trained_tokens + trained
+        return samples, items
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One micro-batch; its share of the step's mean loss is added up."""
+        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        pending = self.__dict__.setdefault("_pending_losses", [])
+        if self._starts_step:
+            if len(pending) >= _FLUSH_EVERY:
+                self._flush()
+            pending.append(loss)
+            self._starts_step = False
+        else:
+            pending[-1] = pending[-1] + loss
+        return loss
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens of the micro-batches taken so far, padding excluded."""
+        return int(self._tokens_seen)
+
+    @property
+    def trained_tokens(self) -> int:
+        """Of those, the tokens whose prediction carried loss."""
+        return int(self._trained_tokens)
+
+    @property
+    def step_losses(self) -> list[float]:
+        """Mean loss per trained token of each step begun so far, in order."""
+        self._flush()
+        return list(self.__dict__.get("_done_losses", ()))
+
+    def _flush(self) -> None:
+        pending = self.__dict__.setdefault("_pending_losses", [])
+        done = self.__dict__.setdefault("_done_losses", [])
+        # A later micro-batch of a step that was read early would start an entry of its own.
+        done.extend(float(loss) for loss in pending)
+        pending.clear()

@@ -1,0 +1,94 @@
+"""What every engine does alike with the models of transformers and peft."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.config import AdapterConfig
+from qlora_kit.results import AdaptedModel, LoadedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "collect_stop_token_ids",
+    "keep_weights_unpacked",
+    "make_adapted",
+    "read_adapter_config",
+    "warn_beyond_positions",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def make_adapted(loaded: LoadedModel, model: Any, config: AdapterConfig) -> AdaptedModel:
+    """The handle of a model that now has an adapter."""
+    trainable, total = model.get_nb_trainable_parameters()
+    return AdaptedModel(
+        model=model,
+        tokenizer=loaded.tokenizer,
+        engine=loaded.engine,
+        base=loaded.base,
+        config=loaded.config,
+        record=loaded.record,
+        adapter=config,
+        trainable_parameters=int(trainable),
+        total_parameters=int(total),
+    )
+
+
+def read_adapter_config(model: Any) -> AdapterConfig:
+    """The configuration of an adapter that peft loaded."""
+    saved = model.peft_config["default"]
+    targets = saved.target_modules
+    return AdapterConfig(
+        r=saved.r,
+        target_modules=targets if isinstance(targets, str) else tuple(sorted(targets or ())),
+        lora_alpha=saved.lora_alpha,
+        lora_dropout=saved.lora_dropout,
+        bias=saved.bias,
+        use_rslora=saved.use_rslora,
+        use_dora=saved.use_dora,
+        modules_to_save=saved.modules_to_save,
+        layers_to_transform=saved.layers_to_transform,
+        rank_pattern=saved.rank_pattern or None,
+        alpha_pattern=saved.alpha_pattern or None,
+    )
+
+
+def collect_stop_token_ids(
+    tokenizer: PreTrainedTokenizerBase, generation_config: Any
+) -> tuple[int, ...]:
+    """Every token that ends an answer: the tokenizer's end token, then the generation config's."""
+    stored = generation_config.eos_token_id
+    stored = [] if stored is None else [stored] if isinstance(stored, int) else list(stored)
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return tuple(dict.fromkeys([*own, *stored]))
+
+
+def keep_weights_unpacked(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights in place on CPUs with AVX512-BF16.
+
+    ``Linear4bit.forward`` repacks the weight the first time a layer runs in eval mode, and
+    rounds the scales to bfloat16 while doing so: training, merging or saving afterwards would
+    see other numbers than before (bitsandbytes 0.50, ``_convert_weight_packed_for_cpu``).
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def warn_beyond_positions(max_seq_length: int, model_config: Any) -> None:
+    """Say so when sequences will be longer than the model was trained for."""
+    text_config = model_config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if positions and max_seq_length > positions:
+        logger.warning(
+            "max_seq_length=%d is beyond the %d positions this model was trained for; "
+            "answers past that point may be poor.",
+            max_seq_length,
+            positions,
+        )

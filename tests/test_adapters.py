@@ -1,0 +1,197 @@
+"""Attaching adapters: every parameter of the classic script, presets, and what is refused."""
+
+import pytest
+
+from qlora_kit import attach_lora, load_quantized
+from qlora_kit.config import DEFAULT_TARGET_MODULES
+from qlora_kit.errors import ConfigError
+
+
+@pytest.fixture
+def base(tiny_llama):
+    return load_quantized(tiny_llama, dtype="float32")
+
+
+@pytest.fixture
+def base16(tiny_llama):
+    return load_quantized(tiny_llama, dtype="float32", load_in_4bit=False)
+
+
+def _adapted_names(model):
+    return {
+        name.split(".")[-1]
+        for name, module in model.model.named_modules()
+        if hasattr(module, "lora_A") and len(module.lora_A)
+    }
+
+
+def _logits(model):
+    import torch
+
+    with torch.no_grad():
+        return model.model.eval()(torch.tensor([[5, 6, 7, 8, 9]])).logits.float()
+
+
+def test_the_classic_scripts_call_works_by_position_and_name(base, caplog):
+    import torch
+
+    before = _logits(base)
+    with caplog.at_level("INFO"):
+        model = attach_lora(
+            base,
+            r=16,
+            target_modules=[
+                "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+            ],
+            lora_alpha=16,
+            lora_dropout=0,
+            bias="none",
+            use_gradient_checkpointing="unsloth",
+            random_state=3407,
+            use_rslora=False,
+            loftq_config=None,
+        )  # fmt: skip
+    assert _adapted_names(model) == set(DEFAULT_TARGET_MODULES)
+    assert f"{model.trainable_parameters:,} of {model.total_parameters:,}" in caplog.text
+    trained = [p for p in model.model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trained) == model.trainable_parameters
+    assert {p.dtype for p in trained} == {torch.float32}
+    # B starts at zero, so a fresh adapter changes nothing.
+    assert torch.equal(_logits(model), before)
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("attention", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("mlp", {"gate_proj", "up_proj", "down_proj"}),
+        ("all-linear", set(DEFAULT_TARGET_MODULES)),
+        ("v_proj", {"v_proj"}),
+        (["layers.0.self_attn.q_proj"], {"q_proj"}),
+    ],
+)
+def test_presets_and_names_choose_modules(base, preset, expected):
+    assert _adapted_names(attach_lora(base, r=2, target_modules=preset)) == expected
+
+
+@pytest.mark.parametrize("targets", [["q_porj"], "attn", ["q_proj", "nope"], [], [3]])
+def test_unknown_modules_raise_and_list_what_exists(base, targets):
+    with pytest.raises(ConfigError, match="gate_proj"):
+        attach_lora(base, target_modules=targets)
+
+
+def test_near_names_are_suggested(base):
+    with pytest.raises(ConfigError, match="Did you mean 'q_proj'"):
+        attach_lora(base, target_modules=["q_porj"])
+    with pytest.raises(ConfigError, match="lm_head"):
+        attach_lora(base, modules_to_save=["lm_haed"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"r": 0}, {"r": 2.5}, {"lora_alpha": 0}, {"lora_dropout": 1.0}, {"lora_dropout": -0.1},
+        {"bias": "some"}, {"use_gradient_checkpointing": "yes"},
+    ],
+)  # fmt: skip
+def test_impossible_values_are_refused(base, arguments):
+    (name,) = arguments
+    with pytest.raises(ConfigError, match=name if name != "r" else "rank"):
+        attach_lora(base, **arguments)
+
+
+def test_a_second_adapter_is_refused(base):
+    model = attach_lora(base, r=2)
+    with pytest.raises(ConfigError, match="already has an adapter"):
+        attach_lora(model, r=2)
+    with pytest.raises(ConfigError, match="load_quantized"):
+        attach_lora("a string")
+
+
+def test_the_seed_decides_the_start_and_leaves_torchs_generator_alone(tiny_llama):
+    import torch
+
+    def start(seed):
+        model = attach_lora(load_quantized(tiny_llama), r=4, random_state=seed)
+        return next(p for n, p in model.model.named_parameters() if "lora_A" in n).detach()
+
+    torch.manual_seed(1)
+    first = start(5)
+    after = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(after, torch.rand(1))
+    assert torch.equal(first, start(5))
+    assert not torch.equal(first, start(6))
+
+
+def test_rslora_scales_by_the_root_of_the_rank(base):
+    model = attach_lora(base, r=16, lora_alpha=16, use_rslora=True)
+    module = next(m for m in model.model.modules() if hasattr(m, "lora_A"))
+    assert module.scaling["default"] == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_dora_starts_at_the_base_and_trains_magnitudes(tiny_llama, quantized):
+    import torch
+
+    loaded = load_quantized(tiny_llama, dtype="float32", load_in_4bit=quantized)
+    before = _logits(loaded)
+    model = attach_lora(loaded, r=4, use_dora=True)
+    assert any("magnitude" in n for n, p in model.model.named_parameters() if p.requires_grad)
+    torch.testing.assert_close(_logits(model), before, atol=2e-5, rtol=1e-4)
+
+
+def test_pissa_starts_at_the_base_with_principal_directions(base16):
+    import torch
+
+    before = _logits(base16)
+    model = attach_lora(base16, r=8, init_lora_weights="pissa")
+    torch.testing.assert_close(_logits(model), before, atol=1e-4, rtol=1e-4)
+    assert any(
+        p.abs().max() > 0 for n, p in model.model.named_parameters() if "lora_B" in n
+    ), "PiSSA starts with B away from zero"
+
+
+def test_pissa_on_a_quantized_base_says_the_way_out(base):
+    with pytest.raises(ConfigError, match="load_in_4bit=False"):
+        attach_lora(base, init_lora_weights="pissa")
+
+
+@pytest.mark.parametrize("arguments", [{"loftq_config": {"loftq_bits": 4}},
+                                       {"init_lora_weights": "loftq"}])  # fmt: skip
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_loftq_brings_a_four_bit_base_nearer_to_the_original(tiny_llama, arguments, use_rslora):
+    original = _logits(load_quantized(tiny_llama, dtype="float32", load_in_4bit=False))
+    loaded = load_quantized(tiny_llama, dtype="float32")
+    quantized_error = (_logits(loaded) - original).norm()
+    model = attach_lora(loaded, r=32, lora_alpha=8, use_rslora=use_rslora, **arguments)
+    assert (_logits(model) - original).norm() < 0.8 * quantized_error
+
+
+def test_loftq_needs_a_four_bit_base_with_an_original(base16, tiny_llama, tmp_path):
+    with pytest.raises(ConfigError, match="load_in_4bit=True"):
+        attach_lora(base16, loftq_config={"loftq_bits": 4})
+    with pytest.raises(ConfigError, match="loftq_iter"):
+        attach_lora(load_quantized(tiny_llama), loftq_config={"loftq_bits": 4, "loftq_iter": 5})
+    stored = load_quantized(tiny_llama)
+    stored.model.save_pretrained(tmp_path / "nf4")
+    stored.tokenizer.save_pretrained(tmp_path / "nf4")
+    with pytest.raises(ConfigError, match="16-bit"):
+        attach_lora(load_quantized(tmp_path / "nf4"), loftq_config={"loftq_bits": 4})
+
+
+def test_saved_modules_layers_and_patterns_reach_peft(base16):
+    model = attach_lora(
+        base16,
+        r=4,
+        modules_to_save=["lm_head"],
+        layers_to_transform=[1],
+        rank_pattern={"q_proj": 2},
+        alpha_pattern={"q_proj": 7},
+    )
+    trained = {n for n, p in model.model.named_parameters() if p.requires_grad}
+    assert any("lm_head" in name for name in trained)
+    assert not any("layers.0." in name for name in trained)
+    shapes = {n: p.shape for n, p in model.model.named_parameters() if "lora_A" in n}
+    assert {s[0] for n, s in shapes.items() if "q_proj" in n} == {2}
+    assert {s[0] for n, s in shapes.items() if "v_proj" in n} == {4}

@@ -1,0 +1,173 @@
+"""Streaming: the same tokens as plain generate, named ends, and nothing left behind."""
+
+import gc
+import threading
+
+import pytest
+
+from qlora_kit import AlpacaFormatter, attach_lora, generate_stream, load_quantized
+from qlora_kit.errors import ConfigError, UnknownOptionError
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama):
+    loaded = load_quantized(tiny_llama, max_seq_length=256, dtype="float32", load_in_4bit=False)
+    # A random model never ends by itself; tests that need an end force one.
+    return attach_lora(loaded, r=4)
+
+
+PROMPT = "Below is an instruction that describes a task"
+
+
+def _text(model, prompt=PROMPT, **arguments):
+    return "".join(chunk.text for chunk in generate_stream(model, prompt, **arguments))
+
+
+def _threads():
+    return [thread for thread in threading.enumerate() if "qlora_kit" in thread.name]
+
+
+def test_the_text_is_what_plain_generate_decodes_to(model):
+    ids = model.tokenizer(PROMPT, return_tensors="pt")
+    plain = model.model.eval().generate(**ids, max_new_tokens=24, do_sample=False)
+    new = plain[0, ids["input_ids"].shape[1] :]
+    expected = model.tokenizer.decode(new, skip_special_tokens=True)
+    chunks = list(generate_stream(model, PROMPT, max_new_tokens=24))
+    assert "".join(chunk.text for chunk in chunks) == expected
+    assert chunks[-1].token_count == len(new)
+    assert all(chunk.finish_reason is None for chunk in chunks[:-1])
+    assert chunks[-1].finish_reason in ("length", "eos")
+    assert chunks[-1].tokens_per_second > 0
+    assert len(chunks) > 5, "text must come piece by piece"
+
+
+def test_it_stops_at_the_end_token(model):
+    first = next(iter(generate_stream(model, PROMPT, max_new_tokens=1)))
+    ids = model.tokenizer(PROMPT)["input_ids"]
+    import torch
+
+    with torch.no_grad():
+        token = int(model.model(torch.tensor([ids])).logits[0, -1].argmax())
+    chunks = list(generate_stream(model, PROMPT, max_new_tokens=8, eos_token_id=token))
+    assert [chunk.finish_reason for chunk in chunks] == ["eos"]
+    assert chunks[0].text == ""
+    assert chunks[0].token_count == 1
+    assert first.finish_reason == "length"
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_stop_strings_end_the_answer_and_are_not_in_it(model, length):
+    whole = _text(model, max_new_tokens=24)
+    at = len(whole) // 2
+    stop = whole[at : at + length]
+    chunks = list(generate_stream(model, PROMPT, max_new_tokens=24, stop=[stop, "never seen"]))
+    text = "".join(chunk.text for chunk in chunks)
+    assert text == whole[: whole.find(stop)]
+    assert chunks[-1].finish_reason == "stop"
+    assert not _threads()
+
+
+def test_text_that_only_begins_like_a_stop_string_is_kept(model):
+    whole = _text(model, max_new_tokens=16)
+    assert _text(model, max_new_tokens=16, stop=whole[-1] + "\x00never") == whole
+
+
+def test_leaving_early_leaves_no_thread_and_no_memory(model):
+    import psutil
+
+    for _ in generate_stream(model, PROMPT, max_new_tokens=200):
+        break
+    gc.collect()
+    assert not _threads()
+    before = psutil.Process().memory_info().rss
+    for _ in range(20):
+        for chunk in generate_stream(model, PROMPT, max_new_tokens=200):
+            if chunk.token_count > 3:
+                break
+    gc.collect()
+    assert not _threads()
+    assert psutil.Process().memory_info().rss - before < 64 * 1024**2
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_the_model_is_left_in_the_mode_it_was_found_in(model, mode):
+    model.model.train(mode)
+    model.model.config.use_cache = False
+    try:
+        _text(model, max_new_tokens=3)
+        assert model.model.training is mode
+        assert model.model.config.use_cache is False
+        assert all(
+            parameter.requires_grad == ("lora_" in name)
+            for name, parameter in model.model.named_parameters()
+        )
+    finally:
+        model.model.train(False)
+        model.model.config.use_cache = True
+
+
+def test_sampling_repeats_with_a_seed_and_leaves_torchs_generator_alone(model):
+    import torch
+
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    first = _text(model, max_new_tokens=12, temperature=1.5, seed=7)
+    assert torch.equal(torch.rand(1), expected)
+    assert first == _text(model, max_new_tokens=12, temperature=1.5, seed=7)
+    assert first != _text(model, max_new_tokens=12, temperature=1.5, seed=8)
+    assert _text(model, max_new_tokens=12) == _text(model, max_new_tokens=12)
+
+
+def test_prompts_of_every_kind(model):
+    formatter = AlpacaFormatter(model.tokenizer)
+    prompt = formatter.prompt("Continue the fibonacci sequence.", "1, 1, 2, 3, 5, 8")
+    by_prompt = _text(model, prompt, max_new_tokens=6)
+    assert by_prompt == _text(model, prompt.token_ids, max_new_tokens=6)
+    assert by_prompt == _text(model, str(prompt), max_new_tokens=6)
+    messages = [{"role": "user", "content": "Hello"}]
+    chat = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    assert _text(model, messages, max_new_tokens=6) == _text(model, chat, max_new_tokens=6)
+
+
+def test_characters_of_several_tokens_come_whole(model):
+    from qlora_kit.generation import _TextAssembler
+
+    text = "naïve 你好 🦊 end"
+    for stops in ((), ("🦊 end",)):
+        assembler = _TextAssembler(model.tokenizer, stops)
+        pieces, ended = [], False
+        for token in model.tokenizer(text)["input_ids"]:
+            piece, ended = assembler.add(token)
+            pieces.append(piece)
+            if ended:
+                break
+        if not ended:
+            pieces.append(assembler.finish()[0])
+        assert "\ufffd" not in "".join(pieces)
+        assert "".join(pieces) == (text if not stops else "naïve 你好 ")
+        assert ended is bool(stops)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        ({"max_new_tokens": 0}, ConfigError, "max_new_tokens"),
+        ({"temperature": 0}, ConfigError, "do_sample=False"),
+        ({"max_new_token": 5}, UnknownOptionError, "'max_new_tokens'"),
+        ({"stop": [""]}, ConfigError, "stop"),
+        ({"top_p": 3.0}, ConfigError, "top_p"),
+        ({"prompt": ""}, ConfigError, "empty"),
+        ({"prompt": []}, ConfigError, "prompt"),
+        ({"prompt": 3}, ConfigError, "prompt"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_the_call(model, arguments, error, said):
+    with pytest.raises(error, match=said):
+        generate_stream(model, **{"prompt": PROMPT, **arguments})
+
+
+def test_errors_in_the_thread_reach_the_reader(model):
+    with pytest.raises(Exception, match=r"(?i)index|range|size"):
+        list(generate_stream(model, [100_000], max_new_tokens=2))
+    assert not _threads()

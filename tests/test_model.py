@@ -1,0 +1,196 @@
+"""Loading: what is found, what is refused, and that nothing is downloaded."""
+
+import json
+import shutil
+
+import pytest
+
+from qlora_kit import attach_lora, load_quantized
+from qlora_kit.errors import (
+    ConfigError,
+    MissingDependencyError,
+    ModelNotFoundError,
+    OfflineError,
+    UnsupportedModelError,
+)
+
+
+def _layer(model):
+    return model.model.get_submodule("model.layers.0.self_attn.q_proj")
+
+
+def test_four_bit_is_nf4_with_double_quantization(tiny_llama):
+    import torch
+    from bitsandbytes.nn import Linear4bit
+
+    loaded = load_quantized(tiny_llama, max_seq_length=64, dtype="float32")
+    layer = _layer(loaded)
+    assert isinstance(layer, Linear4bit)
+    assert layer.weight.quant_state.quant_type == "nf4"
+    assert layer.weight.quant_state.nested
+    assert layer.compute_dtype is torch.float32
+    assert loaded.base.quantization == "nf4"
+    assert loaded.base.compute_dtype == "float32"
+    assert loaded.base.stop_token_ids == (2,)
+    model, tokenizer = loaded
+    assert model is loaded.model
+    assert tokenizer is loaded.tokenizer
+
+
+def test_the_default_dtype_is_what_the_machine_has(tiny_llama):
+    from qlora_kit.device import choose_compute_dtype, get_device
+
+    loaded = load_quantized(tiny_llama)
+    assert loaded.base.compute_dtype == choose_compute_dtype(None, get_device())
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "float32"])
+def test_sixteen_bit_weights_are_the_files_own(tiny_llama, dtype):
+    import torch
+    from safetensors.torch import load_file
+
+    loaded = load_quantized(tiny_llama, dtype=dtype, load_in_4bit=False)
+    stored = load_file(tiny_llama / "model.safetensors")
+    weight = _layer(loaded).weight
+    assert weight.dtype is {"bf16": torch.bfloat16, "float32": torch.float32}[dtype]
+    assert torch.equal(
+        weight.to(torch.bfloat16), stored["model.layers.0.self_attn.q_proj.weight"]
+    )
+    assert loaded.base.quantization is None
+
+
+def test_eight_bit_turns_four_bit_off(tiny_llama):
+    import torch
+    from bitsandbytes.nn import Linear8bitLt
+
+    loaded = load_quantized(tiny_llama, load_in_8bit=True)
+    assert isinstance(_layer(loaded), Linear8bitLt)
+    assert loaded.base.quantization == "int8"
+    with torch.no_grad():
+        logits = loaded.model(torch.tensor([[5, 6, 7]])).logits
+    assert torch.isfinite(logits).all()
+    with pytest.raises(ConfigError, match="choose one"):
+        load_quantized(tiny_llama, load_in_4bit=True, load_in_8bit=True)
+
+
+def test_a_prequantized_checkpoint_stays_as_it_is(tiny_llama, tmp_path):
+    import torch
+
+    first = load_quantized(tiny_llama, dtype="float32")
+    first.model.save_pretrained(tmp_path / "nf4")
+    first.tokenizer.save_pretrained(tmp_path / "nf4")
+    again = load_quantized(tmp_path / "nf4", dtype="float32", load_in_4bit=False)
+    assert again.base.is_prequantized
+    assert again.base.quantization == "nf4"
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        assert torch.equal(first.model(ids).logits, again.model(ids).logits)
+
+
+def test_loading_touches_no_network(tiny_llama, no_network, monkeypatch):
+    # The environment's own offline switch must not be what keeps us off the network.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    load_quantized(tiny_llama)
+    with pytest.raises(OfflineError, match="local_files_only=False"):
+        load_quantized("someone/some-model")
+    assert no_network == []
+    with pytest.raises(ModelNotFoundError, match="could not be downloaded"):
+        load_quantized("someone/some-model", local_files_only=False)
+    assert no_network, "the guard saw nothing, so it proves nothing"
+
+
+def test_a_saved_adapter_finds_its_base(tiny_llama, tmp_path):
+    import torch
+
+    model = attach_lora(load_quantized(tiny_llama, dtype="float32"), r=4, lora_alpha=8)
+    for name, parameter in model.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    model.model.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        expected = model.model.eval()(ids).logits
+    for is_trainable in (True, False):
+        again = load_quantized(tmp_path / "adapter", dtype="float32", is_trainable=is_trainable)
+        assert again.adapter.r == 4
+        assert (again.trainable_parameters > 0) is is_trainable
+        with torch.no_grad():
+            assert torch.equal(again.model.eval()(ids).logits, expected)
+
+
+def test_an_adapter_without_its_base_says_what_is_missing(tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": "/gone/away/model"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelNotFoundError, match="/gone/away/model"):
+        load_quantized(folder)
+
+
+def test_missing_paths_name_what_is_near(tiny_llama):
+    with pytest.raises(ModelNotFoundError, match="'llama'"):
+        load_quantized(tiny_llama.parent / "lama")
+    with pytest.raises(FileNotFoundError):
+        load_quantized("./no/such/folder")
+    with pytest.raises(ModelNotFoundError, match="is a file"):
+        load_quantized(tiny_llama / "config.json")
+    with pytest.raises(ConfigError, match="empty"):
+        load_quantized("")
+
+
+def test_folders_without_a_model_are_refused(tiny_llama, tmp_path):
+    (tmp_path / "notes.txt").write_text("nothing")
+    with pytest.raises(ModelNotFoundError, match=r"no config\.json.*notes\.txt"):
+        load_quantized(tmp_path)
+    (tmp_path / "config.json").write_text((tiny_llama / "config.json").read_text())
+    with pytest.raises(ModelNotFoundError, match="no \\*.safetensors"):
+        load_quantized(tmp_path)
+    shutil.copy(tiny_llama / "model.safetensors", tmp_path)
+    with pytest.raises(ModelNotFoundError, match="tokenizer"):
+        load_quantized(tmp_path)
+
+
+@pytest.mark.parametrize("length", [0, -5, 2.5, True])
+def test_impossible_lengths_are_refused(tiny_llama, length):
+    with pytest.raises(ConfigError, match="max_seq_length"):
+        load_quantized(tiny_llama, max_seq_length=length)
+
+
+def test_lengths_beyond_the_positions_warn(tiny_llama, caplog):
+    load_quantized(tiny_llama, max_seq_length=4096)
+    assert "beyond the 512 positions" in caplog.text
+
+
+def test_unknown_dtypes_and_engines_are_refused(tiny_llama):
+    with pytest.raises(ConfigError, match="float8"):
+        load_quantized(tiny_llama, dtype="float8")
+    with pytest.raises(ConfigError, match="Did you mean 'native'"):
+        load_quantized(tiny_llama, engine="nativ")
+
+
+def test_other_quantizations_are_refused(tiny_llama, tmp_path):
+    shutil.copytree(tiny_llama, tmp_path / "gptq")
+    config = json.loads((tmp_path / "gptq" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "gptq" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match="gptq"):
+        load_quantized(tmp_path / "gptq")
+
+
+def test_four_bit_without_bitsandbytes_says_the_way_out(tiny_llama, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    with pytest.raises(MissingDependencyError, match="load_in_4bit=False"):
+        load_quantized(tiny_llama)
+    assert load_quantized(tiny_llama, load_in_4bit=False).base.quantization is None
+
+
+def test_auto_logs_which_engine_and_why(tiny_llama, caplog):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU, where auto may take unsloth")
+    with caplog.at_level("INFO"):
+        assert load_quantized(tiny_llama).engine.name == "native"
+    assert "Engine 'native': " in caplog.text

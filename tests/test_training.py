@@ -1,0 +1,370 @@
+"""Training: what is learned, what is reported, what is refused, and how it stops."""
+
+import json
+import math
+import os
+import signal
+
+import pytest
+
+from qlora_kit import AlpacaFormatter, attach_lora, load_quantized, train_sft
+from qlora_kit.errors import ConfigError, DataError, UnknownOptionError
+
+FAST = {
+    "max_steps": 4, "save_strategy": "no", "learning_rate": 2e-2, "warmup_steps": 1,
+    "disable_tqdm": True,
+}  # fmt: skip
+
+
+@pytest.fixture
+def make_model(tiny_llama):
+    def make(**arguments):
+        loaded = load_quantized(tiny_llama, max_seq_length=128, dtype="float32", **arguments)
+        return attach_lora(loaded, r=4)
+
+    return make
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model()
+
+
+def _train(model, rows, folder, **arguments):
+    formatter = AlpacaFormatter(model.tokenizer)
+    return train_sft(model, formatter.load(rows), output_dir=folder, **{**FAST, **arguments})
+
+
+def test_training_lowers_the_loss_and_reports_what_it_did(model, alpaca_rows, tmp_path):
+    result = _train(model, alpaca_rows, tmp_path, max_steps=8)
+    assert result.steps == len(result.losses) == 8
+    assert result.losses[-1] < 0.95 * result.losses[0]
+    assert result.losses[0] == pytest.approx(math.log(384), rel=0.1)
+    assert 0 < result.trained_tokens < result.tokens_seen
+    assert result.tokens_per_second == pytest.approx(result.tokens_seen / result.seconds)
+    assert result.peak_memory_gib >= result.memory_before_gib > 0.1
+    assert result.device
+    assert {"torch", "trl", "peft", "transformers"} <= set(result.versions)
+    assert not result.was_interrupted
+    assert model.record.training is result
+    assert "8 steps" in str(result)
+
+
+def test_the_manifest_says_what_happened_and_holds_no_token(model, alpaca_rows, tmp_path):
+    result = _train(model, alpaca_rows, tmp_path, hub_token="hf_secret")
+    text = result.manifest_path.read_text(encoding="utf-8")
+    manifest = json.loads(text)
+    assert "hf_secret" not in text
+    assert manifest["kind"] == "training"
+    assert manifest["base"]["quantization"] == "nf4"
+    assert manifest["adapter"]["r"] == 4
+    assert manifest["formatter"]["eos_token"] == "<|im_end|>"
+    assert manifest["seeds"] == {"training": 3407, "adapter": 3407}
+    assert manifest["data"]["rows"] == 12
+    assert manifest["data"]["fingerprint"]
+    assert manifest["data"]["template_fingerprint"]
+    assert manifest["result"]["losses"] == pytest.approx(list(result.losses))
+
+
+def test_defaults_are_the_classic_scripts(model, alpaca_rows, tmp_path):
+    formatter = AlpacaFormatter(model.tokenizer)
+    result = train_sft(
+        model, formatter.load(alpaca_rows), output_dir=tmp_path, max_steps=2, save_strategy="no"
+    )
+    arguments = json.loads(result.manifest_path.read_text(encoding="utf-8"))["arguments"]
+    wanted = {
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "warmup_steps": 5,
+        "weight_decay": 0.01, "lr_scheduler_type": "linear", "seed": 3407, "logging_steps": 1,
+    }  # fmt: skip
+    assert {name: arguments[name] for name in wanted} == wanted
+
+
+def test_the_same_seed_gives_the_same_losses(make_model, alpaca_rows, tmp_path):
+    first = _train(make_model(), alpaca_rows, tmp_path / "a")
+    second = _train(make_model(), alpaca_rows, tmp_path / "b")
+    other = _train(make_model(), alpaca_rows, tmp_path / "c", seed=1)
+    assert first.losses == second.losses
+    assert first.losses != other.losses
+
+
+@pytest.mark.parametrize("arguments", [
+    {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
+    {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
+    {"padding_free": True},
+])  # fmt: skip
+def test_the_split_into_micro_batches_does_not_change_the_steps(
+    make_model, alpaca_rows, tmp_path, arguments
+):
+    classic = _train(make_model(), alpaca_rows, tmp_path / "a", max_grad_norm=1e9)
+    other = _train(make_model(), alpaca_rows, tmp_path / "b", max_grad_norm=1e9, **arguments)
+    assert other.losses == pytest.approx(classic.losses, rel=2e-4)
+    assert other.tokens_seen == classic.tokens_seen
+    assert other.trained_tokens == classic.trained_tokens
+
+
+def test_packing_trains_every_example_once_per_epoch(make_model, alpaca_rows, tmp_path):
+    plain = _train(
+        make_model(), alpaca_rows, tmp_path / "a", max_steps=-1, num_train_epochs=1,
+        per_device_train_batch_size=12, gradient_accumulation_steps=1,
+    )  # fmt: skip
+    packed = _train(
+        make_model(), alpaca_rows, tmp_path / "b", max_steps=-1, num_train_epochs=1,
+        per_device_train_batch_size=12, gradient_accumulation_steps=1, packing=True,
+    )  # fmt: skip
+    assert packed.tokens_seen == plain.tokens_seen
+    assert packed.trained_tokens == plain.trained_tokens
+    # One step over all rows: the same mean, whatever the layout.
+    assert packed.losses == pytest.approx(plain.losses, rel=1e-4)
+
+
+def test_epochs_given_alone_replace_the_default_steps(model, alpaca_rows, tmp_path):
+    result = train_sft(
+        model, AlpacaFormatter(model.tokenizer).load(alpaca_rows), output_dir=tmp_path,
+        num_train_epochs=2, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    assert result.steps == 4  # 12 rows in steps of 8, twice
+
+
+def test_only_the_adapter_changes_and_the_model_is_left_as_found(model, alpaca_rows, tmp_path):
+    import torch
+
+    module = model.model
+    frozen = {n: p.detach().clone() for n, p in module.named_parameters() if not p.requires_grad}
+    trained = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
+    module.eval()
+    forward, use_cache = module.get_base_model().forward.__func__, module.config.use_cache
+    _train(model, alpaca_rows, tmp_path, gradient_checkpointing=True)
+    for name, parameter in module.named_parameters():
+        before = frozen.get(name, trained.get(name))
+        assert torch.equal(parameter, before) is (name in frozen), name
+        assert parameter.dtype is before.dtype, name
+    assert module.training is False
+    assert module.config.use_cache == use_cache
+    assert module.get_base_model().forward.__func__ is forward
+    assert not module.is_gradient_checkpointing
+    assert not module.get_input_embeddings()._forward_hooks
+
+
+def test_training_again_goes_on_from_where_it_was(model, alpaca_rows, tmp_path):
+    first = _train(model, alpaca_rows, tmp_path / "a", max_steps=6)
+    second = _train(model, alpaca_rows, tmp_path / "b", max_steps=6)
+    assert second.losses[0] < 0.95 * first.losses[0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_every_base_trains_in_every_dtype(tiny_qwen3, alpaca_rows, tmp_path, dtype, bits):
+    import torch
+
+    loaded = load_quantized(
+        tiny_qwen3, 128, dtype, load_in_4bit=bits == 4, load_in_8bit=bits == 8
+    )
+    model = attach_lora(loaded, r=4)
+    result = _train(model, alpaca_rows, tmp_path, max_steps=6)
+    assert result.losses[-1] < result.losses[0]
+    assert {p.dtype for p in model.model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_generating_before_and_during_training_does_not_change_it(
+    make_model, alpaca_rows, tmp_path
+):
+    from transformers import TrainerCallback
+
+    from qlora_kit import generate_stream
+
+    plain = _train(make_model(), alpaca_rows, tmp_path / "a")
+    model = make_model()
+    asked = []
+
+    class Asks(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            asked.extend(generate_stream(model, "Say the number", max_new_tokens=3))
+
+    asked.extend(generate_stream(model, "Say the number", max_new_tokens=3))
+    result = _train(model, alpaca_rows, tmp_path / "b", callbacks=[Asks()])
+    assert len(asked) >= 5
+    assert result.losses == pytest.approx(plain.losses, rel=1e-6)
+
+
+def test_evaluation_runs_by_itself_when_rows_are_given(model, alpaca_rows, tmp_path):
+    formatter = AlpacaFormatter(model.tokenizer)
+    rows, held_out = formatter.load(alpaca_rows).split(0.25, seed=0)
+    result = train_sft(
+        model, rows, output_dir=tmp_path, eval_dataset=held_out, **{**FAST, "max_steps": 8}
+    )
+    assert [step for step, _ in result.eval_losses] == [2, 4, 6, 8]
+    assert result.eval_losses[-1][1] < result.eval_losses[0][1]
+    counted = len([entry for entry in result.log_history if "eval_loss" in entry])
+    assert counted == 4
+    # Evaluation is not training.
+    assert result.tokens_seen < 8 * 8 * 128
+
+
+def test_unknown_fields_name_the_nearest(model, alpaca_rows, tmp_path):
+    with pytest.raises(UnknownOptionError, match="'learning_rate'"):
+        _train(model, alpaca_rows, tmp_path, learning_rat=1e-3)
+    with pytest.raises(TypeError, match="'warmup_steps'"):
+        _train(model, alpaca_rows, tmp_path, warmup_step=3, zzzz=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        ({"completion_only_loss": True}, "response_only=True"),
+        ({"assistant_only_loss": True}, "ChatFormatter"),
+        ({"eos_token": "</s>"}, "eos_token"),
+        ({"model_init_kwargs": {"a": 1}}, "load_quantized"),
+        ({"truncation_mode": "keep_end"}, "truncation"),
+        ({"truncation": "begin"}, "truncation"),
+        ({"max_length": 1}, "max_length"),
+        ({"learning_rate": "fast"}, "learning_rate must be"),
+        ({"lr_scheduler_type": "wavy"}, "wavy"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(model, alpaca_rows, tmp_path, arguments, advice):
+    with pytest.raises(ConfigError, match=advice):
+        _train(model, alpaca_rows, tmp_path, **arguments)
+
+
+def test_models_without_an_adapter_to_train_are_refused(tiny_llama, alpaca_rows, tmp_path):
+    loaded = load_quantized(tiny_llama)
+    with pytest.raises(ConfigError, match="attach_lora"):
+        train_sft(loaded, alpaca_rows)
+    attach_lora(loaded, r=2).model.save_pretrained(tmp_path / "adapter")
+    frozen = load_quantized(tmp_path / "adapter", is_trainable=False)
+    with pytest.raises(ConfigError, match="is_trainable=True"):
+        train_sft(frozen, alpaca_rows)
+
+
+def test_bad_rows_are_refused_before_training(model, tmp_path):
+    with pytest.raises(DataError, match=r"(?i)empty|no rows"):
+        _train(model, [], tmp_path)
+    with pytest.raises(DataError, match="instruction"):
+        _train(model, [{"question": "a", "answer": "b"}], tmp_path)
+    with pytest.raises(DataError, match="needs rows"):
+        train_sft(model, None, output_dir=tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_plain_datasets_and_tokenized_rows_are_taken(make_model, alpaca_rows, tmp_path):
+    from datasets import Dataset
+
+    by_rows = _train(make_model(), alpaca_rows, tmp_path / "a")
+    by_dataset = train_sft(
+        make_model(), Dataset.from_list(alpaca_rows), output_dir=tmp_path / "b", **FAST
+    )
+    assert by_dataset.losses == by_rows.losses
+    model = make_model()
+    formatter = AlpacaFormatter(model.tokenizer)
+    encoded = formatter.encode(formatter.load(alpaca_rows), max_length=128).dataset
+    tokenized = train_sft(model, encoded, output_dir=tmp_path / "c", **FAST)
+    assert tokenized.losses == by_rows.losses
+
+
+def test_the_notebooks_text_column_is_taken_with_its_end_token(make_model, alpaca_rows, tmp_path):
+    from datasets import Dataset
+
+    by_rows = _train(make_model(), alpaca_rows, tmp_path / "a")
+    model = make_model()
+    formatter = AlpacaFormatter(model.tokenizer)
+    for end in ("", model.tokenizer.eos_token):
+        text = [
+            f"{formatter.prompt(row['instruction'], row['input'])}{row['output']}{end}"
+            for row in alpaca_rows
+        ]
+        result = train_sft(
+            make_model(), Dataset.from_dict({"text": text}), output_dir=tmp_path / "b", **FAST
+        )
+        assert result.tokens_seen == pytest.approx(by_rows.tokens_seen, rel=0.02)
+        assert result.losses[0] == pytest.approx(by_rows.losses[0], rel=0.02)
+
+
+def test_optimizers_fall_back_where_they_do_not_run(model, alpaca_rows, tmp_path, caplog):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("8-bit Adam runs on this machine")
+    with caplog.at_level("INFO"):
+        result = _train(model, alpaca_rows, tmp_path, optim="adamw_8bit")
+    assert result.optimizer == "adamw_torch"
+    assert "adamw_8bit -> adamw_torch" in result.optimizer_note
+    assert result.optimizer_note in caplog.text
+    manifest = json.loads(result.manifest_path.read_text(encoding="utf-8"))
+    assert manifest["result"]["optimizer_note"] == result.optimizer_note
+    assert _train(model, alpaca_rows, tmp_path, optim="sgd").optimizer_note == ""
+
+
+def test_resuming_goes_on_as_if_it_had_not_stopped(make_model, alpaca_rows, tmp_path):
+    whole = _train(
+        make_model(), alpaca_rows, tmp_path / "a", max_steps=6, save_strategy="steps", save_steps=3
+    )
+    resumed = _train(
+        make_model(), alpaca_rows, tmp_path / "a", max_steps=6, save_strategy="steps",
+        save_steps=3, resume_from_checkpoint=tmp_path / "a" / "checkpoint-3",
+    )  # fmt: skip
+    assert resumed.steps == 6
+    assert resumed.losses == pytest.approx(whole.losses[3:], rel=1e-5)
+
+
+def test_resuming_from_nothing_says_so(model, alpaca_rows, tmp_path):
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        _train(model, alpaca_rows, tmp_path, resume_from_checkpoint=True)
+    with pytest.raises(ConfigError, match=r"trainer_state\.json"):
+        _train(model, alpaca_rows, tmp_path, resume_from_checkpoint="elsewhere")
+
+
+def _interrupting(step, how):
+    from transformers import TrainerCallback
+
+    class Interrupts(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                how()
+
+    return Interrupts()
+
+
+def test_ctrl_c_saves_a_checkpoint_and_returns_what_was_done(make_model, alpaca_rows, tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    callback = _interrupting(2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    result = _train(make_model(), alpaca_rows, tmp_path, max_steps=6, callbacks=[callback])
+    assert result.was_interrupted
+    assert result.steps == len(result.losses) == 3
+    assert result.checkpoint == tmp_path / "checkpoint-3"
+    assert "interrupted after 3 steps" in str(result)
+    assert signal.getsignal(signal.SIGINT) is before
+    whole = _train(make_model(), alpaca_rows, tmp_path / "whole", max_steps=6)
+    rest = _train(
+        make_model(), alpaca_rows, tmp_path, max_steps=6, resume_from_checkpoint=True
+    )
+    assert [*result.losses, *rest.losses] == pytest.approx(list(whole.losses), rel=1e-5)
+
+
+def test_an_interrupt_inside_a_step_keeps_the_finished_steps(model, alpaca_rows, tmp_path):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    result = _train(
+        model, alpaca_rows, tmp_path, max_steps=6, callbacks=[_interrupting(2, interrupt)]
+    )
+    assert result.was_interrupted
+    assert result.steps == len(result.losses) == 2
+    assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").is_file()
+    assert json.loads(result.manifest_path.read_text())["result"]["was_interrupted"] is True
+
+
+def test_a_reporter_that_is_not_installed_is_named(model, alpaca_rows, tmp_path):
+    from importlib.util import find_spec
+
+    from qlora_kit.errors import MissingDependencyError
+
+    if find_spec("wandb") is not None:
+        pytest.skip("wandb is installed here")
+    with pytest.raises(MissingDependencyError, match="wandb"):
+        _train(model, alpaca_rows, tmp_path, report_to="wandb")
+
+
+def test_training_touches_no_network(make_model, alpaca_rows, tmp_path, no_network, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    _train(make_model(), alpaca_rows, tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    assert no_network == []
