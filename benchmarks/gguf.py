@@ -7,8 +7,8 @@
 type at a time in a fresh process, and reports wall-clock seconds, the peak of anonymous memory
 (the memory map of the checkpoint does not count: the system drops it at will), megabytes of
 float32 input per second and core, and how that compares with ggml's quantizer alone on the
-same matrices, by the clock and in processor seconds. ``quality`` converts a checkpoint to every type and runs it in llama.cpp over a
-text: mean KL divergence from transformers in float32, agreement of the most likely token, and
+same matrices, by the clock and in processor seconds. ``quality`` converts a checkpoint to every
+type and runs it in llama.cpp over a text: mean KL divergence from transformers in float32, agreement of the most likely token, and
 perplexity. Results are printed as Markdown tables, beneath what they were measured on.
 """
 
@@ -53,7 +53,8 @@ def describe_machine() -> str:
     if info.is_file():
         lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         model = lines[0].split(":", 1)[1].strip() if lines else model
-    return f"{model}, {count_cores()} cores, Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}"
+    today = time.strftime("%Y-%m-%d")
+    return f"{model}, {count_cores()} cores, Python {platform.python_version()}, {today}"
 
 
 # ---------------------------------------------------------------- speed
@@ -192,7 +193,7 @@ def quantize_bare(checkpoint: Path, type_name: str, threads: int) -> dict[str, f
             step = max(1, (1 << 20) // values.shape[-1])
             pieces = [values[at : at + step] for at in range(0, len(values), step)]
             started, used = time.perf_counter(), time.process_time()
-            for _ in pool.map(lambda piece: encode_rows(piece, types[tensor.name]), pieces):
+            for _ in pool.map(encode_rows, pieces, [types[tensor.name]] * len(pieces)):
                 pass
             total += time.perf_counter() - started
             cpu += time.process_time() - used
@@ -209,7 +210,9 @@ def run_speed(layers: int, threads: int, types: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="qlora_kit-bench-") as folder:
         make_checkpoint(Path(folder), layers)
         print(f"{describe_machine()}; {threads} threads, {layers} layers\n")
-        print("| type | size GB | seconds | MB/s per core | ggml alone s | share | of CPU | peak MB |")
+        print(
+            "| type | size GB | seconds | MB/s per core | ggml alone s | share | of CPU | peak MB |"
+        )
         print("|---|---|---|---|---|---|---|---|")
         for name in types:
             got = in_fresh_process("convert", folder, name, str(threads))
@@ -236,7 +239,7 @@ def run_quality(checkpoint: Path, types: list[str], text_file: Path | None, coun
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "exporters" / "gguf"))
-    from llamacpp import Llama, kl_divergence
+    from gguf_llamacpp import Llama, kl_divergence
 
     from qlora_kit.exporters.gguf.convert import convert
     from qlora_kit.weights.source import SafetensorsSource

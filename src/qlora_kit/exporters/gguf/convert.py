@@ -190,7 +190,7 @@ def convert(
                 handles[recipe.name] = stack.enter_context(path.open("ab"))
                 _pad(handles[recipe.name])
             try:
-                _write_tensors(source, plan, handles, pool, workers, progress)
+                _write_tensors(source, plan, handles, pool, threads=workers, progress=progress)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -234,6 +234,7 @@ def _write_tensors(
     plan: Plan,
     handles: Mapping[str, IO[bytes]],
     pool: Executor,
+    *,
     threads: int,
     progress: Progress,
 ) -> None:
@@ -271,6 +272,7 @@ def _write_header(
     path: Path, plan: Plan, recipe: Recipe, vocabulary: Vocabulary, model_name: str
 ) -> None:
     import numpy as np
+
     from gguf import GGMLQuantizationType, GGUFWriter
 
     writer = GGUFWriter(path, plan.family.architecture)

@@ -227,7 +227,9 @@ def _describe_gemma3(config: Config, description: Description) -> None:
         "rope.freq_base_swa": theta,
     }
     if config.get("final_logit_softcapping") is not None:
-        description.metadata["final_logit_softcapping"] = float(config.get("final_logit_softcapping"))
+        description.metadata["final_logit_softcapping"] = float(
+            config.get("final_logit_softcapping")
+        )
 
 
 def _sliding_period(config: Config) -> int:
@@ -266,11 +268,7 @@ def _describe_phi3(config: Config, description: Description) -> None:
     description.metadata["attention.sliding_window"] = int(config.get("sliding_window", 0))
     description.metadata.setdefault(
         "rope.scaling.original_context_length",
-        int(
-            config.get(
-                "original_max_position_embeddings", description.metadata["context_length"]
-            )
-        ),
+        int(config.get("original_max_position_embeddings", description.metadata["context_length"])),
     )
     _note_sliding_window(config, description)
 
@@ -324,9 +322,7 @@ for _family in (
         biases=(*_ATTENTION_BIASES, "gate_proj", "up_proj", "down_proj"),
     ),
     Family("mistral", "llama", transforms=_ROTARY, describe=_note_sliding_window),
-    Family(
-        "qwen2", "qwen2", biases=("q_proj", "k_proj", "v_proj"), describe=_note_sliding_window
-    ),
+    Family("qwen2", "qwen2", biases=("q_proj", "k_proj", "v_proj"), describe=_note_sliding_window),
     Family("qwen3", "qwen3", describe=_note_sliding_window),
     Family("qwen3_moe", "qwen3moe", describe=_describe_qwen3_moe, has_experts=True),
     Family(

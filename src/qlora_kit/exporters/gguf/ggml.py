@@ -32,7 +32,7 @@ _INSTALL: Final = "pip install 'qlora-kit[gguf]'"
 
 
 def type_number(type_name: str) -> int:
-    """ggml's number of a type, as the file format stores it."""
+    """Ggml's number of a type, as the file format stores it."""
     from gguf import GGMLQuantizationType
 
     return int(GGMLQuantizationType[type_name])
@@ -55,9 +55,7 @@ def check_encoder(type_names: set[str]) -> None:
     try:
         import gguf  # noqa: F401
     except ImportError as error:
-        raise MissingDependencyError(
-            f"Writing GGUF needs the gguf package: {_INSTALL}."
-        ) from error
+        raise MissingDependencyError(f"Writing GGUF needs the gguf package: {_INSTALL}.") from error
     wanted = {name for name in type_names if name.startswith("Q")}
     if wanted <= set(_NUMPY_TYPES):
         return
@@ -110,7 +108,7 @@ def _encode_with_numpy(rows: NDArray[np.float32], type_name: str) -> NDArray[np.
 
 @functools.cache
 def _load_library() -> Any:
-    """ggml's base library, checked against the sizes that the gguf package believes in.
+    """Ggml's base library, checked against the sizes that the gguf package believes in.
 
     Raises:
         MissingDependencyError: When it is not there, does not load, or disagrees.

@@ -91,6 +91,7 @@ class GgufLoraExporter:
     def write(self, request: ExportRequest, folder: Path) -> Mapping[str, Any]:
         """Write the adapter file."""
         import torch
+
         from gguf import GGUFWriter
 
         family = _find_family(request)
@@ -185,7 +186,9 @@ def _peft_config(request: ExportRequest) -> tuple[str, Any]:
     }
     found = [what for what, is_there in faults.items() if is_there]
     if found:
-        raise UnsupportedModelError(f"llama.cpp's --lora has no {', '.join(found)}. {_MERGE_INSTEAD}")
+        raise UnsupportedModelError(
+            f"llama.cpp's --lora has no {', '.join(found)}. {_MERGE_INSTEAD}"
+        )
     return active[0], config
 
 

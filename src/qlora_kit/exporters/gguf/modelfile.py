@@ -117,7 +117,9 @@ def describe_prompt(
     stop = tuple(dict.fromkeys(text for text in (*stated, *ends, tokenizer.eos_token) if text))
     if spec and spec.get("prompt_input"):
         template, system = _describe_alpaca(spec, stop)
-        origin = f"The template is the {spec.get('name', 'custom')!r} one the model was trained with."
+        origin = (
+            f"The template is the {spec.get('name', 'custom')!r} one the model was trained with."
+        )
         return Modelfile(template, system, stop, origin)
     jinja = (spec or {}).get("chat_template") or _own_chat_template(tokenizer)
     if jinja:

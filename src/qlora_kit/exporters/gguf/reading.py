@@ -15,8 +15,9 @@ from qlora_kit.exporters.gguf.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import numpy as np
-    from gguf import GGUFReader, ReaderTensor
     from numpy.typing import NDArray
+
+    from gguf import GGUFReader, ReaderTensor
 
 __all__ = ["GgufFile"]
 
@@ -70,6 +71,7 @@ class GgufFile:
             Float32 of shape (len(rows), columns).
         """
         import numpy as np
+
         from gguf import quants
 
         tensor = self.tensors[name]

@@ -232,9 +232,7 @@ def _choose(name: str, dims: tuple[int, ...], recipe: Recipe, context: _Context)
 
 def _uses_more_bits(index: int, count: int) -> bool:
     """The first and last eighth of the layers, and every third between."""
-    return (
-        index < count // 8 or index >= 7 * count // 8 or (index - count // 8) % 3 == 2
-    )
+    return index < count // 8 or index >= 7 * count // 8 or (index - count // 8) % 3 == 2
 
 
 def _choose_attention_value(name: str, chosen: str, context: _Context) -> str:

@@ -8,6 +8,7 @@ a line or two. This module knows a vocabulary. It does not know where it came fr
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Final
 
 from qlora_kit.exporters.gguf.pretokenizers import PRE_TOKENIZERS, split_text
@@ -107,13 +108,12 @@ class LlamaTokenizer:
                 if isinstance(fragment, int):
                     cut.append(fragment)
                     continue
-                for position, part in enumerate(fragment.split(token)):
-                    if position:
-                        cut.append(index)
-                        if self._vocabulary.strips_after_special and token not in _NEVER_STRIPPING:
-                            part = part.lstrip(_C_SPACES)
-                    if part:
-                        cut.append(part)
+                strips = self._vocabulary.strips_after_special and token not in _NEVER_STRIPPING
+                first, *others = fragment.split(token)
+                cut += [first] if first else []
+                for part in others:
+                    rest = part.lstrip(_C_SPACES) if strips else part
+                    cut += [index, rest] if rest else [index]
             fragments = cut
         yield from fragments
 
@@ -134,10 +134,7 @@ class LlamaTokenizer:
 
     def _merge(self, symbols: list[str]) -> list[str]:
         while len(symbols) > 1:
-            ranks = [
-                self._ranks.get(f"{left} {right}", -1)
-                for left, right in zip(symbols, symbols[1:], strict=False)
-            ]
+            ranks = [self._ranks.get(f"{left} {right}", -1) for left, right in pairwise(symbols)]
             possible = [rank for rank in ranks if rank >= 0]
             if not possible:
                 break
@@ -151,7 +148,7 @@ class LlamaTokenizer:
         scores = self._vocabulary.scores
         while len(symbols) > 1:
             best, at = float("-inf"), -1
-            for position, (left, right) in enumerate(zip(symbols, symbols[1:], strict=False)):
+            for position, (left, right) in enumerate(pairwise(symbols)):
                 index = self._ids.get(left + right)
                 if index is not None and scores[index] > best:
                     best, at = scores[index], position

@@ -191,7 +191,9 @@ def _plan_fused_experts(
 
 def _check_complete(planned: list[PlannedTensor], config: Config) -> None:
     names = [tensor.name for tensor in planned]
-    repeated = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()
+    repeated = (
+        {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()
+    )
     if repeated:
         raise UnsupportedModelError(f"Two tensors would both be called {sorted(repeated)[0]!r}.")
     needed = {"token_embd.weight", "output_norm.weight"}

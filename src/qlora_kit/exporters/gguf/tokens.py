@@ -62,9 +62,7 @@ def compare_tokenizers(
     return different
 
 
-def _decodes_to(
-    written: LlamaTokenizer, ids: list[int], text: str, vocabulary: Vocabulary
-) -> bool:
+def _decodes_to(written: LlamaTokenizer, ids: list[int], text: str, vocabulary: Vocabulary) -> bool:
     decoded = written.decode(ids)
     if vocabulary.model == "gpt2":
         return decoded == text.encode()

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from qlora_kit.errors import UnsupportedModelError
 from qlora_kit.exporters.gguf.convert import Plan
 from qlora_kit.exporters.gguf.reading import GgufFile
 from qlora_kit.exporters.gguf.recipes import Recipe
 from qlora_kit.exporters.gguf.running import LlamaRun
 from qlora_kit.exporters.gguf.tensors import PlannedTensor
 from qlora_kit.exporters.gguf.tokens import check_vocabulary
-from qlora_kit.errors import UnsupportedModelError
 from qlora_kit.results import Check, LoadedModel
 from qlora_kit.weights.source import TensorSource
 
@@ -119,7 +119,9 @@ def _find_layout_fault(file: GgufFile, plan: Plan, recipe: Recipe) -> str:
     """What is wrong with a file's list of tensors, or an empty string."""
     wanted = {tensor.name for tensor in plan.tensors}
     if wanted != set(file.tensors):
-        return f"The file's tensors are not those planned: {sorted(wanted ^ set(file.tensors))[:3]}."
+        return (
+            f"The file's tensors are not those planned: {sorted(wanted ^ set(file.tensors))[:3]}."
+        )
     for planned in plan.tensors:
         type_name = plan.types[recipe.name][planned.name]
         if file.type_of(planned.name) != type_name or file.shape(planned.name) != planned.shape:
@@ -165,9 +167,7 @@ def _relative_error(
     return error / scale if scale > 0 else error
 
 
-def _check_tokenizer(
-    file: GgufFile, tokenizer: PreTrainedTokenizerBase, recipe: Recipe
-) -> Check:
+def _check_tokenizer(file: GgufFile, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Check:
     name = f"tokenizer of {recipe.name}"
     try:
         count, _ = check_vocabulary(file.vocabulary(), tokenizer)
@@ -195,9 +195,7 @@ def check_run(
 ) -> list[Check]:
     """Run files in llama.cpp beside the live model: greedy choices and log-probabilities."""
     probes = _probe_live_model(model)
-    slack = (
-        _QUANTIZED_BASE_SLACK if merges_into_original and model.base.quantization else 0.0
-    )
+    slack = _QUANTIZED_BASE_SLACK if merges_into_original and model.base.quantization else 0.0
     checks: list[Check] = []
     for recipe, path in files:
         tolerance = LOG_PROBABILITY_TOLERANCES[recipe.base_type] + slack

@@ -145,7 +145,9 @@ def read_vocabulary(
     )
 
 
-def _list_tokens(backend: Any, description: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
+def _list_tokens(
+    backend: Any, description: Mapping[str, Any], size: int
+) -> tuple[list[str], list[int]]:
     by_id = {index: token for token, index in backend.get_vocab(with_added_tokens=True).items()}
     if by_id and max(by_id) >= size:
         raise UnsupportedModelError(
@@ -178,7 +180,7 @@ def _find_special_ids(
         "unknown": tokenizer.unk_token_id,
         "padding": tokenizer.pad_token_id,
     }
-    ids = {role: int(index) for role, index in roles.items() if index is not None}  # type: ignore[arg-type]
+    ids = {role: int(index) for role, index in roles.items() if index is not None}
     if "eos" not in ids:
         raise UnsupportedModelError(
             "The tokenizer names no end-of-text token, so llama.cpp would never stop. Set "
@@ -231,9 +233,7 @@ def _check_byte_fallback(model: Mapping[str, Any], tokens: Sequence[str]) -> Non
 
 def _mark_bytes(tokens: Sequence[str], types: list[int]) -> list[int]:
     names = {f"<0x{byte:02X}>" for byte in range(256)}
-    return [
-        BYTE if token in names else kind for token, kind in zip(tokens, types, strict=True)
-    ]
+    return [BYTE if token in names else kind for token, kind in zip(tokens, types, strict=True)]
 
 
 def _score_by_merge_rank(tokens: Sequence[str], merges: Sequence[tuple[str, str]]) -> list[float]:

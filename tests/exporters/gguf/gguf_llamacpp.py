@@ -48,7 +48,8 @@ def _log(level: int, text: bytes, _: Any) -> None:
 def _library() -> Any:
     pytest.importorskip("xllamacpp", reason="xllamacpp runs the files these tests write")
     spec = importlib.util.find_spec("xllamacpp.xllamacpp")
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     lib = ctypes.CDLL(spec.origin)
     pointer, text = ctypes.c_void_p, ctypes.c_char_p
     signatures: dict[str, tuple[Any, list[Any]]] = {
@@ -148,9 +149,7 @@ class Llama:
         data = text.encode()
         room = len(data) + 16
         out = (_Token * room)()
-        count = self._lib.llama_tokenize(
-            self._vocab, data, len(data), out, room, add_special, True
-        )
+        count = self._lib.llama_tokenize(self._vocab, data, len(data), out, room, add_special, True)
         assert count >= 0
         return list(out[:count])
 
