@@ -152,6 +152,11 @@ class Family:
             rope, int(config.head_dim * float(partial)), context
         )
         description.metadata |= metadata
+        if rope.kind == "longrope":
+            description.notes.append(
+                "llama.cpp chooses between LongRoPE's two tables by the context size it is started "
+                "with, transformers by the length of the text."
+            )
         self.describe(config, description)
         return description
 

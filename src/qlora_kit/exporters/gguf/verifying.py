@@ -33,7 +33,7 @@ __all__ = ["LOG_PROBABILITY_TOLERANCES", "TENSOR_TOLERANCES", "check_files", "ch
 #: what normally distributed weights give, and beyond what any tensor of SmolLM2 does.
 TENSOR_TOLERANCES: Final[Mapping[str, float]] = {
     "F32": 1e-7,
-    "F16": 1e-3,
+    "F16": 8e-4,
     "BF16": 4e-3,
     "Q8_0": 0.012,
     "Q6_K": 0.04,
