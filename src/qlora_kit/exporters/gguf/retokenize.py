@@ -14,6 +14,7 @@ from typing import Final
 from qlora_kit.exporters.gguf.pretokenizers import PRE_TOKENIZERS, split_text
 from qlora_kit.exporters.gguf.vocabulary import (
     CONTROL,
+    TAKEN_FOR_SPECIAL,
     UNKNOWN,
     USER_DEFINED,
     Vocabulary,
@@ -55,7 +56,11 @@ class LlamaTokenizer:
         special = [
             index
             for index, kind in enumerate(vocabulary.types)
-            if kind in (CONTROL, USER_DEFINED, UNKNOWN) and vocabulary.tokens[index]
+            if vocabulary.tokens[index]
+            and (
+                kind in (CONTROL, USER_DEFINED, UNKNOWN)
+                or vocabulary.tokens[index] in TAKEN_FOR_SPECIAL
+            )
         ]
         self._special = sorted(
             special, key=lambda index: len(vocabulary.tokens[index].encode()), reverse=True

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any, Final
 from qlora_kit.errors import UnsupportedModelError
 from qlora_kit.exporters.gguf.awkward import awkward_strings, mix_with_tokens
 from qlora_kit.exporters.gguf.retokenize import LlamaTokenizer
-from qlora_kit.exporters.gguf.vocabulary import CONTROL, Vocabulary, describe_backend
+from qlora_kit.exporters.gguf.vocabulary import (
+    CONTROL,
+    NORMAL,
+    TAKEN_FOR_SPECIAL,
+    Vocabulary,
+    describe_backend,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,6 +69,8 @@ def compare_tokenizers(
 
 
 def _decodes_to(written: LlamaTokenizer, ids: list[int], text: str, vocabulary: Vocabulary) -> bool:
+    if vocabulary.strips_after_special:
+        return True
     decoded = written.decode(ids)
     if vocabulary.model == "gpt2":
         return decoded == text.encode()
@@ -85,6 +93,18 @@ def _choose_texts(
             "normalized form is tokenized differently."
         )
         texts = kept
+    taken = [
+        token
+        for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
+        if kind == NORMAL and token in TAKEN_FOR_SPECIAL
+    ]
+    if taken:
+        notes.append(
+            f"llama.cpp takes the ordinary token {' and '.join(map(repr, taken))} for a special "
+            "one by its name: it can end an answer, and text that contains it is tokenized "
+            "differently."
+        )
+        texts = [text for text in texts if not any(token in text for token in taken)]
     control = [
         token
         for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
