@@ -157,8 +157,12 @@ def write_modelfile(modelfile: Modelfile, files: Sequence[str]) -> str | None:
     lines += [f"FROM ./{files[0]}", f"TEMPLATE {_QUOTES}{modelfile.template}{_QUOTES}"]
     if modelfile.system:
         lines.append(f"SYSTEM {_QUOTES}{modelfile.system}{_QUOTES}")
-    lines += [f"PARAMETER stop {_QUOTES}{text}{_QUOTES}" for text in modelfile.stop]
+    lines += [f"PARAMETER stop {_quote(text)}" for text in modelfile.stop]
     return "\n".join(lines) + "\n"
+
+
+def _quote(text: str) -> str:
+    return f"{_QUOTES}{text}{_QUOTES}" if '"' in text or "\n" in text else f'"{text}"'
 
 
 def _describe_alpaca(spec: Mapping[str, Any], stop: Sequence[str]) -> tuple[str, str | None]:
