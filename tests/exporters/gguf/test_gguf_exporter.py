@@ -263,7 +263,7 @@ def test_a_trained_smollm2_answers_as_trained_in_llama_cpp(smollm2_folder, tmp_p
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if float(loss) < 0.02:
+        if loss.item() < 0.02:
             break
     adapted.model.eval()
     facts, verification = run(
@@ -271,7 +271,6 @@ def test_a_trained_smollm2_answers_as_trained_in_llama_cpp(smollm2_folder, tmp_p
         adapted,
         tmp_path / "out",
         quantization=["f16", "q8_0", "q4_k_m"],
-        verify="full",
     )
     assert verification.passed, verification
     answer = ids[0, start:].tolist()

@@ -20,6 +20,9 @@ __all__ = ["LlamaRun", "check_runner"]
 _CANDIDATES: Final = 64
 
 
+_CERTAIN: Final = 1e4
+
+
 def check_runner() -> None:
     """Refuse a full verification where llama.cpp cannot run.
 
@@ -38,6 +41,7 @@ class LlamaRun:
 
     Args:
         path: A ``.gguf`` model.
+        plain_token: A token whose text is plain ASCII, see :meth:`next_log_probability`.
         threads: Threads llama.cpp computes with.
         context_length: Longest sequence, in tokens.
         lora: An adapter file to apply.
@@ -50,6 +54,7 @@ class LlamaRun:
     def __init__(
         self,
         path: Path,
+        plain_token: int,
         *,
         threads: int = 1,
         context_length: int = 512,
@@ -74,6 +79,7 @@ class LlamaRun:
         except (RuntimeError, ValueError) as error:
             raise ExportError(f"llama.cpp does not load {path}: {error}") from error
         self._path = path
+        self._plain_token = plain_token
 
     def next_log_probability(self, ids: Sequence[int], token: int) -> tuple[int, float]:
         """What llama.cpp would say next, and how likely it finds a given token.
@@ -102,7 +108,10 @@ class LlamaRun:
         self._server = None
 
     def _candidates(self, ids: Sequence[int], count: int) -> list[dict[str, Any]]:
-        answer = self._ask(ids, {"n_predict": 1, "n_probs": count})
+        # The server keeps its candidates to itself when the chosen token is half a character.
+        # A bias makes it choose a plain one; the log-probabilities it reports are those before.
+        bias = [[self._plain_token, _CERTAIN]]
+        answer = self._ask(ids, {"n_predict": 1, "n_probs": count, "logit_bias": bias})
         content: list[dict[str, Any]] = answer["choices"][0]["logprobs"]["content"]
         return list(content[0]["top_logprobs"])
 

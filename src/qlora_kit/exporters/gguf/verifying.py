@@ -196,10 +196,11 @@ def check_run(
     """Run files in llama.cpp beside the live model: greedy choices and log-probabilities."""
     probes = _probe_live_model(model)
     slack = _QUANTIZED_BASE_SLACK if merges_into_original and model.base.quantization else 0.0
+    plain = model.tokenizer("a", add_special_tokens=False)["input_ids"][-1]
     checks: list[Check] = []
     for recipe, path in files:
         tolerance = LOG_PROBABILITY_TOLERANCES[recipe.base_type] + slack
-        with contextlib.closing(LlamaRun(path, lora=lora)) as run:
+        with contextlib.closing(LlamaRun(path, plain, lora=lora)) as run:
             checks.extend(_compare(run, probes, model, recipe, tolerance))
     return checks
 
