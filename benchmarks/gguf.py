@@ -8,8 +8,8 @@ type at a time in a fresh process, and reports wall-clock seconds, the peak of a
 (the memory map of the checkpoint does not count: the system drops it at will), megabytes of
 float32 input per second and core, and how that compares with ggml's quantizer alone on the
 same matrices, by the clock and in processor seconds. ``quality`` converts a checkpoint to every
-type and runs it in llama.cpp over a text: mean KL divergence from transformers in float32, agreement of the most likely token, and
-perplexity. Results are printed as Markdown tables, beneath what they were measured on.
+type and runs it in llama.cpp over a text: mean KL divergence from transformers in float32,
+agreement of the most likely token, and perplexity. Results are printed as Markdown tables, beneath what they were measured on.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def convert_once(checkpoint: Path, type_name: str, threads: int) -> dict[str, fl
 
 
 def quantize_bare(checkpoint: Path, type_name: str, threads: int) -> dict[str, float]:
-    """Wall-clock and processor seconds ggml alone takes for the same matrices, held in memory as float32."""
+    """Wall-clock and processor seconds of ggml alone, on the same matrices in float32."""
     import torch
 
     from qlora_kit.exporters.gguf.convert import plan_conversion

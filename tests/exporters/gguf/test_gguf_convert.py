@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import gc
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -111,14 +110,13 @@ def test_progress_counts_tensors(checkpoint, tmp_path):
 )
 def test_a_failure_in_the_middle_leaves_no_file(error, checkpoint, tmp_path):
     with SafetensorsSource(checkpoint) as inner, pytest.raises(type(error)):
-        source = Watched(inner, fail_at=9, error=error)
-        run(checkpoint, tmp_path, source, quantization=["f16", "q8_0"])
+        run(checkpoint, tmp_path, Watched(inner, 9, error), quantization=["f16", "q8_0"])
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_is_said_with_what_is_needed(checkpoint, tmp_path):
-    os.symlink("/dev/full", tmp_path / "model.Q8_0.gguf")
+    (tmp_path / "model.Q8_0.gguf").symlink_to("/dev/full")
     with pytest.raises(DiskSpaceError, match="GiB"):
         run(checkpoint, tmp_path, quantization=["f16", "q8_0"])
     assert list(tmp_path.iterdir()) == []
@@ -222,9 +220,7 @@ def test_smollm2_answers_in_llama_cpp_as_in_transformers(smollm2_folder, tmp_pat
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     with SafetensorsSource(folder) as source:
-        done = convert(
-            source, config, tokenizer, tmp_path, quantization=["f16", "q8_0", "q4_k_m"]
-        )
+        done = convert(source, config, tokenizer, tmp_path, quantization=["f16", "q8_0", "q4_k_m"])
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     prompt = tokenizer("The capital of Italy is")["input_ids"]
     ids = tokenizer(

@@ -193,7 +193,9 @@ def test_a_changed_model_does_not_verify(checkpoint, tmp_path):
     for name, parameter in model.model.named_parameters():
         if "lora_B" in name:
             parameter.data *= -1
-    failed = exporter.verify(ask(exporter, model, tmp_path / "out", quantization="f16"), tmp_path / "out")
+    failed = exporter.verify(
+        ask(exporter, model, tmp_path / "out", quantization="f16"), tmp_path / "out"
+    )
     assert [check.passed for check in failed.checks] == [False, True]
 
 
@@ -214,7 +216,7 @@ def test_names_and_the_modelfile_follow_the_request(checkpoint, tmp_path):
     assert facts["files"] == {"q4_k_m": "My-model.Q4_K_M.gguf"}
     text = (tmp_path / "out" / "Modelfile").read_text()
     assert "FROM ./My-model.Q4_K_M.gguf" in text
-    assert '{{ .System }}\nQ: {{ .Prompt }}\nA:{{ .Response }}<|im_end|>' in text
+    assert "{{ .System }}\nQ: {{ .Prompt }}\nA:{{ .Response }}<|im_end|>" in text
     assert "Be kind." in text
     facts, _ = run(GgufExporter(), model, tmp_path / "bare", modelfile=False)
     assert not (tmp_path / "bare" / "Modelfile").exists()
@@ -243,7 +245,9 @@ def test_both_formats_are_registered_and_importing_them_is_free():
         "heavy = {'torch', 'transformers', 'gguf', 'numpy', 'peft', 'xllamacpp', 'tokenizers'};"
         "print(sorted(heavy & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 

@@ -58,9 +58,7 @@ def test_the_comparison_notices_a_wrong_tensor(damage, tmp_path, monkeypatch):
         changes["model.norm.weight"] = lambda weight, config: weight * 1.2
     else:
         del changes[f"{damage[0]}_proj.weight"]
-    monkeypatch.setitem(
-        families.FAMILIES, "llama", dataclasses.replace(family, transforms=changes)
-    )
+    monkeypatch.setitem(families.FAMILIES, "llama", dataclasses.replace(family, transforms=changes))
     tokenizer = tiny.byte_level_tokenizer()
     model = tiny.make_model(tiny.make_config("llama"))
     done = export(tmp_path, model.config, model, tokenizer, quantization="f32")

@@ -34,7 +34,9 @@ ALPACA = {
 def render_go(template: str, **values: str) -> str:
     """The few constructs the Modelfiles use: fields, string literals, ``if`` and ``end``."""
     out, shown = [], [True]
-    for literal, action in re.findall(r"((?:(?!\{\{).)*)(?:\{\{ (.*?) \}\}|$)", template, re.DOTALL):
+    for literal, action in re.findall(
+        r"((?:(?!\{\{).)*)(?:\{\{ (.*?) \}\}|$)", template, re.DOTALL
+    ):
         if all(shown):
             out.append(literal)
         if action.startswith("if ."):

@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import importlib.util
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import gguf_tiny as tiny
@@ -195,9 +196,7 @@ def test_flat_scores_would_mistokenize_in_llama_cpp_too(files, monkeypatch, tmp_
         read_vocabulary(tokenizer, len(tokenizer)), scores=(0.0,) * len(tokenizer)
     )
     monkeypatch.setattr("qlora_kit.exporters.gguf.convert.read_vocabulary", lambda *a: flat)
-    monkeypatch.setattr(
-        "qlora_kit.exporters.gguf.convert.check_vocabulary", lambda *a: (0, ())
-    )
+    monkeypatch.setattr("qlora_kit.exporters.gguf.convert.check_vocabulary", lambda *a: (0, ()))
     done = export(tokenizer, tmp_path)
     texts = [text for text in awkward_strings() if text]
     with Llama(done.files["q8_0"]) as llama:
@@ -270,7 +269,9 @@ def test_spaces_behind_special_tokens_follow_the_name(tmp_path):
 
     plain = tiny.byte_level_tokenizer()
     backend = Tokenizer.from_str(plain.backend_tokenizer.to_str())
-    backend.add_special_tokens([AddedToken("<|end|>", rstrip=True), AddedToken("<|user|>", rstrip=True)])
+    backend.add_special_tokens(
+        [AddedToken("<|end|>", rstrip=True), AddedToken("<|user|>", rstrip=True)]
+    )
     stripping = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
     texts = ["<|user|>\n hi<|end|> \n there", "<|end|>  <|user|>"]
     (tmp_path / "a").mkdir()
@@ -294,8 +295,15 @@ def test_spaces_behind_special_tokens_follow_the_name(tmp_path):
 
 def read_qwen(path: Path):
     """Qwen's tiktoken file as a Hugging Face tokenizer: one merge per token, by rank."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
-    from tokenizers import pre_tokenizers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+    )
     from transformers import PreTrainedTokenizerFast
 
     lines = (line.split() for line in path.read_bytes().splitlines() if line)
@@ -308,7 +316,7 @@ def read_qwen(path: Path):
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [bytes([byte]) for byte in token]
         while len(parts) > 2:
-            pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:], strict=False)]
+            pairs = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
             at = pairs.index(min(pairs))
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
         if len(parts) == 2:

@@ -12,9 +12,8 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from qlora_kit.engines.native.gguf_tokenizer import (
     build_tokenizer,
@@ -24,8 +23,9 @@ from qlora_kit.engines.native.gguf_tokenizer import (
 from qlora_kit.errors import MissingDependencyError, ModelNotFoundError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader
     from transformers import PreTrainedTokenizerFast
+
+    from gguf import GGUFReader
 
 __all__ = ["dequantize_gguf"]
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Final
 from qlora_kit.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader
     from transformers import PreTrainedTokenizerFast
+
+    from gguf import GGUFReader
 
 __all__ = ["build_tokenizer", "collect_end_token_ids", "read_value"]
 
@@ -37,7 +38,9 @@ def read_value(reader: GGUFReader, key: str, default: Any = None) -> Any:
 
 def collect_end_token_ids(reader: GGUFReader) -> list[int]:
     """Every token the file says ends an answer, the end-of-text token first."""
-    stated = [read_value(reader, f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")]
+    stated = [
+        read_value(reader, f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")
+    ]
     return list(dict.fromkeys(int(index) for index in stated if index is not None))
 
 
@@ -90,9 +93,7 @@ def build_tokenizer(reader: GGUFReader, path: Path) -> PreTrainedTokenizerFast:
         pad_token=special("padding"),
         clean_up_tokenization_spaces=False,
         model_max_length=int(
-            read_value(
-                reader, f"{read_value(reader, 'general.architecture')}.context_length", 2048
-            )
+            read_value(reader, f"{read_value(reader, 'general.architecture')}.context_length", 2048)
         ),
     )
     tokenizer.chat_template = read_value(reader, "tokenizer.chat_template")
@@ -109,12 +110,13 @@ def _add_ends(backend: Any, tokens: list[str], bos: str | None, eos: str | None)
 
     if bos is None and eos is None:
         return
-    ends = [token for token in (bos, eos) if token is not None]
-    start, end = f"{bos} " if bos else "", f" {eos}" if eos else ""
+    around = [token for token in (bos, eos) if token is not None]
+    single = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
+    second = [f"{part.replace('$A', '$B')}:1" for part in single]
     template = processors.TemplateProcessing(
-        single=f"{start}$A{end}",
-        pair=f"{start}$A{end} {start.strip()}{':1 ' if start else ''}$B:1{end}{':1' if end else ''}",
-        special_tokens=[(token, tokens.index(token)) for token in ends],
+        single=" ".join(single),
+        pair=" ".join([*single, *second]),
+        special_tokens=[(token, tokens.index(token)) for token in around],
     )
     backend.post_processor = processors.Sequence([template])
 

@@ -58,17 +58,19 @@ def encode_piece(rows: torch.Tensor, type_name: str, name: str) -> NDArray[Any]:
             f"{name} holds numbers that are not finite; training has diverged. Train with a "
             "lower learning rate, or export an earlier checkpoint."
         )
+    encoded: NDArray[Any]
     match type_name:
         case "F32":
-            return values.numpy()
+            encoded = values.numpy()
         case "F16":
             if peak > _LARGEST_F16:
                 raise ExportError(
                     f"{name} holds {peak:g}, which float16 cannot (its limit is 65504). Export "
                     "with quantization='bf16' or 'q8_0'."
                 )
-            return values.to(torch.float16).numpy()
+            encoded = values.to(torch.float16).numpy()
         case "BF16":
-            return values.to(torch.bfloat16).view(torch.int16).numpy()
+            encoded = values.to(torch.bfloat16).view(torch.int16).numpy()
         case _:
-            return encode_rows(values.numpy(), type_name)
+            encoded = encode_rows(values.numpy(), type_name)
+    return encoded

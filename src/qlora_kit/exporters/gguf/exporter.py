@@ -70,7 +70,7 @@ class GgufExporter:
 
     name = "gguf"
     summary = "Adapter merged in, files for llama.cpp and Ollama in any quantization."
-    options_type = GgufOptions
+    options_type: type = GgufOptions
 
     def check(self, request: ExportRequest) -> ExportEstimate:
         """Plan every tensor, compare the tokenizers and count the bytes."""
@@ -163,7 +163,8 @@ def choose_name(request: ExportRequest) -> str:
 def read_config(model: LoadedModel, source: Any) -> dict[str, Any]:
     """The configuration of the merged model, as ``config.json`` would say it."""
     config: dict[str, Any] = model.model.config.to_dict()
-    return config | source.config_updates()
+    config |= source.config_updates()
+    return config
 
 
 def _open_source(request: ExportRequest) -> Any:

@@ -43,7 +43,8 @@ def row_size(type_name: str, columns: int) -> int:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
-    return columns // block * size
+    size_of_row: int = columns // block * size
+    return size_of_row
 
 
 def check_encoder(type_names: set[str]) -> None:

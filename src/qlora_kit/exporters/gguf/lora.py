@@ -76,7 +76,7 @@ class GgufLoraExporter:
 
     name = "gguf-lora"
     summary = "The adapter alone, for llama.cpp's --lora."
-    options_type = GgufLoraOptions
+    options_type: type = GgufLoraOptions
 
     def check(self, request: ExportRequest) -> ExportEstimate:
         """Refuse what llama.cpp cannot apply, and count the bytes."""

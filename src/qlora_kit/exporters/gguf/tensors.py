@@ -59,7 +59,7 @@ def make_name_mapper(family: Family, layers: int) -> Callable[[str], str]:
     table = gguf.get_tensor_name_map(numbers[family.architecture], layers)
 
     def to_gguf(name: str) -> str:
-        mapped = table.get_name(name, try_suffixes=(".weight", ".bias"))
+        mapped: str | None = table.get_name(name, try_suffixes=(".weight", ".bias"))
         is_known_bias = name.split(".")[-2] in family.biases
         if mapped is None or (name.endswith(".bias") and not is_known_bias):
             raise UnsupportedModelError(

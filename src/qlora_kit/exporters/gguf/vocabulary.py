@@ -27,14 +27,50 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 #: Ordinary tokens that llama.cpp makes control tokens for their text alone, most of them ends
 #: of an answer (``llama_vocab::impl::load``). Qwen's vocabulary has ``</s>``, for example.
 TAKEN_FOR_SPECIAL: Final = frozenset(
-    """
-    </s> <eos> <EOT> _<EOT> [EOT] [EOS] <end_of_turn> <end_of_utterance> <turn|> <|eot_id|>
-    <|eom_id|> <|im_end|> <|end|> <|endoftext|> <|end_of_text|> <|return|> <|call|> <|calls|>
-    <|flush|> <|ifm|im_end|> <|tool_response> <|fim_prefix|> <fim-prefix> <fim_prefix> <PRE>
-    <|fim_suffix|> <fim-suffix> <fim_suffix> <SUF> <|fim_middle|> <fim-middle> <fim_middle> <MID>
-    <|fim_pad|> <fim-pad> <fim_pad> <PAD> <|fim_repo|> <|repo_name|> <fim-repo> <REPO>
-    <|file_sep|>
-    """.split()
+    {
+        "</s>",
+        "<eos>",
+        "<EOT>",
+        "_<EOT>",
+        "[EOT]",
+        "[EOS]",
+        "<end_of_turn>",
+        "<end_of_utterance>",
+        "<turn|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<|return|>",
+        "<|call|>",
+        "<|calls|>",
+        "<|flush|>",
+        "<|ifm|im_end|>",
+        "<|tool_response>",
+        "<|fim_prefix|>",
+        "<fim-prefix>",
+        "<fim_prefix>",
+        "<PRE>",
+        "<|fim_suffix|>",
+        "<fim-suffix>",
+        "<fim_suffix>",
+        "<SUF>",
+        "<|fim_middle|>",
+        "<fim-middle>",
+        "<fim_middle>",
+        "<MID>",
+        "<|fim_pad|>",
+        "<fim-pad>",
+        "<fim_pad>",
+        "<PAD>",
+        "<|fim_repo|>",
+        "<|repo_name|>",
+        "<fim-repo>",
+        "<REPO>",
+        "<|file_sep|>",
+    }
 )
 
 _SPACE: Final = "\u2581"
