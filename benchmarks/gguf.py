@@ -6,10 +6,11 @@
 ``speed`` writes a random Llama checkpoint of TinyLlama's shape in bfloat16, converts it to one
 type at a time in a fresh process, and reports wall-clock seconds, the peak of anonymous memory
 (the memory map of the checkpoint does not count: the system drops it at will), megabytes of
-float32 input per second and core, and how that compares with ggml's quantizer alone on the
-same matrices, by the clock and in processor seconds. ``quality`` converts a checkpoint to every
-type and runs it in llama.cpp over a text: mean KL divergence from transformers in float32,
-agreement of the most likely token, and perplexity. Results are printed as Markdown tables, beneath what they were measured on.
+float32 input per second and core, and how that compares with ggml's quantizer alone on the same
+matrices, by the clock and in processor seconds. ``quality`` converts a checkpoint to every type
+and runs it in llama.cpp over a text: mean KL divergence from transformers in float32, agreement
+of the most likely token, and perplexity. Results are printed as Markdown tables, beneath what
+they were measured on.
 """
 
 from __future__ import annotations

@@ -159,6 +159,13 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128,
 }
+_LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+_MOE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+}
 _YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -172,10 +179,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),
     "llama-biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
     "llama3-rope": ("LlamaConfig", {"rope_parameters": _LLAMA3_ROPE}),
-    "llama-linear": (
-        "LlamaConfig",
-        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
-    ),
+    "llama-linear": ("LlamaConfig", {"rope_parameters": _LINEAR}),
     "llama-yarn": ("LlamaConfig", {"rope_parameters": _YARN}),
     "llama-yarn-factor": (
         "LlamaConfig",
@@ -185,16 +189,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2Config", {"head_dim": None}),
     "qwen2-yarn": ("Qwen2Config", {"head_dim": None, "rope_parameters": _YARN}),
     "qwen3": ("Qwen3Config", {"head_dim": 32}),
+    "qwen2-linear": ("Qwen2Config", {"head_dim": None, "rope_parameters": _LINEAR}),
+    "qwen3-yarn": ("Qwen3Config", {"rope_parameters": _YARN}),
+    "qwen3-linear": ("Qwen3Config", {"rope_parameters": _LINEAR}),
+    "qwen3-moe-yarn": ("Qwen3MoeConfig", {**_MOE, "rope_parameters": _YARN}),
+    "mistral-yarn": ("MistralConfig", {"sliding_window": None, "rope_parameters": _YARN}),
     "qwen3-tied": ("Qwen3Config", {"tie_word_embeddings": True}),
-    "qwen3-moe": (
-        "Qwen3MoeConfig",
-        {
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 64,
-            "norm_topk_prob": True,
-        },
-    ),
+    "qwen3-moe": ("Qwen3MoeConfig", _MOE),
     "gemma2": ("Gemma2Config", {"sliding_window": 16}),
     "gemma3": ("Gemma3TextConfig", {"sliding_window": 16, "num_hidden_layers": 7}),
     "gemma3-short-period": (

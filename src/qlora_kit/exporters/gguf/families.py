@@ -8,157 +8,17 @@ configurations and single tensors. It does not know files or quantization.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.errors import PluginError, UnsupportedModelError
-from qlora_kit.exporters.gguf.rope import describe_rope, read_rope
+from qlora_kit.exporters.gguf.family import Config, Description, Family, Transform
+from qlora_kit.exporters.gguf.rope import read_rope
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["FAMILIES", "Config", "Description", "Family", "find_family", "register_family"]
-
-Transform = Callable[["torch.Tensor", "Config"], "torch.Tensor"]
-
-
-class Config:
-    """A model's configuration, whose missing entries are named.
-
-    Args:
-        values: ``config.json`` as a dictionary, of transformers 4 or 5.
-    """
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.values = values
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """An entry, or ``default`` where it is absent or null."""
-        value = self.values.get(key)
-        return default if value is None else value
-
-    def require(self, key: str) -> Any:
-        """An entry that must be there.
-
-        Raises:
-            UnsupportedModelError: When it is not.
-        """
-        value = self.values.get(key)
-        if value is None:
-            raise UnsupportedModelError(
-                f"The configuration of this {self.get('model_type')!r} model has no {key!r}, "
-                "without which llama.cpp cannot run it. Add it to config.json."
-            )
-        return value
-
-    @property
-    def layers(self) -> int:
-        """Number of transformer blocks."""
-        return int(self.require("num_hidden_layers"))
-
-    @property
-    def heads(self) -> int:
-        """Number of attention heads."""
-        return int(self.require("num_attention_heads"))
-
-    @property
-    def kv_heads(self) -> int:
-        """Number of key/value heads."""
-        return int(self.get("num_key_value_heads", self.heads))
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one head."""
-        return int(self.get("head_dim", int(self.require("hidden_size")) // self.heads))
-
-
-@dataclass
-class Description:
-    """What a family says of one model.
-
-    Attributes:
-        metadata: GGUF keys without the architecture prefix.
-        tables: Extra tensors of divisors, by GGUF name.
-        notes: What the user should know, one sentence each.
-    """
-
-    metadata: dict[str, Any]
-    tables: dict[str, list[float]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-
-def _describe_nothing(config: Config, description: Description) -> None:
-    """A family whose common description is complete."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one family of models is written.
-
-    Attributes:
-        model_type: ``model_type`` of its configurations.
-        architecture: llama.cpp's name for it, a value of ``gguf.MODEL_ARCH_NAMES``.
-        activation: The only activation llama.cpp computes for it.
-        describe: Adds to, or corrects, the metadata that all families share.
-        transforms: Changes to tensors, by the end of their Hugging Face name.
-        biases: Modules whose bias llama.cpp reads; any other bias is refused.
-        rotary_layer_type: The entry of ``rope_parameters`` that is the main one, if it has any.
-        default_theta: Base of the rotary embedding where none is stated.
-        has_experts: Whether blocks hold experts.
-    """
-
-    model_type: str
-    architecture: str
-    activation: str = "silu"
-    describe: Callable[[Config, Description], None] = _describe_nothing
-    transforms: Mapping[str, Transform] = field(default_factory=dict)
-    biases: tuple[str, ...] = ()
-    rotary_layer_type: str | None = None
-    default_theta: float = 10000.0
-    has_experts: bool = False
-
-    def describe_model(self, config: Config) -> Description:
-        """The metadata, extra tensors and notes of a model of this family.
-
-        Raises:
-            UnsupportedModelError: When llama.cpp would compute something else.
-        """
-        activation = config.get("hidden_activation", config.get("hidden_act", self.activation))
-        if activation != self.activation:
-            raise UnsupportedModelError(
-                f"This {self.model_type} model computes {activation!r}; llama.cpp computes "
-                f"{self.activation!r} for {self.architecture!r}."
-            )
-        context = int(config.require("max_position_embeddings"))
-        description = Description(
-            {
-                "context_length": context,
-                "embedding_length": int(config.require("hidden_size")),
-                "block_count": config.layers,
-                "feed_forward_length": int(config.require("intermediate_size")),
-                "attention.head_count": config.heads,
-                "attention.head_count_kv": config.kv_heads,
-                "attention.layer_norm_rms_epsilon": float(config.require("rms_norm_eps")),
-                "attention.key_length": config.head_dim,
-                "attention.value_length": config.head_dim,
-            }
-        )
-        rope = read_rope(config.values, self.rotary_layer_type, self.default_theta)
-        partial = rope.parameters.get(
-            "partial_rotary_factor", config.get("partial_rotary_factor", 1.0)
-        )
-        metadata, description.tables = describe_rope(
-            rope, int(config.head_dim * float(partial)), context
-        )
-        description.metadata |= metadata
-        if rope.kind == "longrope":
-            description.notes.append(
-                "llama.cpp chooses between LongRoPE's two tables by the context size it is started "
-                "with, transformers by the length of the text."
-            )
-        self.describe(config, description)
-        return description
 
 
 def unpermute_rotary(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -324,12 +184,31 @@ for _family in (
         "llama",
         "llama",
         transforms=_ROTARY,
+        rotary_kinds=("linear", "llama3", "yarn"),
         biases=(*_ATTENTION_BIASES, "gate_proj", "up_proj", "down_proj"),
     ),
-    Family("mistral", "llama", transforms=_ROTARY, describe=_note_sliding_window),
-    Family("qwen2", "qwen2", biases=("q_proj", "k_proj", "v_proj"), describe=_note_sliding_window),
-    Family("qwen3", "qwen3", describe=_note_sliding_window),
-    Family("qwen3_moe", "qwen3moe", describe=_describe_qwen3_moe, has_experts=True),
+    Family(
+        "mistral",
+        "llama",
+        transforms=_ROTARY,
+        rotary_kinds=("linear", "llama3", "yarn"),
+        describe=_note_sliding_window,
+    ),
+    Family(
+        "qwen2",
+        "qwen2",
+        biases=("q_proj", "k_proj", "v_proj"),
+        rotary_kinds=("linear", "yarn"),
+        describe=_note_sliding_window,
+    ),
+    Family("qwen3", "qwen3", rotary_kinds=("linear", "yarn"), describe=_note_sliding_window),
+    Family(
+        "qwen3_moe",
+        "qwen3moe",
+        rotary_kinds=("linear", "yarn"),
+        describe=_describe_qwen3_moe,
+        has_experts=True,
+    ),
     Family(
         "gemma2",
         "gemma2",
@@ -343,10 +222,11 @@ for _family in (
         activation="gelu_pytorch_tanh",
         transforms=_GEMMA,
         describe=_describe_gemma3,
+        rotary_kinds=("linear",),
         rotary_layer_type="full_attention",
         default_theta=1_000_000.0,
     ),
-    Family("phi3", "phi3", describe=_describe_phi3),
+    Family("phi3", "phi3", rotary_kinds=("longrope",), describe=_describe_phi3),
 ):
     register_family(_family)
 
