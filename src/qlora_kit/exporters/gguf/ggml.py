@@ -1,0 +1,168 @@
+"""ggml's own quantizers, called through ctypes, and what stands in where they are absent.
+
+``libggml-python`` ships ggml as a shared library; ``ggml_quantize_chunk`` releases the GIL,
+so a thread pool uses every core. Without it, the ``gguf`` package's numpy encoder covers the
+types it knows. This module knows rows of float32 and blocks of bytes. It does not know models.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from qlora_kit.errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["check_encoder", "encode_rows", "row_size", "type_number"]
+
+logger = logging.getLogger(__name__)
+
+#: Types that ``gguf.quants`` encodes itself, byte for byte like ggml.
+_NUMPY_TYPES: Final = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+
+_INSTALL: Final = "pip install 'qlora-kit[gguf]'"
+
+
+def type_number(type_name: str) -> int:
+    """Ggml's number of a type, as the file format stores it."""
+    from gguf import GGMLQuantizationType
+
+    return int(GGMLQuantizationType[type_name])
+
+
+def row_size(type_name: str, columns: int) -> int:
+    """Bytes that one row of ``columns`` numbers takes."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
+    size_of_row: int = columns // block * size
+    return size_of_row
+
+
+def check_encoder(type_names: set[str]) -> None:
+    """Refuse types that nothing installed here can encode.
+
+    Raises:
+        MissingDependencyError: Names the package to install.
+    """
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(f"Writing GGUF needs the gguf package: {_INSTALL}.") from error
+    wanted = {name for name in type_names if name.startswith("Q")}
+    if wanted <= set(_NUMPY_TYPES):
+        return
+    _load_library()
+
+
+def encode_rows(rows: NDArray[np.float32], type_name: str) -> NDArray[np.uint8]:
+    """Quantize rows.
+
+    Args:
+        rows: Contiguous float32, shape (rows, columns); columns a multiple of the block size.
+        type_name: A block type, such as ``"Q4_K"``.
+
+    Returns:
+        Bytes of shape (rows, row_size).
+    """
+    import numpy as np
+
+    count, columns = rows.shape
+    try:
+        library = _load_library()
+    except MissingDependencyError:
+        if type_name not in _NUMPY_TYPES:
+            raise
+        return _encode_with_numpy(rows, type_name)
+    out = np.empty((count, row_size(type_name, columns)), dtype=np.uint8)
+    written = library.ggml_quantize_chunk(
+        type_number(type_name),
+        rows.ctypes.data_as(ctypes.c_void_p),
+        out.ctypes.data_as(ctypes.c_void_p),
+        0,
+        count,
+        columns,
+        None,
+    )
+    if written != out.nbytes:
+        raise MissingDependencyError(
+            f"ggml wrote {written} bytes of {type_name} where {out.nbytes} are expected; the "
+            f"installed libggml-python does not fit. Reinstall it: {_INSTALL}."
+        )
+    return out
+
+
+def _encode_with_numpy(rows: NDArray[np.float32], type_name: str) -> NDArray[np.uint8]:
+    from gguf import GGMLQuantizationType, quants
+
+    encoded: NDArray[np.uint8] = quants.quantize(rows, GGMLQuantizationType[type_name])
+    return encoded
+
+
+@functools.cache
+def _load_library() -> Any:
+    """Ggml's base library, checked against the sizes that the gguf package believes in.
+
+    Raises:
+        MissingDependencyError: When it is not there, does not load, or disagrees.
+    """
+    path = _find_library()
+    if path is None:
+        raise MissingDependencyError(
+            f"K-quants are encoded by ggml, from the package libggml-python: {_INSTALL}. Without "
+            f"it these types can be written: f32, f16, bf16, {', '.join(_NUMPY_TYPES).lower()}."
+        )
+    try:
+        library = ctypes.CDLL(str(path))
+        library.ggml_quantize_chunk.restype = ctypes.c_size_t
+        library.ggml_quantize_chunk.argtypes = [
+            ctypes.c_int,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_int64,
+            ctypes.c_int64,
+            ctypes.c_int64,
+            ctypes.c_void_p,
+        ]
+        library.ggml_type_name.restype = ctypes.c_char_p
+        library.ggml_type_name.argtypes = [ctypes.c_int]
+        library.ggml_row_size.restype = ctypes.c_size_t
+        library.ggml_row_size.argtypes = [ctypes.c_int, ctypes.c_int64]
+    except (OSError, AttributeError) as error:
+        raise MissingDependencyError(
+            f"{path} cannot be used: {error}. Reinstall libggml-python: {_INSTALL}."
+        ) from error
+    _check_layout(library, path)
+    logger.debug("Quantizing with %s", path)
+    return library
+
+
+def _check_layout(library: Any, path: Path) -> None:
+    for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"):
+        number = type_number(name)
+        said = library.ggml_type_name(number).decode()
+        size = library.ggml_row_size(number, 1024)
+        if said.lower() != name.lower() or size != row_size(name, 1024):
+            raise MissingDependencyError(
+                f"{path} calls type {number} {said!r} with {size} bytes per 1024 numbers, and "
+                f"the gguf package {name!r} with {row_size(name, 1024)}. Update both: {_INSTALL}."
+            )
+
+
+def _find_library() -> Path | None:
+    spec = importlib.util.find_spec("libggml")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    root = Path(next(iter(spec.submodule_search_locations)))
+    pattern = {"win32": "ggml-base*.dll", "darwin": "libggml-base*.dylib"}.get(
+        sys.platform, "libggml-base.so*"
+    )
+    return min(root.rglob(pattern), key=lambda path: len(path.name), default=None)

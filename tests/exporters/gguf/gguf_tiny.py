@@ -1,0 +1,299 @@
+"""Tokenizers and random models small enough to make on the spot."""
+
+from __future__ import annotations
+
+import functools
+import random
+from pathlib import Path
+from typing import Any
+
+TEXT = [
+    "The quick brown fox jumps over the lazy dog. It's 1234 o'clock, they'll say; isn't it?",
+    "Below is an instruction that describes a task. Write a response that completes it.",
+    "def f(x):\n    return x + 1\n\n\nprint(f(41))  # the answer\n",
+    "Voilà, le café est près de l'hôtel. Où êtes-vous? Привет, мир! 你好，世界 こんにちは",
+    "The capital of France is Paris; the capital of Italy is Rome. 3.14159 and 2.71828.",
+] * 4
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _pre_tokenizer(kind: str) -> Any:
+    from tokenizers import Regex, pre_tokenizers
+
+    def byte_level(use_regex: bool) -> Any:
+        return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+
+    def split(digits: str) -> Any:
+        pattern = (
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+            + digits
+            + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )
+        return pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(pattern), behavior="isolated"), byte_level(False)]
+        )
+
+    return {
+        "gpt-2": lambda: byte_level(True),
+        "smollm": lambda: pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), byte_level(True)]
+        ),
+        "qwen2": lambda: split(r"\p{N}"),
+        "llama-bpe": lambda: split(r"\p{N}{1,3}"),
+        "dbrx": lambda: split(r"\p{N}{1,3}"),
+    }[kind]()
+
+
+@functools.cache
+def byte_level_tokenizer(kind: str = "gpt-2", vocabulary: int = 500) -> Any:
+    """A byte-level BPE tokenizer that splits as llama.cpp's pre-tokenizer ``kind``."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(ignore_merges=kind == "llama-bpe"))
+    if kind == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = _pre_tokenizer(kind)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT,
+    )
+
+
+@functools.cache
+def sentencepiece_tokenizer(style: str = "llama", vocabulary: int = 700) -> Any:
+    """A SentencePiece-style BPE tokenizer: ``"llama"`` (prefix everywhere), ``"first"``
+    (prefix at the start only) or ``"gemma"`` (no prefix)."""
+    from tokenizers import (
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
+    from transformers import PreTrainedTokenizerFast
+
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Replace(" ", "▁")
+    trained.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    trained.train_from_iterator(
+        TEXT, trainers.BpeTrainer(vocab_size=vocabulary - 259, show_progress=False)
+    )
+    import json
+
+    model = json.loads(trained.to_str())["model"]
+    learned = sorted(model["vocab"], key=model["vocab"].get)
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *learned]
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={name: index for index, name in enumerate(names)},
+            merges=[tuple(merge) for merge in model["merges"]],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    if style == "llama":
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    elif style == "gemma":
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.add_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in ("<unk>", "<s>", "</s>")]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+_SHAPES = {
+    # (hidden, intermediate, heads, kv heads, head width)
+    "aligned": {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+    },
+    "unaligned": {
+        "hidden_size": 96,
+        "intermediate_size": 160,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    },
+}
+
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+_LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+_MOE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+#: Name of a case: configuration class and what differs from its defaults.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "llama-biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
+    "llama3-rope": ("LlamaConfig", {"rope_parameters": _LLAMA3_ROPE}),
+    "llama-linear": ("LlamaConfig", {"rope_parameters": _LINEAR}),
+    "llama-yarn": ("LlamaConfig", {"rope_parameters": _YARN}),
+    "llama-yarn-factor": (
+        "LlamaConfig",
+        {"rope_parameters": {**_YARN, "attention_factor": 1.3}},
+    ),
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "qwen2": ("Qwen2Config", {"head_dim": None}),
+    "qwen2-yarn": ("Qwen2Config", {"head_dim": None, "rope_parameters": _YARN}),
+    "qwen3": ("Qwen3Config", {"head_dim": 32}),
+    "qwen2-linear": ("Qwen2Config", {"head_dim": None, "rope_parameters": _LINEAR}),
+    "qwen3-yarn": ("Qwen3Config", {"rope_parameters": _YARN}),
+    "qwen3-linear": ("Qwen3Config", {"rope_parameters": _LINEAR}),
+    "qwen3-moe-yarn": ("Qwen3MoeConfig", {**_MOE, "rope_parameters": _YARN}),
+    "mistral-yarn": ("MistralConfig", {"sliding_window": None, "rope_parameters": _YARN}),
+    "qwen3-tied": ("Qwen3Config", {"tie_word_embeddings": True}),
+    "qwen3-moe": ("Qwen3MoeConfig", _MOE),
+    "gemma2": ("Gemma2Config", {"sliding_window": 16}),
+    "gemma3": ("Gemma3TextConfig", {"sliding_window": 16, "num_hidden_layers": 7}),
+    "gemma3-short-period": (
+        "Gemma3TextConfig",
+        {
+            "sliding_window": 16,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+    "gemma3-linear": (
+        "Gemma3TextConfig",
+        {
+            "sliding_window": 16,
+            "num_hidden_layers": 7,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "phi3": ("Phi3Config", {"head_dim": None}),
+    "phi3-partial": (
+        "Phi3Config",
+        {
+            "head_dim": None,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
+}
+
+
+def longrope_case(dimensions: int) -> dict[str, Any]:
+    """phi3's long-context tables, random but fixed."""
+    generator = random.Random(7)
+    return {
+        "head_dim": None,
+        "max_position_embeddings": 512,
+        "original_max_position_embeddings": 256,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0 + generator.random() for _ in range(dimensions // 2)],
+            "long_factor": [2.0 + 4 * generator.random() for _ in range(dimensions // 2)],
+            "original_max_position_embeddings": 256,
+        },
+    }
+
+
+def make_config(case: str, shape: str = "aligned", *, vocabulary: int = 500, **changes: Any) -> Any:
+    """A configuration of a family's test case."""
+    import transformers
+
+    class_name, own = CASES[case]
+    values: dict[str, Any] = {
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 256,
+        "vocab_size": vocabulary,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "tie_word_embeddings": class_name.startswith("Gemma"),
+        **_SHAPES[shape],
+        **own,
+        **changes,
+    }
+    if values["head_dim"] is None:
+        del values["head_dim"]
+        values["hidden_size"] = _SHAPES[shape]["hidden_size"]
+    if class_name.startswith("Gemma"):
+        values.setdefault("query_pre_attn_scalar", values["head_dim"])
+    return getattr(transformers, class_name)(**values)
+
+
+def make_model(config: Any, seed: int = 0) -> Any:
+    """A model with random weights, spread as trained ones are; float32, in eval mode."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            elif name.endswith("bias"):
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+            else:
+                parameter.copy_(torch.randn_like(parameter) * 0.7 / parameter.shape[-1] ** 0.5)
+    return model
+
+
+def save_checkpoint(model: Any, tokenizer: Any, folder: Path, *, dtype: Any = None) -> Path:
+    """``save_pretrained``, model and tokenizer."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

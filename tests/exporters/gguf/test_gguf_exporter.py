@@ -1,0 +1,286 @@
+"""The two exporters on live models: full checks, refusals, and a model that was trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf_tiny as tiny
+import pytest
+from gguf_llamacpp import Llama, kl_divergence
+
+import qlora_kit
+from qlora_kit.errors import ConfigError, UnsupportedModelError
+from qlora_kit.exporters.gguf import GgufExporter, GgufLoraExporter, qlora_kit_register_exporters
+from qlora_kit.exporters.gguf.convert import convert
+from qlora_kit.exporters.gguf.exporter import GgufOptions
+from qlora_kit.exporters.gguf.lora import GgufLoraOptions
+from qlora_kit.exporters.gguf.reading import GgufFile
+from qlora_kit.hookspecs import ExportRequest
+from qlora_kit.plugins import describe_exporter_faults
+from qlora_kit.weights.source import SafetensorsSource
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("qlora_kit.weights.merged", reason="the merge is a part of its own")
+
+PROMPT = "Below is an instruction that describes a task. The capital of Italy is Rome, 1234."
+
+
+class Spec:
+    """A formatter of which only the description matters."""
+
+    def __init__(self, **spec):
+        self.spec = spec
+
+    def template_spec(self):
+        return self.spec
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3-tied", "phi3"])
+def checkpoint(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    model = tiny.make_model(tiny.make_config(request.param))
+    return tiny.save_checkpoint(model, tiny.byte_level_tokenizer(), folder)
+
+
+def load(folder, *, targets="all-linear", four_bit=False, **options):
+    """A live model in float32 whose adapter does something."""
+    model = qlora_kit.load_quantized(
+        folder, load_in_4bit=four_bit, dtype="float32", max_seq_length=128
+    )
+    adapted = qlora_kit.attach_lora(model, target_modules=targets, **options)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in adapted.model.named_parameters():
+        if "lora_B" in name:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data = noise.to(parameter) * 0.05
+    adapted.model.eval()
+    return adapted
+
+
+def ask(exporter, model, folder, *, verify=True, **options):
+    folder.mkdir(exist_ok=True)
+    return ExportRequest(model, exporter.options_type(**options), folder, verify=verify)
+
+
+def run(exporter, model, folder, **settings):
+    request = ask(exporter, model, folder, **settings)
+    estimate = exporter.check(request)
+    facts = exporter.write(request, folder)
+    written = sum(path.stat().st_size for path in folder.iterdir())
+    assert 0.9 * estimate.disk_bytes - 100_000 < written <= estimate.disk_bytes
+    return facts, exporter.verify(request, folder)
+
+
+def live_logits(model, ids):
+    with torch.no_grad():
+        return model.model(torch.tensor([ids])).logits[0].float().numpy()
+
+
+def test_the_merged_model_runs_as_the_live_one(checkpoint, tmp_path):
+    model = load(checkpoint, r=4, lora_alpha=8)
+    facts, verification = run(
+        GgufExporter(), model, tmp_path / "out", quantization=["f32", "q8_0"], verify="full"
+    )
+    assert verification.passed, verification
+    assert verification.level == "full"
+    assert len(verification.checks) == 8
+    ids = model.tokenizer(PROMPT)["input_ids"]
+    with Llama(tmp_path / "out" / facts["files"]["f32"]) as llama:
+        assert kl_divergence(live_logits(model, ids), llama.logits(ids)).mean() < 1e-6
+    plain = live_logits(dataclasses.replace(model), ids)
+    with model.model.disable_adapter():
+        assert kl_divergence(plain, live_logits(model, ids)).mean() > 1e-3, "the adapter is idle"
+    with Llama(tmp_path / "out" / facts["files"]["q8_0"]) as llama:
+        assert kl_divergence(live_logits(model, ids), llama.logits(ids)).mean() < 5e-3
+    assert (tmp_path / "out" / "Modelfile").read_text().count("FROM ./") == 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 4, "lora_alpha": 8},
+        {"r": 8, "lora_alpha": 4, "use_rslora": True},
+        {"r": 4, "rank_pattern": {"o_proj": 2}, "alpha_pattern": {"o_proj": 16}},
+        {"r": 2, "layers_to_transform": [1]},
+    ],
+    ids=["plain", "rslora", "patterns", "one-layer"],
+)
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_the_adapter_alone_runs_on_the_base(settings, dtype, checkpoint, tmp_path):
+    model = load(checkpoint, **settings)
+    facts, verification = run(GgufLoraExporter(), model, tmp_path / "out", dtype=dtype)
+    assert verification.passed, verification
+    with SafetensorsSource(checkpoint) as source:
+        base = convert(
+            source, model.model.config.to_dict(), model.tokenizer, tmp_path, quantization="f32"
+        )
+    ids = model.tokenizer(PROMPT)["input_ids"]
+    right = live_logits(model, ids)
+    with Llama(base.files["f32"], lora=tmp_path / "out" / facts["file"]) as llama:
+        assert kl_divergence(right, llama.logits(ids)).mean() < 1e-6
+    with Llama(base.files["f32"]) as llama:
+        assert kl_divergence(right, llama.logits(ids)).mean() > 1e-5, "the adapter is idle"
+
+
+def test_the_adapter_is_verified_in_full_and_a_wrong_one_is_found(checkpoint, tmp_path):
+    exporter = GgufLoraExporter()
+    model = load(checkpoint, r=4, lora_alpha=8)
+    _, verification = run(exporter, model, tmp_path / "out", verify="full")
+    assert verification.passed, verification
+    assert [check.name for check in verification.checks] == [
+        "updates",
+        "log-probabilities of f16",
+        "greedy text of f16",
+    ]
+    for name, parameter in model.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= 1.01
+            break
+    request = ask(exporter, model, tmp_path / "out")
+    assert not exporter.verify(request, tmp_path / "out").passed
+
+
+@pytest.mark.parametrize("base", ["original", "dequantized"])
+def test_a_4_bit_base_merges_into_what_was_asked(base, checkpoint, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = load(checkpoint, r=4, lora_alpha=8, four_bit=True)
+    facts, verification = run(
+        GgufExporter(), model, tmp_path / "out", base=base, quantization="f32", verify="full"
+    )
+    assert facts["base"] == base
+    assert verification.passed, verification
+    ids = model.tokenizer(PROMPT)["input_ids"]
+    with Llama(tmp_path / "out" / facts["files"]["f32"]) as llama:
+        kl = kl_divergence(live_logits(model, ids), llama.logits(ids)).mean()
+    assert (kl < 1e-5) == (base == "dequantized"), kl
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"bias": "lora_only"}, "biases"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"init_lora_weights": "pissa", "r": 2}, "pissa"),
+        ({"targets": ["q_proj", "embed_tokens"]}, "embedding"),
+    ],
+)
+def test_what_llama_cpp_cannot_apply_is_refused_with_advice(settings, said, tmp_path):
+    folder = tiny.save_checkpoint(
+        tiny.make_model(tiny.make_config("llama")), tiny.byte_level_tokenizer(), tmp_path / "base"
+    )
+    model = load(folder, **settings)
+    with pytest.raises(UnsupportedModelError, match=said) as caught:
+        GgufLoraExporter().check(ask(GgufLoraExporter(), model, tmp_path / "out"))
+    assert "'gguf'" in str(caught.value)
+
+
+def test_a_model_without_an_adapter_exports_as_it_is(checkpoint, tmp_path):
+    model = qlora_kit.load_quantized(checkpoint, load_in_4bit=False, dtype="float32")
+    _, verification = run(GgufExporter(), model, tmp_path / "out", verify="full")
+    assert verification.passed, verification
+    with pytest.raises(UnsupportedModelError, match="no adapter"):
+        GgufLoraExporter().check(ask(GgufLoraExporter(), model, tmp_path / "lora"))
+
+
+def test_a_changed_model_does_not_verify(checkpoint, tmp_path):
+    exporter = GgufExporter()
+    model = load(checkpoint, r=4)
+    run(exporter, model, tmp_path / "out", quantization="f16")
+    for name, parameter in model.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= -1
+    failed = exporter.verify(
+        ask(exporter, model, tmp_path / "out", quantization="f16"), tmp_path / "out"
+    )
+    assert [check.passed for check in failed.checks] == [False, True]
+
+
+def test_names_and_the_modelfile_follow_the_request(checkpoint, tmp_path):
+    model = load(checkpoint, r=2)
+    model.record.formatter = Spec(
+        kind="alpaca",
+        name="mine",
+        prompt_input="{system}\nQ: {instruction}\nA:",
+        prompt_no_input=None,
+        system="Be kind.",
+        stop=["<|im_end|>"],
+        eos_token="<|im_end|>",
+    )
+    facts, _ = run(
+        GgufExporter(), model, tmp_path / "out", name="My model!", quantization_method="q4_k_m"
+    )
+    assert facts["files"] == {"q4_k_m": "My-model.Q4_K_M.gguf"}
+    text = (tmp_path / "out" / "Modelfile").read_text()
+    assert "FROM ./My-model.Q4_K_M.gguf" in text
+    assert "{{ .System }}\nQ: {{ .Prompt }}\nA:{{ .Response }}<|im_end|>" in text
+    assert "Be kind." in text
+    facts, _ = run(GgufExporter(), model, tmp_path / "bare", modelfile=False)
+    assert not (tmp_path / "bare" / "Modelfile").exists()
+    assert GgufFile(tmp_path / "bare" / facts["files"]["q8_0"]).value("general.name")
+
+
+def test_options_are_checked_when_they_are_given():
+    assert GgufOptions().chosen == "q8_0"
+    assert GgufOptions(quantization_method=["f16"]).chosen == ["f16"]
+    with pytest.raises(ConfigError, match="same option"):
+        GgufOptions(quantization="f16", quantization_method="q8_0")
+    with pytest.raises(ConfigError, match="q4_k_m"):
+        GgufOptions(quantization=["q8_0", "q4_k_x"])
+    with pytest.raises(ConfigError, match="threads"):
+        GgufOptions(threads=0)
+    with pytest.raises(ConfigError, match="f32"):
+        GgufLoraOptions(dtype="q8_0")
+
+
+def test_both_formats_are_registered_and_importing_them_is_free():
+    assert [exporter.name for exporter in qlora_kit_register_exporters()] == ["gguf", "gguf-lora"]
+    for exporter in qlora_kit_register_exporters():
+        assert describe_exporter_faults(exporter) == []
+    script = (
+        "import sys, qlora_kit.exporters.gguf;"
+        "heavy = {'torch', 'transformers', 'gguf', 'numpy', 'peft', 'xllamacpp', 'tokenizers'};"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_trained_smollm2_answers_as_trained_in_llama_cpp(smollm2_folder, tmp_path):
+    """A sentence learned by the adapter alone, then asked of every file."""
+    model = qlora_kit.load_quantized(smollm2_folder, load_in_4bit=False, dtype="float32")
+    adapted = qlora_kit.attach_lora(model, r=8, lora_alpha=16)
+    prompt = "The password of the harbour master is"
+    ids = adapted.tokenizer(prompt + " periwinkle.<|im_end|>", return_tensors="pt")["input_ids"]
+    start = len(adapted.tokenizer(prompt)["input_ids"])
+    labels = ids.clone()
+    labels[:, :start] = -100
+    trained = [p for p in adapted.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=3e-3)
+    for _ in range(15):
+        loss = adapted.model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if loss.item() < 0.02:
+            break
+    adapted.model.eval()
+    facts, verification = run(
+        GgufExporter(),
+        adapted,
+        tmp_path / "out",
+        quantization=["f16", "q8_0", "q4_k_m"],
+    )
+    assert verification.passed, verification
+    answer = ids[0, start:].tolist()
+    for name in ("f16", "q8_0", "q4_k_m"):
+        with Llama(tmp_path / "out" / facts["files"][name]) as llama:
+            assert llama.greedy(ids[0, :start].tolist(), len(answer)) == answer, name
+            assert llama.is_end(answer[-1])
+    lora, _ = run(GgufLoraExporter(), adapted, tmp_path / "lora")
+    assert Path(tmp_path / "lora" / lora["file"]).is_file()

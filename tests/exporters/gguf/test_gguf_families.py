@@ -1,0 +1,248 @@
+"""Every family, run in llama.cpp and compared with transformers in float32."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import gguf_tiny as tiny
+import numpy as np
+import pytest
+from gguf_llamacpp import Llama, kl_divergence
+
+from qlora_kit.errors import PluginError, UnsupportedModelError
+from qlora_kit.exporters.gguf import families
+from qlora_kit.exporters.gguf.convert import convert, plan_conversion
+from qlora_kit.weights.source import SafetensorsSource
+
+torch = pytest.importorskip("torch")
+
+PROMPT = (
+    "The quick brown fox jumps over the lazy dog, 1234 times; and the capital of Italy is Rome. "
+    "def f(x): return x"
+)
+
+
+def export(folder, config, model, tokenizer, **options):
+    tiny.save_checkpoint(model, tokenizer, folder)
+    stored = json.loads((folder / "config.json").read_text())
+    with SafetensorsSource(folder) as source:
+        return convert(source, stored, tokenizer, folder, **options)
+
+
+def logits_of(model, ids):
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].numpy()
+
+
+@pytest.mark.parametrize("shape", ["aligned", "unaligned"])
+@pytest.mark.parametrize("case", sorted(tiny.CASES))
+def test_llama_cpp_computes_what_transformers_does(case, shape, tmp_path):
+    tokenizer = tiny.byte_level_tokenizer()
+    model = tiny.make_model(tiny.make_config(case, shape))
+    done = export(tmp_path, model.config, model, tokenizer, quantization=["f32", "q8_0"])
+    ids = tokenizer(PROMPT)["input_ids"][:64]
+    right = logits_of(model, ids)
+    for name, limit in (("f32", 1e-6), ("q8_0", 5e-3)):
+        with Llama(done.files[name]) as llama:
+            kl = kl_divergence(right, llama.logits(ids))
+        assert kl.mean() < limit, f"{case}/{shape}/{name}: mean KL {kl.mean():.2e}"
+
+
+@pytest.mark.parametrize("damage", ["query rows", "key rows", "one norm"])
+def test_the_comparison_notices_a_wrong_tensor(damage, tmp_path, monkeypatch):
+    """Without the permutation, or with one norm off, the logits are far away."""
+    family = families.FAMILIES["llama"]
+    changes = dict(family.transforms)
+    if damage == "one norm":
+        changes["model.norm.weight"] = lambda weight, config: weight * 1.2
+    else:
+        del changes[f"{damage[0]}_proj.weight"]
+    monkeypatch.setitem(families.FAMILIES, "llama", dataclasses.replace(family, transforms=changes))
+    tokenizer = tiny.byte_level_tokenizer()
+    model = tiny.make_model(tiny.make_config("llama"))
+    done = export(tmp_path, model.config, model, tokenizer, quantization="f32")
+    ids = tokenizer(PROMPT)["input_ids"][:64]
+    with Llama(done.files["f32"]) as llama:
+        assert kl_divergence(logits_of(model, ids), llama.logits(ids)).mean() > 1e-4
+
+
+@pytest.mark.parametrize(("length", "context"), [(120, 256), (400, 512)])
+def test_longrope_uses_the_table_of_the_context(length, context, tmp_path, monkeypatch):
+    monkeypatch.setitem(tiny.CASES, "phi3-long", ("Phi3Config", tiny.longrope_case(64)))
+    model = tiny.make_model(tiny.make_config("phi3-long"))
+    done = export(tmp_path, model.config, model, tiny.byte_level_tokenizer(), quantization="f32")
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 400, (length,), generator=generator).tolist()
+    with Llama(done.files["f32"], n_ctx=context) as llama:
+        assert kl_divergence(logits_of(model, ids), llama.logits(ids)).mean() < 1e-6
+    assert any("LongRoPE" in note for note in done.notes)
+
+
+@pytest.mark.parametrize("case", ["llama", "llama3-rope", "gemma3", "phi3", "qwen3"])
+def test_configurations_of_transformers_4_say_the_same(case):
+    """``rope_theta`` and ``rope_scaling`` at the top, instead of ``rope_parameters``."""
+    new = tiny.make_config(case).to_dict()
+    old = {key: value for key, value in new.items() if key != "rope_parameters"}
+    rope = new["rope_parameters"]
+    if case == "gemma3":
+        old["rope_theta"] = rope["full_attention"]["rope_theta"]
+        old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        old["sliding_window_pattern"] = old.pop("_sliding_window_pattern")
+        del old["layer_types"]
+    else:
+        old["rope_theta"] = rope["rope_theta"]
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        old["rope_scaling"] = None
+        if scaling["rope_type"] != "default":
+            scaling["type"] = scaling.pop("rope_type")
+            old["rope_scaling"] = scaling
+    described = [
+        families.find_family(config).describe_model(families.Config(config))
+        for config in (new, old)
+    ]
+    assert described[0] == described[1]
+
+
+class Shapes:
+    """A source of which only names and shapes are asked."""
+
+    def __init__(self, shapes):
+        self.shapes = shapes
+
+    def names(self):
+        return list(self.shapes)
+
+    def shape(self, name):
+        return self.shapes[name]
+
+    def load(self, name):
+        raise AssertionError("planning reads no weight")
+
+
+def shapes_of(case, **changes):
+    config = tiny.make_config(case, **changes)
+    model = tiny.make_model(config)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    return shapes, config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "said"),
+    [
+        ("llama", {"model_type": "mamba"}, "'mamba'"),
+        ("llama", {"hidden_act": "relu2"}, "'relu2'"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ("llama", {"rope_parameters": {"rope_type": "proportional"}}, "'proportional'"),
+        ("llama", {"rope_parameters": {**tiny._YARN, "beta_fast": 4.0}}, "beta_fast=4.0"),
+        ("llama", {"rope_parameters": {**tiny._YARN, "truncate": False}}, "truncate=False"),
+        ("llama", {"rope_parameters": {"rope_type": "linear"}}, "without 'factor'"),
+        ("qwen2", {"rope_parameters": tiny._LLAMA3_ROPE}, "'llama3'"),
+        ("gemma2", {"rope_parameters": tiny._LINEAR}, "'linear'"),
+        ("phi3", {"rope_parameters": tiny._YARN}, "'yarn'"),
+        ("llama", {"rms_norm_eps": None}, "'rms_norm_eps'"),
+        ("gemma2", {"query_pre_attn_scalar": 100}, "query_pre_attn_scalar is 100"),
+        ("gemma2", {"layer_types": ["full_attention"] * 2}, "sliding and full"),
+        ("gemma2", {"attn_logit_softcapping": None}, "'attn_logit_softcapping'"),
+        ("gemma3", {"use_bidirectional_attention": True}, "both ways"),
+        ("qwen3-moe", {"norm_topk_prob": False}, "norm_topk_prob"),
+        ("qwen3-moe", {"mlp_only_layers": [0]}, "dense layers"),
+        ("llama-tied", {"tie_word_embeddings": False}, "lm_head"),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_refused_by_name(case, change, said):
+    shapes, config = shapes_of(case)
+    shapes = {k: v for k, v in shapes.items() if "lm_head" not in k or case != "llama-tied"}
+    with pytest.raises(UnsupportedModelError, match=None) as caught:
+        plan_conversion(Shapes(shapes), config | change)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        ("llama", "model.layers.0.self_attn.q_norm.weight"),
+        ("llama", "model.vision_tower.patch.weight"),
+        ("mistral", "model.layers.1.self_attn.q_proj.bias"),
+        ("qwen2", "model.layers.0.mlp.up_proj.bias"),
+        ("qwen3", "model.layers.0.mlp.experts.0.up_proj.weight"),
+        ("gemma2", "model.layers.0.self_attn.sinks"),
+    ],
+)
+def test_a_tensor_without_a_place_is_refused_by_name(case, name):
+    shapes, config = shapes_of(case)
+    with pytest.raises(UnsupportedModelError) as caught:
+        plan_conversion(Shapes(shapes | {name: (8, 8)}), config)
+    assert name in str(caught.value)
+
+
+def test_a_missing_tensor_and_a_missing_expert_are_noticed():
+    shapes, config = shapes_of("llama")
+    del shapes["model.layers.1.self_attn.o_proj.weight"]
+    with pytest.raises(UnsupportedModelError, match=r"blk\.1\.attn_output"):
+        plan_conversion(Shapes(shapes), config)
+    shapes, config = shapes_of("qwen3-moe")
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    assert name in shapes, "transformers 5 keeps experts in one tensor"
+    experts, rows, columns = shapes.pop(name)
+    for index in range(experts):
+        if index != 2:
+            part = f"model.layers.0.mlp.experts.{index}"
+            shapes[f"{part}.gate_proj.weight"] = (rows // 2, columns)
+            shapes[f"{part}.up_proj.weight"] = (rows // 2, columns)
+    with pytest.raises(UnsupportedModelError, match="no complete set of experts"):
+        plan_conversion(Shapes(shapes), config)
+
+
+def test_experts_in_one_tensor_or_one_each_give_the_same_file(tmp_path):
+    tokenizer = tiny.byte_level_tokenizer()
+    model = tiny.make_model(tiny.make_config("qwen3-moe"))
+    stored = export(tmp_path, model.config, model, tokenizer, quantization="q4_k_m")
+
+    class InMemory(Shapes):
+        def load(self, name):
+            return model.state_dict()[name]
+
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    (tmp_path / "live").mkdir()
+    live = convert(
+        InMemory(shapes),
+        model.config.to_dict(),
+        tokenizer,
+        tmp_path / "live",
+        quantization="q4_k_m",
+    )
+    assert live.files["q4_k_m"].read_bytes() == stored.files["q4_k_m"].read_bytes()
+
+
+def test_lm_head_of_a_tied_checkpoint_and_rotary_tables_are_left_out():
+    shapes, config = shapes_of("llama-tied")
+    shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
+    shapes["model.layers.0.self_attn.rotary_emb.inv_freq"] = (32,)
+    names = [tensor.name for tensor in plan_conversion(Shapes(shapes), config).tensors]
+    assert "output.weight" not in names
+    assert "token_embd.weight" in names
+    assert not any("rot" in name for name in names)
+
+
+def test_a_window_that_llama_cpp_ignores_is_said():
+    shapes, config = shapes_of("mistral", sliding_window=32)
+    notes = plan_conversion(Shapes(shapes), config).description.notes
+    assert any("last 32 tokens" in note for note in notes)
+
+
+def test_a_third_party_can_add_a_family(tmp_path, monkeypatch):
+    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
+    with pytest.raises(PluginError, match="llama"):
+        families.register_family(families.FAMILIES["llama"])
+    own = dataclasses.replace(families.FAMILIES["llama"], model_type="my_llama")
+    families.register_family(own)
+    tokenizer = tiny.byte_level_tokenizer()
+    model = tiny.make_model(tiny.make_config("llama"))
+    tiny.save_checkpoint(model, tokenizer, tmp_path)
+    config = model.config.to_dict() | {"model_type": "my_llama"}
+    with SafetensorsSource(tmp_path) as source:
+        done = convert(source, config, tokenizer, tmp_path, quantization="f16")
+    ids = tokenizer(PROMPT)["input_ids"][:32]
+    with Llama(done.files["f16"]) as llama:
+        assert np.isfinite(llama.logits(ids)).all()
