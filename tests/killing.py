@@ -32,8 +32,8 @@ def state_of(destination: Path) -> str:
 
 def main(folder: Path, rounds: int) -> None:
     import torch
-    from conftest import make_checkpoint, randomize
 
+    from conftest import make_checkpoint, randomize
     from qlora_kit import attach_lora, export_model, load_quantized
 
     torch.set_num_threads(1)

@@ -147,9 +147,9 @@ def test_pissa_starts_at_the_base_with_principal_directions(base16):
     before = _logits(base16)
     model = attach_lora(base16, r=8, init_lora_weights="pissa")
     torch.testing.assert_close(_logits(model), before, atol=1e-4, rtol=1e-4)
-    assert any(
-        p.abs().max() > 0 for n, p in model.model.named_parameters() if "lora_B" in n
-    ), "PiSSA starts with B away from zero"
+    assert any(p.abs().max() > 0 for n, p in model.model.named_parameters() if "lora_B" in n), (
+        "PiSSA starts with B away from zero"
+    )
 
 
 def test_pissa_on_a_quantized_base_says_the_way_out(base):

@@ -53,9 +53,7 @@ def test_sixteen_bit_weights_are_the_files_own(tiny_llama, dtype):
     stored = load_file(tiny_llama / "model.safetensors")
     weight = _layer(loaded).weight
     assert weight.dtype is {"bf16": torch.bfloat16, "float32": torch.float32}[dtype]
-    assert torch.equal(
-        weight.to(torch.bfloat16), stored["model.layers.0.self_attn.q_proj.weight"]
-    )
+    assert torch.equal(weight.to(torch.bfloat16), stored["model.layers.0.self_attn.q_proj.weight"])
     assert loaded.base.quantization is None
 
 

@@ -156,9 +156,7 @@ def test_training_again_goes_on_from_where_it_was(model, alpaca_rows, tmp_path):
 def test_every_base_trains_in_every_dtype(tiny_qwen3, alpaca_rows, tmp_path, dtype, bits):
     import torch
 
-    loaded = load_quantized(
-        tiny_qwen3, 128, dtype, load_in_4bit=bits == 4, load_in_8bit=bits == 8
-    )
+    loaded = load_quantized(tiny_qwen3, 128, dtype, load_in_4bit=bits == 4, load_in_8bit=bits == 8)
     model = attach_lora(loaded, r=4)
     result = _train(model, alpaca_rows, tmp_path, max_steps=6)
     assert result.losses[-1] < result.losses[0]
@@ -334,9 +332,7 @@ def test_ctrl_c_saves_a_checkpoint_and_returns_what_was_done(make_model, alpaca_
     assert "interrupted after 3 steps" in str(result)
     assert signal.getsignal(signal.SIGINT) is before
     whole = _train(make_model(), alpaca_rows, tmp_path / "whole", max_steps=6)
-    rest = _train(
-        make_model(), alpaca_rows, tmp_path, max_steps=6, resume_from_checkpoint=True
-    )
+    rest = _train(make_model(), alpaca_rows, tmp_path, max_steps=6, resume_from_checkpoint=True)
     assert [*result.losses, *rest.losses] == pytest.approx(list(whole.losses), rel=1e-5)
 
 

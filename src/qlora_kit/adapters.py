@@ -151,9 +151,7 @@ def _check_names(names: Iterable[str], parameter: str, available: Sequence[str])
         name for name in names if not isinstance(name, str) or name.split(".")[-1] not in available
     ]
     if unknown:
-        presets = (
-            f" Presets: {', '.join(TARGET_PRESETS)}." if parameter == "target_modules" else ""
-        )
+        presets = f" Presets: {', '.join(TARGET_PRESETS)}." if parameter == "target_modules" else ""
         hints = "".join(did_you_mean(str(name), (*available, *TARGET_PRESETS)) for name in unknown)
         raise ConfigError(
             f"{parameter}: this model has no {', '.join(map(repr, unknown))}.{hints} "
@@ -161,9 +159,7 @@ def _check_names(names: Iterable[str], parameter: str, available: Sequence[str])
         )
 
 
-def _names_of(
-    model: Any, kinds: type | tuple[type, ...], *, leave_out: Any = None
-) -> list[str]:
+def _names_of(model: Any, kinds: type | tuple[type, ...], *, leave_out: Any = None) -> list[str]:
     """Last parts of the names of modules of some kinds, the usual seven projections first."""
     names = {
         name.split(".")[-1]

@@ -138,9 +138,7 @@ def _train(options: argparse.Namespace) -> None:
     rows = formatter.load(options.data)
     if not isinstance(model, AdaptedModel):
         model = attach_lora(model, r=options.r, lora_alpha=options.lora_alpha)
-    result = train_sft(
-        model, rows, output_dir=options.output, packing=options.packing, **settings
-    )
+    result = train_sft(model, rows, output_dir=options.output, packing=options.packing, **settings)
     print(result)
     for name in formats:
         target = Path(options.export_to or options.output) / name
@@ -154,9 +152,7 @@ def _generate(options: argparse.Namespace) -> None:
     model = _load(options)
     formatter = model.record.formatter or AlpacaFormatter(model.tokenizer)
     prompt = formatter.prompt(options.instruction, options.input)
-    for chunk in generate_stream(
-        model, prompt, max_new_tokens=options.max_new_tokens, **settings
-    ):
+    for chunk in generate_stream(model, prompt, max_new_tokens=options.max_new_tokens, **settings):
         print(chunk.text, end="", flush=True)
     print()
 

@@ -21,6 +21,7 @@ from typing import Any, Final, Literal, TypeVar, overload
 from qlora_kit import plugins
 from qlora_kit.checkpoint.files import describe_file, list_files
 from qlora_kit.checkpoint.staging import check_destination, stage_folder
+from qlora_kit.device import get_versions
 from qlora_kit.errors import (
     ConfigError,
     DiskSpaceError,
@@ -29,7 +30,6 @@ from qlora_kit.errors import (
     QloraKitError,
     VerificationError,
 )
-from qlora_kit.device import get_versions
 from qlora_kit.hookspecs import Exporter, ExportEstimate, ExportRequest
 from qlora_kit.manifest import describe_model, read_manifest, write_manifest
 from qlora_kit.options import build_options

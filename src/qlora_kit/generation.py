@@ -291,9 +291,7 @@ class _Worker:
 
         class Stopped(StoppingCriteria):  # type: ignore[misc]
             def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-                return torch.full(
-                    (input_ids.shape[0],), stopped.is_set(), device=input_ids.device
-                )
+                return torch.full((input_ids.shape[0],), stopped.is_set(), device=input_ids.device)
 
         device = self._module.get_input_embeddings().weight.device
         input_ids = torch.tensor([self._ids], device=device)  # (1, T)

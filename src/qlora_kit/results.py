@@ -132,6 +132,7 @@ class TrainResult:
         manifest_path: The run's manifest, JSON.
         versions: Versions of the packages that took part.
         log_history: The trainer's own log records.
+        plan: How steps were computed: micro-batches, checkpointing, weights, compilation.
     """
 
     steps: int
@@ -154,6 +155,7 @@ class TrainResult:
     manifest_path: Path
     versions: Mapping[str, str]
     log_history: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+    plan: str = ""
 
     def __str__(self) -> str:
         first, last = (self.losses[0], self.losses[-1]) if self.losses else (float("nan"),) * 2

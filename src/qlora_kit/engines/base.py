@@ -34,6 +34,8 @@ class TrainJob:
         callbacks: Trainer callbacks.
         extra: Further keyword arguments of the trainer, passed as they are.
         plan: How steps are computed, for engines that have a choice; ``None`` lets them choose.
+        chooses_checkpointing: Whether ``args.gradient_checkpointing`` is a mere default, which
+            the engine may overrule.
     """
 
     args: SFTConfig
@@ -44,6 +46,7 @@ class TrainJob:
     callbacks: Sequence[Any] = ()
     extra: dict[str, Any] = field(default_factory=dict)
     plan: Any = None
+    chooses_checkpointing: bool = False
 
 
 @runtime_checkable

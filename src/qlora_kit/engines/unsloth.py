@@ -106,9 +106,7 @@ class UnslothEngine:
     def attach(self, loaded: LoadedModel, config: AdapterConfig) -> AdaptedModel:
         """Attach a LoRA adapter through unsloth."""
         if config.init_lora_weights == "loftq" or config.loftq_config:
-            raise EngineError(
-                "unsloth refuses LoftQ on a 4-bit base; engine='native' supports it."
-            )
+            raise EngineError("unsloth refuses LoftQ on a 4-bit base; engine='native' supports it.")
         refused = {
             "use_dora": config.use_dora,
             "rank_pattern": config.rank_pattern,
@@ -168,6 +166,11 @@ class UnslothEngine:
             EngineError: For packed rows on a GPU, where unsloth's attention would let packed
                 examples see each other when the collator is not its own.
         """
+        if job.plan:
+            raise EngineError(
+                "plan is for engine='native', which computes its own training step; unsloth "
+                "computes steps in its own way."
+            )
         if job.is_packed and get_device().type != "cpu":
             raise EngineError(
                 "packing=True with engine='unsloth' on a GPU would let packed examples see each "
@@ -191,7 +194,7 @@ class UnslothEngine:
 
     @contextlib.contextmanager
     def inference(self, model: LoadedModel) -> Iterator[Any]:
-        """unsloth's inference mode, left again on exit when the model was training."""
+        """Unsloth's inference mode, left again on exit when the model was training."""
         fast = self._unsloth.FastLanguageModel
         was_training = model.model.training
         had_checkpointing = getattr(model.model, "is_gradient_checkpointing", False)

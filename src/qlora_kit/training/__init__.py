@@ -55,6 +55,7 @@ def train_sft(
     eval_dataset: Any = None,
     packing: bool = False,
     truncation: str = "end",
+    plan: Any = None,
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
     resume_from_checkpoint: bool | str | os.PathLike[str] | None = None,
     **sft_config: Any,
@@ -79,6 +80,10 @@ def train_sft(
             other.
         truncation: For examples beyond ``max_length``: ``"end"`` cuts them, ``"drop"`` leaves
             them out, ``"error"`` raises. Counted and reported in every case.
+        plan: How the native engine computes steps; none of it changes the maths. ``None``
+            chooses by memory and says what it chose; ``False`` trains through TRL and peft alone;
+            a dictionary or :class:`~qlora_kit.engines.native.fast.plan.FastPlan` pins choices,
+            for example ``{"checkpointing": "full", "weights": "nf4"}``.
         callbacks: ``TrainerCallback`` objects or classes.
         resume_from_checkpoint: ``True`` for the last checkpoint in ``output_dir``, or a path.
         **sft_config: Any field of TRL's ``SFTConfig``, by its own name.
@@ -119,6 +124,11 @@ def train_sft(
         collator=make_collator(model, options, is_flat=options.packing or options.padding_free),
         is_packed=options.packing,
         callbacks=tuple(callbacks or ()),
+        plan=plan,
+        chooses_checkpointing=(
+            "gradient_checkpointing" not in sft_config
+            and model.adapter.use_gradient_checkpointing == "auto"
+        ),
     )
     if data.formatter is not None:
         model.record.formatter = data.formatter
@@ -217,9 +227,11 @@ def _find_checkpoint(asked: bool | str | os.PathLike[str] | None, folder: Path) 
         return None
     found = sorted(
         (path for path in folder.glob(f"{_CHECKPOINT_PREFIX}*") if path.is_dir()),
-        key=lambda path: int(path.name.removeprefix(_CHECKPOINT_PREFIX) or 0)
-        if path.name.removeprefix(_CHECKPOINT_PREFIX).isdigit()
-        else -1,
+        key=lambda path: (
+            int(path.name.removeprefix(_CHECKPOINT_PREFIX) or 0)
+            if path.name.removeprefix(_CHECKPOINT_PREFIX).isdigit()
+            else -1
+        ),
     )
     names = ", ".join(path.name for path in found) or "none"
     if asked is True:
@@ -316,6 +328,7 @@ def _make_result(
         manifest_path=folder / "qlora_kit_manifest.json",
         versions=device_module.get_versions(),
         log_history=history,
+        plan=str(getattr(trainer, "fast_plan", None) or "TRL and peft"),
     )
 
 

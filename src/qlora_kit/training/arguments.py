@@ -79,7 +79,9 @@ def take_data_options(model: AdaptedModel, fields: dict[str, Any], truncation: s
     known = {field.name for field in dataclasses.fields(SFTConfig)} | {"max_seq_length"}
     unknown = [name for name in fields if name not in known]
     if unknown:
-        hints = "".join(f" {name!r}:{did_you_mean(name, known) or ' nothing near.'}" for name in unknown)
+        hints = "".join(
+            f" {name!r}:{did_you_mean(name, known) or ' nothing near.'}" for name in unknown
+        )
         raise UnknownOptionError(
             f"train_sft and SFTConfig have no {', '.join(map(repr, unknown))}.{hints}"
         )

@@ -119,9 +119,7 @@ def _use_tokenized(rows: Any, options: DataOptions) -> Dataset:
     if not len(dataset):
         raise DataError("The dataset has no rows.")
     if "labels" not in dataset.column_names:
-        dataset = dataset.map(
-            lambda row: {"labels": [-100, *row["input_ids"][1:]]}, desc="labels"
-        )
+        dataset = dataset.map(lambda row: {"labels": [-100, *row["input_ids"][1:]]}, desc="labels")
     return _fit(dataset.select_columns(["input_ids", "labels"]), options)
 
 

@@ -132,7 +132,7 @@ class NativeEngine:
             data_collator=job.collator,
             callbacks=list(job.callbacks),
             plan=job.plan,
-            chooses_checkpointing=model.adapter.use_gradient_checkpointing == "auto",
+            chooses_checkpointing=job.chooses_checkpointing,
             **job.extra,
         )
 

@@ -43,7 +43,7 @@ def read_stored_quantization(folder: Path) -> QuantizationName | None:
         )
     if stored.get("load_in_8bit") or stored.get("_load_in_8bit"):
         return "int8"
-    return cast(QuantizationName, stored.get("bnb_4bit_quant_type", "fp4"))
+    return cast("QuantizationName", stored.get("bnb_4bit_quant_type", "fp4"))
 
 
 def make_quantization_config(config: LoadConfig, dtype: str) -> BitsAndBytesConfig | None:
