@@ -141,7 +141,7 @@ def test_folders_without_a_model_are_refused(tiny_llama, tmp_path):
     with pytest.raises(ModelNotFoundError, match=r"no config\.json.*notes\.txt"):
         load_quantized(tmp_path)
     (tmp_path / "config.json").write_text((tiny_llama / "config.json").read_text())
-    with pytest.raises(ModelNotFoundError, match="no \\*.safetensors"):
+    with pytest.raises(ModelNotFoundError, match=r"no \*\.safetensors"):
         load_quantized(tmp_path)
     shutil.copy(tiny_llama / "model.safetensors", tmp_path)
     with pytest.raises(ModelNotFoundError, match="tokenizer"):

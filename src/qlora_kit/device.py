@@ -93,7 +93,7 @@ def get_device_name(device: torch.device) -> str:
     import torch
 
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return str(torch.cuda.get_device_name(device))
     if device.type == "xpu":
         return str(torch.xpu.get_device_name(device))
     cpuinfo = Path("/proc/cpuinfo")
@@ -117,14 +117,14 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def measure_memory_gib(device: torch.device) -> float:
-    """Memory in use now, in GiB: reserved by torch on CUDA, the process's resident set elsewhere."""
+    """Memory in use now, in GiB: what torch reserved on CUDA, the resident set elsewhere."""
     import psutil
     import torch
 
     if device.type == "cuda":
-        return torch.cuda.memory_reserved(device) / _GIB
+        return float(torch.cuda.memory_reserved(device)) / _GIB
     if device.type == "mps":
-        return torch.mps.driver_allocated_memory() / _GIB
+        return float(torch.mps.driver_allocated_memory()) / _GIB
     return int(psutil.Process().memory_info().rss) / _GIB
 
 
@@ -138,9 +138,9 @@ def measure_peak_memory_gib(device: torch.device) -> float:
     import torch
 
     if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / _GIB
+        return float(torch.cuda.max_memory_reserved(device)) / _GIB
     if device.type == "mps":
-        return torch.mps.driver_allocated_memory() / _GIB
+        return float(torch.mps.driver_allocated_memory()) / _GIB
     if _STATUS.exists():
         for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith("VmHWM:"):
@@ -167,12 +167,12 @@ def _has_bfloat16(device: torch.device) -> bool:
     import torch
 
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         # Private, but the only way torch offers to ask; absent before torch 2.6.
         ask = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
         return bool(ask())
     # MPS has bfloat16 from macOS 14 on, XPU always.
-    return device.type == "xpu" or (
-        device.type == "mps" and torch.backends.mps.is_macos_or_newer(14, 0)  # type: ignore[attr-defined]
-    )
+    if device.type == "mps":
+        return bool(torch.backends.mps.is_macos_or_newer(14, 0))
+    return bool(device.type == "xpu")

@@ -262,7 +262,7 @@ class _Worker:
                     torch.manual_seed(self._seed)
                 self._generate()
         # Not swallowed: raised again where the chunks are read.
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001
             self._queue.put(error)
         finally:
             self._queue.put(self._END)
@@ -274,7 +274,7 @@ class _Worker:
 
         tokens, stopped, prompt_length = self._queue, self._stopped, len(self._ids)
 
-        class Streamer(BaseStreamer):  # type: ignore[misc]
+        class Streamer(BaseStreamer):
             def __init__(self) -> None:
                 self.left = prompt_length
 
@@ -289,7 +289,7 @@ class _Worker:
             def end(self) -> None:
                 pass
 
-        class Stopped(StoppingCriteria):  # type: ignore[misc]
+        class Stopped(StoppingCriteria):
             def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
                 return torch.full((input_ids.shape[0],), stopped.is_set(), device=input_ids.device)
 

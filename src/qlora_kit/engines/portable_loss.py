@@ -40,7 +40,7 @@ class PortableLoss:
             )
         inputs["use_cache"] = False
         return Trainer.compute_loss(
-            self,  # type: ignore[arg-type]
+            self,
             model,
             inputs,
             return_outputs=return_outputs,

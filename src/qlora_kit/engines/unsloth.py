@@ -212,7 +212,7 @@ def _make_trainer_class() -> Any:
     """TRL's trainer is patched in place, so it is looked up when a run begins."""
     trl = importlib.import_module("trl")
 
-    class UnslothTrainer(StepRecorder, PortableLoss, NoTelemetry, trl.SFTTrainer):  # type: ignore[misc,name-defined]
+    class UnslothTrainer(StepRecorder, PortableLoss, NoTelemetry, trl.SFTTrainer):
         """``SFTTrainer`` as patched by unsloth, with this library's counters."""
 
     return UnslothTrainer

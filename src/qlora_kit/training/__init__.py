@@ -206,7 +206,7 @@ def _check_model(model: Any) -> None:
         raise ConfigError(f"train_sft got {type(model).__name__}; {hint}.")
     if model.trainable_parameters == 0:
         raise ConfigError(
-            "This adapter was loaded for inference only; load it with is_trainable=True to train it."
+            "This adapter was loaded for inference only; load it with is_trainable=True."
         )
 
 

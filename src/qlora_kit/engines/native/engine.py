@@ -44,7 +44,9 @@ class NativeEngine:
         device = get_device()
         dtype = choose_compute_dtype(config.dtype, device)
         stored = quantization.read_stored_quantization(folder)
-        wanted = "nf4" if config.load_in_4bit else "int8" if config.load_in_8bit else None
+        wanted: quantization.QuantizationName | None = (
+            "nf4" if config.load_in_4bit else "int8" if config.load_in_8bit else None
+        )
         if stored is not None and wanted != stored:
             logger.info("%s is already quantized to %s and stays so.", folder, stored)
         active = stored or wanted
@@ -160,14 +162,14 @@ def _make_lora_config(config: AdapterConfig, *, use_loftq: bool) -> Any:
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=config.r,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # fractions work, typed int
+        lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         bias=config.bias,
         target_modules=targets if isinstance(targets, str) else list(targets),
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         # LoftQ is computed here afterwards: peft's own needs a GPU and an unquantized base.
-        init_lora_weights=True if use_loftq else config.init_lora_weights,  # type: ignore[arg-type]
+        init_lora_weights=True if use_loftq else config.init_lora_weights,
         modules_to_save=list(config.modules_to_save) if config.modules_to_save else None,
         layers_to_transform=(
             config.layers_to_transform
@@ -183,7 +185,7 @@ def _check_pissa(loaded: LoadedModel, config: AdapterConfig) -> None:
     init = config.init_lora_weights
     if isinstance(init, str) and init.startswith("pissa") and loaded.base.quantization:
         raise ConfigError(
-            f"init_lora_weights={init!r} changes the base weights, which a {loaded.base.quantization} "
-            "base cannot hold. Load with load_in_4bit=False, or use LoftQ on the 4-bit base: "
+            f"init_lora_weights={init!r} changes the base weights, which a "
+            f"{loaded.base.quantization} base cannot hold. Load with load_in_4bit=False, or use LoftQ on the 4-bit base: "
             "loftq_config={'loftq_bits': 4}."
         )

@@ -57,5 +57,5 @@ def _choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
         if token in vocabulary and token != tokenizer.eos_token:
             return token
     # Safe here: labels say what carries loss, so an end token that is padding still trains.
-    eos: str | None = tokenizer.eos_token  # type: ignore[assignment]
+    eos: str | None = tokenizer.eos_token
     return eos

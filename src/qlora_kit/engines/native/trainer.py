@@ -22,7 +22,7 @@ __all__ = ["NativeTrainer"]
 logger = logging.getLogger(__name__)
 
 
-class NativeTrainer(  # type: ignore[misc]
+class NativeTrainer(
     StepRecorder, FastSteps, PortableLoss, NoTelemetry, SFTTrainer
 ):
     """``SFTTrainer`` that leaves the adapter's dtype and the model's forward as it found them.
