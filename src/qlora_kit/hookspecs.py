@@ -21,11 +21,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import pluggy
 
 from qlora_kit.results import LoadedModel, Verification
+
+if TYPE_CHECKING:
+    from qlora_kit.weights.sharing import SharedMerge
 
 __all__ = [
     "PROJECT_NAME",
@@ -58,6 +61,7 @@ class ExportRequest:
             into the folder that ``write`` is given.
         verify: ``False``, ``True`` or ``"full"``.
         progress: Called as ``progress(what, done, total)``; never required.
+        shared: What the exports of one call share, see ``weights/sharing.py``; may be ``None``.
     """
 
     model: LoadedModel
@@ -65,6 +69,7 @@ class ExportRequest:
     destination: Path | None
     verify: bool | Literal["full"] = True
     progress: Callable[[str, int, int], None] = field(default=_ignore_progress, repr=False)
+    shared: SharedMerge | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,18 @@ class Exporter(Protocol):
     Attributes:
         name: What users type, for example ``"merged_16bit"``; lower case, digits, ``_`` or ``-``.
         summary: One line for ``available_exporters()``.
-        options_type: A frozen dataclass; its fields are the format's options.
+        options_type: A frozen dataclass; its fields are the format's options. Values are
+            checked against their annotations before anything else happens. A field declared
+            with ``repr=False`` is a secret: it is left out of manifests and messages.
+
+    Two more attributes are optional:
+
+    * ``needs_path`` (default true): false for a format that leaves nothing on this disk.
+    * ``find_missing()``: what keeps the format from running on this machine, one phrase each,
+      without a model; shown by ``python -m qlora_kit exporters``.
+
+    ``write`` may return the key ``"sha256"``, a mapping of file names to hashes it computed
+    while writing (saves reading the files again), and the key ``"url"``.
     """
 
     name: str

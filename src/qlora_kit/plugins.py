@@ -83,7 +83,9 @@ class ExporterRegistry:
         self._manager = pluggy.PluginManager(PROJECT_NAME)
         self._manager.add_hookspecs(hookspecs)
         for dotted in builtins:
-            self._add_plugin(dotted, "qlora-kit", lambda dotted=dotted: importlib.import_module(dotted))
+            self._add_plugin(
+                dotted, "qlora-kit", lambda dotted=dotted: importlib.import_module(dotted)
+            )
         if use_entry_points:
             self._add_entry_points()
         self._exporters = self._collect()
@@ -109,6 +111,11 @@ class ExporterRegistry:
     def origin(self, name: str) -> str:
         """The distribution that an exporter came from."""
         return self._exporters[name].distribution
+
+    def describe_origin(self, name: str) -> str:
+        """The plugin and distribution of an exporter, for messages."""
+        found = self._exporters[name]
+        return f"plugin {found.plugin!r} of {found.distribution}"
 
     def register(self, plugin: object, name: str | None = None) -> str:
         """Add a plugin object by hand, as a notebook or test would, and collect its exporters.
@@ -139,7 +146,9 @@ class ExporterRegistry:
 
     def _add_entry_points(self) -> None:
         wanted = os.environ.get(PLUGINS_VARIABLE)
-        chosen = None if wanted is None else {part.strip() for part in wanted.split(",")} - {"", "0"}
+        chosen = (
+            None if wanted is None else {part.strip() for part in wanted.split(",")} - {"", "0"}
+        )
         for entry_point in metadata.entry_points(group=PROJECT_NAME):
             if chosen is not None and entry_point.name not in chosen:
                 continue
@@ -225,5 +234,3 @@ def get_registry() -> ExporterRegistry:
         if "default" not in _registry:
             _registry["default"] = ExporterRegistry()
         return _registry["default"]
-
-

@@ -21,6 +21,7 @@ __all__ = [
     "ArtifactFile",
     "BaseInfo",
     "Check",
+    "ExportResults",
     "FinishReason",
     "LoadedModel",
     "RunRecord",
@@ -257,3 +258,25 @@ class Artifact:
     def size(self) -> int:
         """Total size in bytes."""
         return sum(file.size for file in self.files)
+
+
+@dataclass(frozen=True)
+class ExportResults(Mapping[str, Artifact]):
+    """Several formats from one call: artifacts by format name, and what failed.
+
+    Attributes:
+        artifacts: The exports that were made.
+        failures: The error of every format that was not, by format name.
+    """
+
+    artifacts: Mapping[str, Artifact]
+    failures: Mapping[str, Exception] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Artifact:
+        return self.artifacts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.artifacts)
+
+    def __len__(self) -> int:
+        return len(self.artifacts)

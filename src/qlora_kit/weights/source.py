@@ -70,6 +70,11 @@ class SafetensorsSource:
         tensor: torch.Tensor = self._handle(name).get_tensor(name)
         return tensor
 
+    def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Some rows of a tensor, without reading the others."""
+        rows: torch.Tensor = self._handle(name).get_slice(name)[start:stop]
+        return rows
+
     def close(self) -> None:
         """Unmap the files."""
         self._handles.clear()
@@ -115,7 +120,9 @@ def _locate_tensors(folder: Path) -> dict[str, str]:
             with safe_open(str(path), framework="pt", device="cpu") as handle:
                 found.update(dict.fromkeys(handle.keys(), file))
         except SafetensorError as error:
-            raise UnsupportedModelError(f"{path} is not a whole safetensors file: {error}") from error
+            raise UnsupportedModelError(
+                f"{path} is not a whole safetensors file: {error}"
+            ) from error
     if index.is_file():
         wanted = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         missing = sorted(set(wanted) - set(found))

@@ -1,0 +1,97 @@
+"""A model card for an adapter: what it is, how to load it, how it was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qlora_kit.device import get_versions
+from qlora_kit.results import LoadedModel, TrainResult
+
+__all__ = ["write_adapter_card"]
+
+
+def write_adapter_card(model: LoadedModel, folder: Path, base_name: str) -> None:
+    """Write ``README.md`` with the front matter that the hub reads.
+
+    Args:
+        model: The adapted model.
+        folder: Where to write.
+        base_name: A name of the base that plain peft can load.
+    """
+    adapter = getattr(model, "adapter", None)
+    lines = ["---", "library_name: peft", "pipeline_tag: text-generation"]
+    # The hub accepts only names of its own here, and refuses the whole card otherwise.
+    if not Path(base_name).is_absolute() and base_name.count("/") == 1:
+        lines.append(f"base_model: {base_name}")
+    lines += ["tags:", "- lora", "- qlora-kit", "---", ""]
+    lines += [f"# LoRA adapter for {Path(base_name).name}", ""]
+    if adapter is not None:
+        kinds = [
+            label
+            for label, used in (("rsLoRA", adapter.use_rslora), ("DoRA", adapter.use_dora))
+            if used
+        ]
+        lines.append(
+            f"Rank {adapter.r}, alpha {adapter.lora_alpha}"
+            + (f", {' and '.join(kinds)}" if kinds else "")
+            + f", on a base {_describe_base(model)}."
+        )
+    lines += [*_describe_training(model.record.training), *_usage(base_name)]
+    lines += _describe_template(model.record.formatter)
+    versions = get_versions()
+    listed = ", ".join(
+        f"{name} {versions[name]}"
+        for name in ("qlora-kit", "peft", "transformers", "torch")
+        if name in versions
+    )
+    lines += ["", f"Made with {listed}.", ""]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _describe_base(model: LoadedModel) -> str:
+    quantization = model.base.quantization
+    if quantization is None:
+        return f"in {model.base.compute_dtype}"
+    return f"quantized to {quantization}, computing in {model.base.compute_dtype}"
+
+
+def _describe_training(result: TrainResult | None) -> list[str]:
+    if result is None or not result.losses:
+        return []
+    return [
+        "",
+        "## Training",
+        "",
+        f"{result.steps} steps on {result.trained_tokens:,} trained tokens in "
+        f"{result.seconds:.0f} s; loss {result.losses[0]:.3f} at the first step, "
+        f"{result.losses[-1]:.3f} at the last; optimizer {result.optimizer}.",
+    ]
+
+
+def _usage(base_name: str) -> list[str]:
+    return [
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'adapter = "."  # this folder, or its name on the hub',
+        f"base = AutoModelForCausalLM.from_pretrained({base_name!r})",
+        "model = PeftModel.from_pretrained(base, adapter)",
+        "tokenizer = AutoTokenizer.from_pretrained(adapter)",
+        "```",
+        "",
+        "or `qlora_kit.load_quantized(adapter)`, which finds the base and loads it in 4 bits.",
+    ]
+
+
+def _describe_template(formatter: Any) -> list[str]:
+    spec = {} if formatter is None else formatter.template_spec()
+    template = spec.get("prompt") or spec.get("template")
+    if not isinstance(template, str):
+        return []
+    fence = "````"
+    return ["", "## Prompt template", "", f"{fence}text", template, fence]

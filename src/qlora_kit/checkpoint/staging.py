@@ -1,0 +1,257 @@
+"""A folder that appears whole or not at all.
+
+Everything is written into a private folder beside the destination,
+``.NAME.qlora_kit-XXXXXXXX.partial``, flushed to disk, and renamed. Replacing an existing
+folder exchanges the two names in one step where the system can (Linux), and otherwise
+moves the old one aside first, from where the next run brings it back if this one dies in
+between. This module does not know what is in the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import logging
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from qlora_kit.errors import ConfigError, DestinationExistsError, ExportError
+
+try:
+    import fcntl
+except ImportError:  # Windows has none; see _is_abandoned
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["StagedFolder", "check_destination", "clean_leftovers", "stage_folder"]
+
+logger = logging.getLogger(__name__)
+
+_MARK: Final = ".qlora_kit-"
+_PARTIAL: Final = ".partial"
+_PREVIOUS: Final = ".previous"
+
+# From linux/fcntl.h and linux/fs.h.
+_AT_FDCWD: Final = -100
+_RENAME_EXCHANGE: Final = 2
+
+
+class StagedFolder:
+    """A folder being written, and how it takes its place.
+
+    Attributes:
+        folder: Where to write.
+        destination: Where it will stand.
+        is_committed: Whether it stands there.
+    """
+
+    def __init__(self, folder: Path, destination: Path, *, overwrite: bool) -> None:
+        self.folder = folder
+        self.destination = destination
+        self.is_committed = False
+        self._overwrite = overwrite
+
+    def commit(self) -> None:
+        """Flush everything to disk and take the destination's name.
+
+        Raises:
+            DestinationExistsError: When files appeared there meanwhile and ``overwrite`` is off.
+        """
+        flush_tree(self.folder)
+        parent = self.destination.parent
+        if self._overwrite and self.destination.exists():
+            _replace(self.folder, self.destination)
+        else:
+            try:
+                # Onto an empty folder this is as atomic as onto nothing (rename(2)).
+                if os.name == "nt" and self.destination.is_dir():
+                    self.destination.rmdir()
+                os.rename(self.folder, self.destination)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                raise DestinationExistsError(
+                    f"{self.destination} was filled by something else during the export. Give "
+                    "another path, or overwrite=True."
+                ) from error
+        self.is_committed = True
+        _flush_folder(parent)
+
+
+@contextlib.contextmanager
+def stage_folder(destination: Path, *, overwrite: bool = False) -> Iterator[StagedFolder]:
+    """A staging folder beside ``destination``; removed on exit unless it was committed.
+
+    Args:
+        destination: Where the finished folder will stand. Its parent is made if missing.
+        overwrite: Whether an existing folder may be replaced.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    clean_leftovers(destination)
+    folder, lock = _make_locked_folder(destination)
+    staged = StagedFolder(folder, destination, overwrite=overwrite)
+    try:
+        yield staged
+    finally:
+        # After an exchange this name holds the folder that was replaced.
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def check_destination(destination: Path, *, overwrite: bool, protected: tuple[Path, ...]) -> None:
+    """Refuse a destination that cannot or must not be written, before any work.
+
+    Args:
+        destination: Where the folder is to stand.
+        overwrite: Whether an existing folder may be replaced.
+        protected: Folders that replacing must never remove, such as the base model's.
+
+    Raises:
+        DestinationExistsError: When it holds files and ``overwrite`` is off.
+        ConfigError: When it is a file, or replacing it would remove more than an export.
+    """
+    if destination.is_symlink() and not destination.exists():
+        raise ConfigError(f"{destination} is a link to nothing. Remove it or give another path.")
+    if destination.exists() and not destination.is_dir():
+        raise ConfigError(f"{destination} is a file; give the path of a folder.")
+    if not destination.exists() or not any(destination.iterdir()):
+        return
+    if not overwrite:
+        inside = sorted(entry.name for entry in destination.iterdir())
+        raise DestinationExistsError(
+            f"{destination} already holds {len(inside)} files or folders ({', '.join(inside[:3])}"
+            f"{', ...' if len(inside) > 3 else ''}). Give another path, or overwrite=True to "
+            "replace all of it."
+        )
+    whole = destination.resolve()
+    for path in (Path.cwd(), Path.home(), *protected):
+        kept = path.resolve()
+        if kept == whole or whole in kept.parents:
+            raise ConfigError(
+                f"overwrite=True would remove everything in {destination}, which contains {kept}. "
+                "Give the path of a folder of its own."
+            )
+    if destination.is_symlink() or os.path.ismount(whole):
+        raise ConfigError(
+            f"{destination} is a link or a mount point, which cannot be replaced by renaming. "
+            "Give the path of a folder inside it."
+        )
+
+
+def clean_leftovers(destination: Path) -> None:
+    """Remove what dead runs left beside a destination; bring back a folder they had moved."""
+    prefix = f".{destination.name}{_MARK}"
+    for entry in sorted(destination.parent.glob(f"{_escape(prefix)}*")):
+        if entry.name.endswith(_PREVIOUS) and entry.is_dir():
+            partner = entry.with_name(entry.name.removesuffix(_PREVIOUS) + _PARTIAL)
+            if partner.is_dir() and not _is_abandoned(partner):
+                continue
+            if destination.exists():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                logger.warning("Bringing back %s, which a run that died had moved.", destination)
+                os.rename(entry, destination)
+        elif entry.name.endswith(_PARTIAL) and entry.is_dir() and _is_abandoned(entry):
+            logger.info("Removing %s, left by a run that died.", entry)
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def flush_tree(folder: Path) -> None:
+    """fsync every file and folder below ``folder``, and it."""
+    for root, _, files in os.walk(folder):
+        for file in files:
+            handle = os.open(os.path.join(root, file), os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        _flush_folder(Path(root))
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _replace(folder: Path, destination: Path) -> None:
+    if _exchange(folder, destination):
+        return
+    previous = folder.with_name(folder.name.removesuffix(_PARTIAL) + _PREVIOUS)
+    os.rename(destination, previous)
+    try:
+        os.rename(folder, destination)
+    except OSError:
+        os.rename(previous, destination)
+        raise
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step with renameat2(2); whether the system could."""
+    if not sys.platform.startswith("linux"):
+        return False
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:  # musl, and glibc before 2.28
+        return False
+    result = renameat2(
+        _AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE
+    )
+    if result == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM):
+        return False
+    raise ExportError(
+        f"{second} could not be replaced: {os.strerror(number)}. It is as it was before."
+    ) from OSError(number, os.strerror(number), str(second))
+
+
+def _make_locked_folder(destination: Path) -> tuple[Path, int | None]:
+    """A new staging folder, and a lock that the system drops when this process dies."""
+    while True:
+        name = f".{destination.name}{_MARK}{secrets.token_hex(4)}{_PARTIAL}"
+        folder = destination.parent / name
+        folder.mkdir()
+        if fcntl is None:
+            return folder, None
+        handle = os.open(folder, os.O_RDONLY)
+        # A file system without locks just keeps its leftovers.
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Another run may have taken it for a leftover before it was locked.
+        if folder.is_dir():
+            return folder, handle
+        os.close(handle)
+
+
+def _is_abandoned(folder: Path) -> bool:
+    """Whether no live process holds a staging folder's lock; without locks, never."""
+    if fcntl is None:
+        return False
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return True
+
+
+def _escape(text: str) -> str:
+    """A name as a glob pattern that matches only itself."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in text)

@@ -1,0 +1,216 @@
+"""Verdicts on exports: a merged checkpoint, and an adapter, against the live model.
+
+Cheap comparisons always run. Reloading the export beside the live model costs its size in
+memory, so by default it is done for small models only and always with ``verify="full"``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from qlora_kit.checkpoint.comparing import (
+    check_generation_config,
+    check_stops,
+    check_tokenizer,
+    make_probes,
+    measure_logits_distance,
+)
+from qlora_kit.device import to_torch_dtype
+from qlora_kit.errors import QloraKitError
+from qlora_kit.results import Check, LoadedModel, Verification
+from qlora_kit.weights.adapter import AdapterTensors
+from qlora_kit.weights.live import get_hf_model
+from qlora_kit.weights.merged import MergedWeights
+from qlora_kit.weights.recompute import compare_merged_tensors
+from qlora_kit.weights.source import SafetensorsSource
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["load_exported", "verify_adapter", "verify_merged"]
+
+logger = logging.getLogger(__name__)
+
+#: Weights up to this size are reloaded by default, if memory is plentiful.
+_CHEAP_BYTES: Final = 1024**3
+_MEMORY_SHARE: Final = 0.25
+
+#: Limits on the mean KL divergence from the live model, in nats per token. Rounding to 16 bits
+#: stays far below the first; merging into the original instead of the 4-bit weights gives
+#: back what quantization took, which the second leaves room for.
+KL_LIMIT_SAME_BASE: Final = 0.01
+KL_LIMIT_ORIGINAL: Final = 0.5
+_KL_LIMIT_ADAPTER: Final = 1e-3
+
+# Longer than any probe; a model that is only compared needs no more.
+_RELOAD_LENGTH: Final = 128
+
+
+def verify_merged(
+    model: LoadedModel, folder: Path, merged: MergedWeights, verify: bool | Literal["full"]
+) -> Verification:
+    """Compare a merged checkpoint with the live model.
+
+    Args:
+        model: The live model.
+        folder: What was written.
+        merged: The same merge, for computing tensors again.
+        verify: ``True`` or ``"full"``.
+    """
+    level: Literal["standard", "full"] = "full" if verify == "full" else "standard"
+    try:
+        with SafetensorsSource(folder) as files:
+            checks = compare_merged_tensors(files, merged, whole=level == "full")
+            size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    except (QloraKitError, OSError) as error:
+        return Verification(level, (Check("tensors", False, str(error)),))
+    checks += [check_generation_config(model, folder), check_tokenizer(model, folder)]
+    if all(check.passed for check in checks) and (level == "full" or _is_cheap(size, model)):
+        is_original = merged.base == "original" and model.base.quantization is not None
+        limit = KL_LIMIT_ORIGINAL if is_original else KL_LIMIT_SAME_BASE
+        checks += _reload_and_compare(model, folder, limit)
+    return Verification(level, tuple(checks))
+
+
+def verify_adapter(
+    model: LoadedModel, folder: Path, tensors: AdapterTensors, verify: bool | Literal["full"]
+) -> Verification:
+    """Compare an adapter folder with the live adapter.
+
+    Args:
+        model: The live model.
+        folder: What was written.
+        tensors: The live adapter's tensors.
+        verify: ``True`` or ``"full"``.
+    """
+    level: Literal["standard", "full"] = "full" if verify == "full" else "standard"
+    checks = [_compare_adapter_tensors(folder, tensors), _check_adapter_config(folder, tensors)]
+    checks += [check_generation_config(model, folder), check_tokenizer(model, folder)]
+    size = sum(file.stat().st_size for file in model.base.path.glob("*.safetensors"))
+    if all(check.passed for check in checks) and (level == "full" or _is_cheap(size, model)):
+        config = dataclasses.replace(
+            model.config, model_name=str(model.base.path), max_seq_length=_RELOAD_LENGTH
+        )
+        with _quiet_loading():
+            loaded = model.engine.load(config)
+            again = model.engine.attach_saved(loaded, folder, is_trainable=False)
+        with again.engine.inference(again) as exported:
+            distance = measure_logits_distance(model, exported, make_probes(model))
+        limit = KL_LIMIT_SAME_BASE if tensors.is_converted else _KL_LIMIT_ADAPTER
+        checks.append(distance.as_check(limit))
+    return Verification(level, tuple(checks))
+
+
+def load_exported(model: LoadedModel, folder: Path) -> Any:
+    """An exported checkpoint through plain transformers, on the live model's device and dtype."""
+    from transformers import AutoModelForCausalLM
+
+    live = get_hf_model(model.model)
+    with _quiet_loading():
+        exported = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=to_torch_dtype(model.base.compute_dtype),
+            device_map={"": _device_of(live)},
+            attn_implementation=live.config._attn_implementation,
+            local_files_only=True,
+            trust_remote_code=model.config.trust_remote_code,
+        )
+    return exported.eval()
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No progress bars for a model that is loaded only to be looked at."""
+    from transformers.utils import logging as hf_logging
+
+    was_enabled = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            hf_logging.enable_progress_bar()
+
+
+def _reload_and_compare(model: LoadedModel, folder: Path, limit: float) -> list[Check]:
+    exported = load_exported(model, folder)
+    distance = measure_logits_distance(model, exported, make_probes(model))
+    return [distance.as_check(limit), check_stops(model, exported)]
+
+
+def _compare_adapter_tensors(folder: Path, tensors: AdapterTensors) -> Check:
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        written = load_file(str(folder / "adapter_model.safetensors"))
+    except (SafetensorError, OSError) as error:
+        return Check("adapter tensors", False, f"the file cannot be read: {error}")
+    missing = sorted(set(tensors.names()) - set(written))
+    extra = sorted(set(written) - set(tensors.names()))
+    if missing or extra:
+        return Check(
+            "adapter tensors",
+            False,
+            f"{len(missing)} missing and {len(extra)} unexpected, for example "
+            f"{(missing + extra)[0]}",
+        )
+    wrong = [name for name in tensors.names() if not torch.equal(written[name], tensors.load(name))]
+    if wrong:
+        return Check("adapter tensors", False, f"{len(wrong)} differ, for example {wrong[0]}")
+    return Check("adapter tensors", True, f"all {len(written)} equal bit for bit")
+
+
+def _check_adapter_config(folder: Path, tensors: AdapterTensors) -> Check:
+    from peft import PeftConfig
+
+    written = PeftConfig.from_pretrained(str(folder))
+    expected = {**tensors.config.to_dict(), **tensors.config_updates()}
+    names = (
+        "r",
+        "lora_alpha",
+        "target_modules",
+        "use_rslora",
+        "use_dora",
+        "bias",
+        "modules_to_save",
+    )
+    wrong = [
+        name for name in names if _comparable(getattr(written, name)) != _comparable(expected[name])
+    ]
+    return Check(
+        "adapter configuration",
+        not wrong,
+        f"{', '.join(wrong)} differ" if wrong else "rank, alpha, targets and variants as trained",
+    )
+
+
+def _comparable(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list | set | tuple) else value
+
+
+def _is_cheap(size: int, model: LoadedModel) -> bool:
+    import psutil
+    import torch
+
+    device = _device_of(get_hf_model(model.model))
+    free = (
+        torch.cuda.mem_get_info(device)[0]
+        if device.type == "cuda"
+        else psutil.virtual_memory().available
+    )
+    cheap = size <= _CHEAP_BYTES and size <= free * _MEMORY_SHARE
+    if not cheap:
+        logger.info("Not reloading %.1f GiB to compare logits; verify='full' does.", size / 1024**3)
+    return cheap
+
+
+def _device_of(model: Any) -> torch.device:
+    device: torch.device = next(p.device for p in model.parameters())
+    return device

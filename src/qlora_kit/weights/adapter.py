@@ -1,0 +1,170 @@
+"""The tensors of an adapter as peft stores them.
+
+An adapter that was started by PiSSA, OLoRA or CorDA belongs to base weights that were
+changed in memory. It is rewritten here as a plain LoRA of twice the rank that belongs to
+the base as it is on disk (PiSSA, arXiv:2404.02948, appendix C), so that it loads anywhere,
+on a quantized base too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from qlora_kit.errors import UnsupportedModelError
+from qlora_kit.results import LoadedModel
+from qlora_kit.weights.live import LiveTensor, collect_live_tensors, get_hf_model
+from qlora_kit.weights.source import SafetensorsSource
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["AdapterTensors"]
+
+#: Initializations that take their starting point out of the base weights.
+_CHANGES_BASE: Final = ("pissa", "olora", "corda", "lora_ga")
+
+# As in the LoftQ start: oversampling and power iterations of the randomized SVD.
+_OVERSAMPLE: Final = 8
+_POWER_ITERATIONS: Final = 4
+
+
+class AdapterTensors:
+    """The active adapter of a model, under the names in ``adapter_model.safetensors``.
+
+    Args:
+        model: A model with exactly one active LoRA adapter. It is only read.
+
+    Attributes:
+        adapter: The adapter's name in memory.
+        config: Its live peft configuration.
+
+    Raises:
+        UnsupportedModelError: When no adapter or more than one is active.
+    """
+
+    def __init__(self, model: LoadedModel) -> None:
+        from peft import PeftModel, get_peft_model_state_dict
+
+        if not isinstance(model.model, PeftModel) or len(model.model.active_adapters) != 1:
+            active = getattr(model.model, "active_adapters", [])
+            raise UnsupportedModelError(
+                f"Exactly one adapter must be active to be written, and {len(active)} are. Choose "
+                "with model.model.set_adapter(name)."
+            )
+        self.model = model
+        self.adapter: str = model.model.active_adapters[0]
+        self.config = model.model.peft_config[self.adapter]
+        self._live = collect_live_tensors(model.model)
+        # Explicit, because peft's "auto" asks the hub whether the base has a config.
+        self._tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(
+            model.model,
+            adapter_name=self.adapter,
+            save_embedding_layers=self._is_vocabulary_resized(),
+        )
+        self._layers = (
+            {
+                name: live
+                for name, live in self._live.items()
+                if live.adapters and live.key == "weight"
+            }
+            if self.is_converted
+            else {}
+        )
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether the adapter is rewritten as a plain LoRA of twice the rank."""
+        init = self.config.init_lora_weights
+        return isinstance(init, str) and init.lower().startswith(_CHANGES_BASE)
+
+    def names(self) -> Sequence[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        shape = list(self._tensors[name].shape)
+        axis = self._rank_axis(name)
+        if axis is not None:
+            shape[axis] *= 2
+        return tuple(shape)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype :meth:`load` returns."""
+        return self._tensors[name].dtype
+
+    def load(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU."""
+        import torch
+
+        tensor = self._tensors[name].detach()
+        axis = self._rank_axis(name)
+        if axis is None:
+            return tensor.cpu()
+        taken = self._take_start(name)[axis]
+        return torch.cat([tensor.float(), taken.to(tensor.device)], dim=axis).to(tensor.dtype).cpu()
+
+    def config_updates(self) -> dict[str, Any]:
+        """What ``adapter_config.json`` must say differently from the live configuration."""
+        if not self.is_converted:
+            # A starting point is no part of a finished adapter, and some recompute it on loading.
+            return {"init_lora_weights": True}
+        factor = math.sqrt(2) if self.config.use_rslora else 2
+        return {
+            "init_lora_weights": True,
+            "r": self.config.r * 2,
+            "lora_alpha": self.config.lora_alpha * factor,
+            "rank_pattern": {k: v * 2 for k, v in (self.config.rank_pattern or {}).items()},
+            "alpha_pattern": {k: v * factor for k, v in (self.config.alpha_pattern or {}).items()},
+        }
+
+    def _rank_axis(self, name: str) -> int | None:
+        """The axis of a converted A (0) or B (1) that is the rank."""
+        if not self.is_converted:
+            return None
+        if name.endswith(".lora_A.weight"):
+            return 0
+        return 1 if name.endswith(".lora_B.weight") else None
+
+    def _take_start(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B, with B negated, whose product is what the start took out of the base."""
+        import torch
+
+        path = name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]
+        live: LiveTensor = self._layers[f"{path}.weight"]
+        with SafetensorsSource(self.model.base.path) as files:
+            if live.name not in files.names():
+                raise UnsupportedModelError(
+                    f"The adapter was started by {self.config.init_lora_weights!r}, and "
+                    f"{self.model.base.path} has no {live.name} to compare with. Use format "
+                    "'merged_16bit'."
+                )
+            original = files.load(live.name).float().to(live.tensor.device)
+        rank, scale = live.layer.r[self.adapter], live.layer.scaling[self.adapter]
+        taken = original - live.tensor.detach().float()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            u, s, v = torch.svd_lowrank(
+                taken, q=min(rank + _OVERSAMPLE, *taken.shape), niter=_POWER_ITERATIONS
+            )
+        root = (s[:rank] / scale).sqrt()
+        return root[:, None] * v[:, :rank].T, -u[:, :rank] * root
+
+    def _is_vocabulary_resized(self) -> bool:
+        hf_model = get_hf_model(self.model.model)
+        embedding = hf_model.get_input_embeddings()
+        name = next((n for n, t in self._live.items() if _owner(embedding) is t.module), None)
+        try:
+            with SafetensorsSource(self.model.base.path) as files:
+                if name not in files.names():
+                    return False
+                return files.shape(str(name))[0] != self._live[str(name)].shape[0]
+        except (FileNotFoundError, UnsupportedModelError):
+            return False
+
+
+def _owner(module: Any) -> Any:
+    """The module under peft's wrappers."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module

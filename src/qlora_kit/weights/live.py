@@ -1,0 +1,242 @@
+"""The tensors of a model in memory, under the names its checkpoint has.
+
+peft hides the base weights behind wrappers (``base_layer``, ``modules_to_save``); this
+module looks through them and says which adapters act on which tensor. It refuses every
+wrapper it does not know, because a weight that is quietly left out is the worst bug an
+export can have. It computes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["LiveTensor", "collect_live_tensors", "drop_tied_copies", "get_hf_model"]
+
+
+@dataclass(frozen=True)
+class LiveTensor:
+    """One tensor of the base model and the LoRA layer that acts on it, if any.
+
+    Attributes:
+        name: Its Hugging Face name, for example ``"model.layers.0.mlp.up_proj.weight"``.
+        module: The module that owns it (peft's wrappers taken off).
+        key: The parameter's name in that module, for example ``"weight"``.
+        layer: The peft LoRA layer around the module, or ``None``.
+        adapters: Names of the active adapters of that layer that change this tensor.
+        is_replaced: Whether it belongs to a module trained in full (``modules_to_save``).
+    """
+
+    name: str
+    module: Any
+    key: str
+    layer: Any = None
+    adapters: tuple[str, ...] = ()
+    is_replaced: bool = False
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The stored tensor; packed integers when it is quantized."""
+        value: torch.Tensor = getattr(self.module, self.key)
+        return value
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether bitsandbytes holds it in 4 or 8 bits."""
+        return type(self.tensor).__name__ in ("Params4bit", "Int8Params") and (
+            not self.tensor.dtype.is_floating_point
+        )
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether an adapter changes it: through LoRA, or by replacing its module."""
+        return bool(self.adapters) or self.is_replaced
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether rows are inputs: embeddings, and the ``Conv1D`` layers of GPT-2."""
+        return bool(self.layer.lora_embedding_A) or getattr(self.layer, "fan_in_fan_out", False)
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether its one active adapter is a DoRA adapter."""
+        return self.key == "weight" and any(a in self.layer.lora_variant for a in self.adapters)
+
+    def factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A of shape (r, in) and B of shape (out, r); the update is ``scaling * B @ A``."""
+        if adapter in self.layer.lora_embedding_A:
+            a, b = self.layer.lora_embedding_A[adapter], self.layer.lora_embedding_B[adapter]
+        else:
+            a, b = self.layer.lora_A[adapter].weight, self.layer.lora_B[adapter].weight
+        return a.detach(), b.detach()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape when it is not packed."""
+        state = getattr(self.tensor, "quant_state", None)
+        return tuple(self.tensor.shape if state is None else state.shape)
+
+    @property
+    def identity(self) -> tuple[int, int | None]:
+        """Equal for two names exactly when the model computes with the same values for both."""
+        return id(self.tensor), id(self.layer) if self.adapters else None
+
+
+def get_hf_model(model: Any) -> Any:
+    """The transformers model inside a ``PeftModel``, or the model itself."""
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def collect_live_tensors(model: Any) -> dict[str, LiveTensor]:
+    """Every parameter and persistent buffer by name, tied copies included.
+
+    Args:
+        model: A transformers model, or a ``PeftModel`` over one.
+
+    Raises:
+        UnsupportedModelError: When the model holds something that cannot be merged: an adapter
+            of another kind than LoRA and DoRA, adapters that are switched off or already
+            merged, or weights that are not in memory.
+    """
+    from peft import PeftModel
+
+    if isinstance(model, PeftModel):
+        _check_adapters(model)
+    found = {tensor.name: tensor for tensor in _walk(get_hf_model(model), "")}
+    if isinstance(model, PeftModel) and not any(t.is_adapted for t in found.values()):
+        raise UnsupportedModelError(
+            f"The active adapter {', '.join(map(repr, model.active_adapters)) or '(none)'} changes "
+            "no tensor of this model. Activate one with model.set_adapter(name)."
+        )
+    return found
+
+
+def drop_tied_copies(tensors: dict[str, LiveTensor]) -> dict[str, LiveTensor]:
+    """The first name of every group that shares its values.
+
+    Two names that share the base weight but not the adapter (a LoRA on the embedding of a
+    model whose head is tied to it) are different tensors and both stay.
+    """
+    first: dict[tuple[int, int | None], LiveTensor] = {}
+    for tensor in tensors.values():
+        first.setdefault(tensor.identity, tensor)
+    return {tensor.name: tensor for tensor in first.values()}
+
+
+def _check_adapters(model: Any) -> None:
+    for name in model.active_adapters:
+        config = model.peft_config[name]
+        if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
+            raise UnsupportedModelError(
+                f"Adapter {name!r} is a {config.peft_type} adapter; only LoRA and its variants "
+                "rsLoRA, DoRA, PiSSA and LoftQ can be merged."
+            )
+    status = model.get_model_status()
+    if status.enabled is not True:
+        raise UnsupportedModelError(
+            "The adapters of this model are switched off, in whole or in part, so an export would "
+            "leave them out. Call model.enable_adapter_layers() first."
+        )
+    if status.merged_adapters:
+        raise UnsupportedModelError(
+            f"The adapters {status.merged_adapters} are already merged into the base weights in "
+            "memory, which would merge them twice. Call model.unmerge_adapter() first."
+        )
+
+
+def _walk(module: Any, path: str, *, is_replaced: bool = False) -> Iterator[LiveTensor]:
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+    if isinstance(module, LoraLayer):
+        yield from _walk_lora(module, path)
+        return
+    if isinstance(module, ModulesToSaveWrapper):
+        active = [name for name in module.active_adapters if name in module.modules_to_save]
+        if active:
+            yield from _walk(module.modules_to_save[active[0]], path, is_replaced=True)
+        else:
+            yield from _walk(module.original_module, path)
+        return
+    if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        raise UnsupportedModelError(
+            f"{path} is wrapped in peft's {type(module).__name__}, which cannot be merged. "
+            "Export with format 'lora', which keeps it as it is."
+        )
+    prefix = f"{path}." if path else ""
+    for key, parameter in module._parameters.items():
+        if parameter is not None:
+            yield _checked(LiveTensor(prefix + key, module, key, is_replaced=is_replaced))
+    for key, buffer in module._buffers.items():
+        if buffer is not None and key not in module._non_persistent_buffers_set:
+            yield _checked(LiveTensor(prefix + key, module, key, is_replaced=is_replaced))
+    for name, child in module.named_children():
+        yield from _walk(child, prefix + name, is_replaced=is_replaced)
+
+
+def _walk_lora(layer: Any, path: str) -> Iterator[LiveTensor]:
+    import torch
+    from peft.tuners import lora
+    from transformers.pytorch_utils import Conv1D
+
+    base = layer.base_layer
+    # The last two exist only where bitsandbytes is installed.
+    kinds = [
+        getattr(lora, name, None) for name in ("Linear", "Embedding", "Linear4bit", "Linear8bitLt")
+    ]
+    if type(layer) not in kinds or not isinstance(
+        base, torch.nn.Linear | torch.nn.Embedding | Conv1D
+    ):
+        raise UnsupportedModelError(
+            f"{path} is a {type(layer).__name__} over a {type(base).__name__}; adapters can be "
+            "merged into linear and embedding layers. Export with format 'lora' instead."
+        )
+    holder = layer.lora_embedding_A if isinstance(layer, lora.Embedding) else layer.lora_A
+    active = tuple(name for name in layer.active_adapters if name in holder)
+    _check_variants(layer, active, path)
+    for key, parameter in base._parameters.items():
+        if parameter is None:
+            continue
+        adapters = active if key == "weight" else ()
+        if key == "bias":
+            adapters = tuple(name for name in active if layer.lora_bias.get(name))
+        yield _checked(LiveTensor(f"{path}.{key}", base, key, layer, adapters))
+    if base._parameters.get("bias") is None and any(layer.lora_bias.get(n) for n in active):
+        raise UnsupportedModelError(
+            f"The adapter adds a bias to {path}, which has none in this architecture, so there is "
+            "nothing to merge it into. Export with format 'lora' instead."
+        )
+
+
+def _check_variants(layer: Any, active: tuple[str, ...], path: str) -> None:
+    for name in active:
+        variant = layer.lora_variant.get(name)
+        kind = type(variant).__name__
+        if variant is not None and kind not in ("DoraLinearVariant", "DoraEmbeddingVariant"):
+            raise UnsupportedModelError(
+                f"{path}: adapter {name!r} uses peft's {kind}, which cannot be merged here. "
+                "Export with format 'lora' instead."
+            )
+        if variant is not None and len(active) > 1:
+            raise UnsupportedModelError(
+                f"{path}: {len(active)} adapters are active and {name!r} is a DoRA adapter; their "
+                "sum has no single merged weight. Activate one with model.set_adapter(name)."
+            )
+
+
+def _checked(tensor: LiveTensor) -> LiveTensor:
+    if tensor.tensor.device.type == "meta":
+        raise UnsupportedModelError(
+            f"{tensor.name} is offloaded and not in memory. Load the model without device_map, or "
+            "on a device that holds it whole."
+        )
+    return tensor

@@ -1,0 +1,313 @@
+"""A live model with its adapters merged in, read one tensor at a time.
+
+The merge is done in float32 and rounded once. LoRA (arXiv:2106.09685) adds ``s * B @ A``;
+rsLoRA, PiSSA and LoftQ differ only in ``s`` and in where they start; DoRA
+(arXiv:2402.09353, equation 5) then rescales every output's weights to its trained
+magnitude. This module does not know files that are written.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, get_args
+
+from qlora_kit.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
+from qlora_kit.results import LoadedModel
+from qlora_kit.weights.dequantize import dequantize
+from qlora_kit.weights.live import (
+    LiveTensor,
+    collect_live_tensors,
+    drop_tied_copies,
+    get_hf_model,
+)
+from qlora_kit.weights.source import SafetensorsSource
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["MergeBase", "MergedWeights", "choose_merge_base", "is_loftq"]
+
+logger = logging.getLogger(__name__)
+
+MergeBase = Literal["original", "dequantized"]
+_BASES: Final = get_args(MergeBase)
+
+
+class MergedWeights:
+    """The tensors of a model with its active adapters merged: a ``TensorSource``.
+
+    Args:
+        model: What ``load_quantized`` or ``attach_lora`` returned. It is only read.
+        base: For a quantized base: ``"original"`` merges into the 16-bit checkpoint it was
+            quantized from, ``"dequantized"`` into exactly the weights the adapter was trained
+            on. An unquantized base is always read from memory, so both are the same then.
+        dtype: Round every floating tensor to this once. ``None`` leaves merged tensors in
+            float32 and the others as they are stored.
+
+    Raises:
+        ConfigError: When ``base="original"`` and there is no original, or the adapter only
+            makes sense on the quantized weights (LoftQ).
+        UnsupportedModelError: When something in the model cannot be merged.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        base: MergeBase = "original",
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if base not in _BASES:
+            raise ConfigError(f"base must be 'original' or 'dequantized', got {base!r}.")
+        self.model = model
+        self.base: MergeBase = base
+        self.dtype = dtype
+        self._live_all = collect_live_tensors(model.model)
+        live = drop_tied_copies(self._live_all)
+        self._files = _open_original(model, needed=self._needs_original(live))
+        self._entries: dict[str, LiveTensor | None] = dict(live)
+        if self._files is not None:
+            self._match_with_files(live, self._files)
+
+    def names(self) -> Sequence[str]:
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        live = self._entries[name]
+        if live is None:
+            return self._original.shape(name)
+        return live.shape
+
+    def adapted_names(self) -> list[str]:
+        """Names of the tensors that the adapter changes."""
+        return [
+            name for name, live in self._entries.items() if live is not None and live.is_adapted
+        ]
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype :meth:`load` returns, without loading."""
+        import torch
+
+        live = self._entries[name]
+        if live is None:
+            stored = _TORCH_OF_SAFETENSORS[self._original.dtype(name)]
+            source = getattr(torch, stored)
+        elif live.adapters or live.is_quantized:
+            source = torch.float32
+        else:
+            source = live.tensor.dtype
+        return self.dtype if self.dtype is not None and source.is_floating_point else source
+
+    def load(self, name: str) -> torch.Tensor:
+        live = self._entries[name]
+        if live is None:
+            return self._rounded(self._original.load(name), name)
+        return self._rounded(self.merge(live), name).cpu()
+
+    def live(self, name: str) -> LiveTensor | None:
+        """The tensor in memory, or ``None`` when it is copied from the files as it is."""
+        return self._entries[name]
+
+    def load_base_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Some rows of the tensor without the adapter, unrounded; for comparing."""
+        live = self._entries[name]
+        if live is None or (live.is_quantized and self.base == "original"):
+            return self._original.load_rows(name, start, stop)
+        return self._read_base(live).detach()[start:stop].cpu()
+
+    def merge(self, live: LiveTensor) -> torch.Tensor:
+        """One tensor with its adapters merged, on the device of the live model."""
+        import torch
+
+        if not live.adapters:
+            return self._read_base(live).detach()
+        with torch.no_grad():
+            weight = self.merge_without_dora(live)
+            if live.is_dora:
+                _rescale_dora(weight, live)
+            return weight
+
+    def merge_without_dora(self, live: LiveTensor) -> torch.Tensor:
+        """The base and every update, in float32, before DoRA gives outputs their magnitude."""
+        import torch
+
+        with torch.no_grad():
+            # A copy even when it is float32 already: the base in memory must not change.
+            weight = self._read_base(live).detach().to(torch.float32, copy=True)
+            for adapter in live.adapters:
+                scale = live.layer.scaling[adapter]
+                if live.key == "bias":
+                    bias = live.layer.lora_B[adapter].bias.detach()
+                    weight.add_(bias.to(weight), alpha=scale)
+                    continue
+                a, b = (factor.to(weight) for factor in live.factors(adapter))
+                if live.is_transposed:
+                    weight.addmm_(a.T, b.T, alpha=scale)
+                else:
+                    weight.addmm_(b, a, alpha=scale)
+            return weight
+
+    def config_updates(self) -> dict[str, Any]:
+        """What the merged model's ``config.json`` must say differently from the live config.
+
+        A tied model whose embedding or head was adapted alone needs both tensors.
+        """
+        config = get_hf_model(self.model.model).config.get_text_config()
+        if not getattr(config, "tie_word_embeddings", False):
+            return {}
+        tied = get_hf_model(self.model.model).all_tied_weights_keys
+        untied = [name for name in tied if name in self._entries]
+        head = [name for name in untied if name.endswith("lm_head.weight")]
+        if not untied:
+            return {}
+        if untied != head and len(untied) != 1:
+            raise UnsupportedModelError(
+                f"The adapter changes {', '.join(untied)} apart from the tensors they are tied to, "
+                "which this architecture cannot express. Export with format 'lora' instead."
+            )
+        return {"tie_word_embeddings": False}
+
+    def close(self) -> None:
+        """Unmap the original checkpoint's files."""
+        if self._files is not None:
+            self._files.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def _original(self) -> SafetensorsSource:
+        assert self._files is not None
+        return self._files
+
+    def _needs_original(self, live: dict[str, LiveTensor]) -> bool:
+        if self.base == "dequantized" or not any(t.is_quantized for t in live.values()):
+            return False
+        if self.model.base.is_prequantized:
+            raise ConfigError(
+                f"base='original' needs the 16-bit weights, and {self.model.base.path} holds only "
+                f"{self.model.base.quantization} ones. Use base='dequantized'."
+            )
+        if is_loftq(self.model):
+            raise ConfigError(
+                "This adapter was started by LoftQ, so it already holds what quantization took "
+                "from the base; merging it into the original weights would count that twice. "
+                "Use base='dequantized'."
+            )
+        return True
+
+    def _read_base(self, live: LiveTensor) -> torch.Tensor:
+        """The base weight without adapters, on the device of the live model."""
+        if not live.is_quantized:
+            return live.tensor
+        if self.base == "dequantized":
+            return dequantize(live.module, live.key)
+        return self._original.load(live.name).to(live.tensor.device)
+
+    def _match_with_files(self, live: dict[str, LiveTensor], files: SafetensorsSource) -> None:
+        stored = set(files.names())
+        missing = [name for name in live if name not in stored]
+        extra = [name for name in files.names() if name not in self._live_all]
+        if _has_weight_converters(self.model.model) and missing and extra:
+            # transformers fused several stored tensors into one (experts); the files' own
+            # spelling is what other tools read, so untouched ones are copied from there.
+            touched = [name for name in missing if live[name].is_adapted]
+            if touched:
+                raise UnsupportedModelError(
+                    f"{touched[0]} is adapted, and its checkpoint stores it in another layout. "
+                    "Export with format 'lora' instead."
+                )
+            kept = {name: live.get(name) for name in files.names() if name in live}
+            self._entries = {**kept, **dict.fromkeys(extra)}
+            return
+        wrong = [
+            name
+            for name, tensor in live.items()
+            if tensor.is_quantized and (name not in stored or files.shape(name) != tensor.shape)
+        ]
+        if wrong and self.base == "original":
+            found = f"has shape {files.shape(wrong[0])}" if wrong[0] in stored else "is not there"
+            raise UnsupportedModelError(
+                f"base='original': {wrong[0]} {found} in {self.model.base.path}, and the model in "
+                f"memory has it with shape {live[wrong[0]].shape}. Use base='dequantized'."
+            )
+
+    def _rounded(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        import torch
+
+        if self.dtype is None or not tensor.is_floating_point() or tensor.dtype == self.dtype:
+            return tensor
+        rounded = tensor.to(self.dtype)
+        # Only float16 has a smaller range than what the weights were trained in.
+        if self.dtype == torch.float16 and not bool(torch.isfinite(rounded).all()):
+            raise UnsupportedModelError(
+                f"{name} has values up to {tensor.abs().max().item():.3g}, beyond float16's 65504. "
+                "Export with dtype='bfloat16'."
+            )
+        return rounded
+
+
+def choose_merge_base(model: LoadedModel, asked: str) -> MergeBase:
+    """Settle ``"auto"``: the original weights where they exist and make sense.
+
+    Raises:
+        ConfigError: When ``asked`` is none of ``"auto"``, ``"original"``, ``"dequantized"``.
+    """
+    if asked in _BASES:
+        return asked  # type: ignore[return-value]
+    if asked != "auto":
+        raise ConfigError(f"base must be 'auto', 'original' or 'dequantized', got {asked!r}.")
+    return "dequantized" if model.base.is_prequantized or is_loftq(model) else "original"
+
+
+def is_loftq(model: LoadedModel) -> bool:
+    """Whether the adapter was started by LoftQ."""
+    adapter = getattr(model, "adapter", None)
+    return adapter is not None and (
+        bool(adapter.loftq_config) or adapter.init_lora_weights == "loftq"
+    )
+
+
+def _open_original(model: LoadedModel, *, needed: bool) -> SafetensorsSource | None:
+    """The checkpoint's files, where they exist and hold floating-point weights."""
+    if model.base.is_prequantized:
+        return None
+    try:
+        return SafetensorsSource(model.base.path)
+    except (ModelNotFoundError, UnsupportedModelError):
+        if needed:
+            raise
+        return None
+
+
+def _has_weight_converters(model: Any) -> bool:
+    conversions = getattr(get_hf_model(model), "_weight_conversions", None) or ()
+    return any(type(entry).__name__ == "WeightConverter" for entry in conversions)
+
+
+def _rescale_dora(weight: torch.Tensor, live: LiveTensor) -> None:
+    """Give every output its trained magnitude, in place."""
+    import torch
+
+    magnitude = live.layer.lora_magnitude_vector[live.adapters[0]].weight.detach()
+    inputs = 0 if live.is_transposed else 1
+    norm = torch.linalg.vector_norm(weight, dim=inputs)
+    weight.mul_((magnitude.reshape(-1).to(weight) / norm).unsqueeze(inputs))
+
+
+#: Spelling in safetensors headers -> name in torch.
+_TORCH_OF_SAFETENSORS: Final = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip

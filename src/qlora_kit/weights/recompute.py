@@ -1,0 +1,146 @@
+"""A second computation of merged tensors, for checking the first.
+
+Rows are computed on their own from the base and the factors, in another order of
+operations than :mod:`qlora_kit.weights.merged`, and compared with what lies on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+from qlora_kit.results import Check
+from qlora_kit.weights.live import LiveTensor
+from qlora_kit.weights.merged import MergedWeights
+from qlora_kit.weights.source import SafetensorsSource
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["compare_merged_tensors"]
+
+#: Rows compared per tensor unless all are: at the beginning, in the middle and at the end.
+_SAMPLE_ROWS: Final = 16
+
+#: Relative spacing of numbers; a float32 sum in another order may round to the next one.
+_SPACING: Final = {"torch.bfloat16": 2.0**-7, "torch.float16": 2.0**-10, "torch.float32": 1e-5}
+
+
+def compare_merged_tensors(
+    files: SafetensorsSource, merged: MergedWeights, *, whole: bool
+) -> list[Check]:
+    """Compare every tensor on disk with a second computation.
+
+    Args:
+        files: What was written.
+        merged: The merge it should hold.
+        whole: Compare all rows instead of a sample of each tensor.
+
+    Returns:
+        Two checks: all tensors are there, and adapted ones hold the adapter and others the base.
+    """
+    wanted, found = set(merged.names()), set(files.names())
+    if wanted != found:
+        missing, extra = sorted(wanted - found), sorted(found - wanted)
+        return [
+            Check(
+                "tensors",
+                False,
+                f"{len(missing)} missing and {len(extra)} unexpected, for example "
+                f"{(missing + extra)[0]}",
+            )
+        ]
+    misshapen = [n for n in merged.names() if files.shape(n) != merged.shape(n)]
+    if misshapen:
+        return [Check("tensors", False, f"{misshapen[0]} has shape {files.shape(misshapen[0])}")]
+    adapted = merged.adapted_names()
+    changed, wrong, rows_compared = set(), [], 0
+    for name in merged.names():
+        for start, stop in _pick_rows(merged.shape(name), whole=whole):
+            written = files.load_rows(name, start, stop)
+            base, expected = _recompute_rows(merged, name, start, stop)
+            rows_compared += stop - start
+            if not _agree(written, expected):
+                wrong.append(name)
+                break
+            if not _agree(written, base, spacing=0.0):
+                changed.add(name)
+    checks = [Check("tensors", True, f"all {len(wanted)} present with their shapes")]
+    if wrong:
+        is_base = any(name in adapted for name in wrong)
+        detail = (
+            f"{len(wrong)} of {len(wanted)} do not hold what the live model computes with, for "
+            f"example {wrong[0]}" + (", which the adapter changes" if is_base else "")
+        )
+    else:
+        detail = (
+            f"{len(changed)} of {len(adapted)} adapted tensors differ from the base, the other "
+            f"{len(wanted) - len(adapted)} do not; {rows_compared:,} rows computed twice"
+        )
+    checks.append(Check("merged values", not wrong, detail))
+    return checks
+
+
+def _pick_rows(shape: tuple[int, ...], *, whole: bool) -> Iterator[tuple[int, int]]:
+    rows = shape[0] if shape else 0
+    if whole or rows <= 3 * _SAMPLE_ROWS:
+        yield 0, rows
+        return
+    for start in (0, (rows - _SAMPLE_ROWS) // 2, rows - _SAMPLE_ROWS):
+        yield start, start + _SAMPLE_ROWS
+
+
+def _recompute_rows(
+    merged: MergedWeights, name: str, start: int, stop: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Some rows without and with the adapter."""
+    live = merged.live(name)
+    base = merged.load_base_rows(name, start, stop)
+    if live is None or not live.adapters:
+        return base, base
+    if live.key == "bias":
+        total = base.float()
+        for adapter in live.adapters:
+            total = (
+                total
+                + live.layer.scaling[adapter]
+                * (live.layer.lora_B[adapter].bias.detach().float().cpu()[start:stop])
+            )
+        return base, total
+    return base, _recompute_weight_rows(merged, live, base, start, stop)
+
+
+def _recompute_weight_rows(
+    merged: MergedWeights, live: LiveTensor, base: torch.Tensor, start: int, stop: int
+) -> torch.Tensor:
+    total = base.float()
+    rows_are_inputs = live.is_transposed
+    for adapter in live.adapters:
+        a, b = live.factors(adapter)
+        a, b = a.float().cpu(), b.float().cpu()
+        delta = (a[:, start:stop].T @ b.T) if rows_are_inputs else (b[start:stop] @ a)
+        total = total + delta * live.layer.scaling[adapter]
+    if live.is_dora:
+        magnitude = live.layer.lora_magnitude_vector[live.adapters[0]].weight.detach().float().cpu()
+        magnitude = magnitude.reshape(-1)
+        if rows_are_inputs:
+            # The norm runs over all rows, so it cannot be had from a few of them.
+            norm = merged.merge_without_dora(live).cpu().norm(dim=0)
+            total = total * (magnitude / norm)[None, :]
+        else:
+            total = total * (magnitude[start:stop] / total.norm(dim=1))[:, None]
+    return total
+
+
+def _agree(written: torch.Tensor, expected: torch.Tensor, spacing: float | None = None) -> bool:
+    """Whether two tensors are equal but for the last place in the written dtype."""
+    import torch
+
+    if not written.is_floating_point():
+        return torch.equal(written, expected)
+    if spacing is None:
+        spacing = _SPACING.get(str(written.dtype), 1e-5)
+    wide = expected.to(written.dtype).float() if spacing == 0.0 else expected.float()
+    difference = (written.float() - wide).abs()
+    # NaN on either side compares false.
+    return bool((difference <= spacing * wide.abs() + (1e-7 if spacing else 0.0)).all())

@@ -1,0 +1,128 @@
+"""``lora`` exports load in plain peft and give the live logits."""
+
+import json
+
+import pytest
+
+from qlora_kit import export_model, load_quantized
+from qlora_kit.errors import UnsupportedModelError, VerificationError
+from qlora_kit.exporters.lora import Lora
+
+IDS = [[5, 6, 7, 8, 9, 40, 41, 300]]
+
+
+def logits_of(model):
+    import torch
+
+    with torch.no_grad():
+        return model.eval()(torch.tensor(IDS)).logits.float()
+
+
+def load_in_plain_peft(base, folder):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32)
+    return PeftModel.from_pretrained(model, str(folder))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True, "rank_pattern": {"q_proj": 2}},
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "pissa_niter_4", "use_rslora": True, "lora_alpha": 6},
+        {"init_lora_weights": "olora"},
+    ],
+    ids=str,
+)
+def test_plain_peft_gives_the_live_logits(make_adapted, tiny_llama, tmp_path, options):
+    import torch
+
+    model = make_adapted(load_in_4bit=False, **options)
+    artifact = export_model(model, "lora", tmp_path / "out", verify="full")
+    assert artifact.verification.passed
+    assert [check.name for check in artifact.verification.checks][-1] == "logits"
+    again = load_in_plain_peft(tiny_llama, tmp_path / "out")
+    torch.testing.assert_close(logits_of(again), logits_of(model.model), atol=2e-3, rtol=1e-3)
+
+
+def test_the_folder_is_complete_and_loads_with_load_quantized(adapted, tiny_llama, tmp_path):
+    import torch
+
+    artifact = export_model(adapted, "lora", tmp_path / "out")
+    names = {file.name for file in artifact.files}
+    assert names == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "generation_config.json",
+        "qlora_kit_manifest.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny_llama)
+    assert config["inference_mode"] is True
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: peft\n")
+    assert "Rank 4, alpha 16" in card
+    again = load_quantized(tmp_path / "out", 64, "float32", engine="native")
+    assert torch.equal(logits_of(again.model), logits_of(adapted.model))
+
+
+def test_a_hub_name_stays_a_hub_name(adapted, tmp_path):
+    import dataclasses
+
+    base = dataclasses.replace(adapted.base, name_or_path="someone/some-model")
+    model = dataclasses.replace(adapted, base=base)
+    export_model(model, "lora", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "someone/some-model"
+    assert "base_model: someone/some-model" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_model_without_an_adapter_is_refused(tiny_llama, tmp_path):
+    base = load_quantized(tiny_llama, 64, engine="native")
+    with pytest.raises(UnsupportedModelError, match=r"attach_lora first.*merged_16bit"):
+        export_model(base, "lora", tmp_path / "out")
+
+
+@pytest.mark.parametrize("damage", ["value", "missing", "truncated", "alpha", "eos"])
+def test_a_broken_export_is_caught_and_removed(adapted, tmp_path, monkeypatch, damage):
+    write = Lora.write
+
+    def write_broken(self, request, folder):
+        from safetensors.torch import load_file, save_file
+
+        facts = write(self, request, folder)
+        path = folder / "adapter_model.safetensors"
+        if damage == "truncated":
+            path.write_bytes(path.read_bytes()[:-100])
+        elif damage in ("value", "missing"):
+            tensors = load_file(path)
+            name = sorted(tensors)[3]
+            if damage == "missing":
+                del tensors[name]
+            else:
+                tensors[name][0, 0] += 1e-3
+            save_file(tensors, path)
+        else:
+            name, key = {
+                "alpha": ("adapter_config.json", "lora_alpha"),
+                "eos": ("generation_config.json", "eos_token_id"),
+            }[damage]
+            content = json.loads((folder / name).read_text())
+            (folder / name).write_text(json.dumps({**content, key: 1}))
+        return facts
+
+    monkeypatch.setattr(Lora, "write", write_broken)
+    with pytest.raises(VerificationError, match="does not match the model in memory"):
+        export_model(adapted, "lora", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,247 @@
+"""``merged_16bit`` exports load in plain transformers, stop where the live model stops."""
+
+import json
+
+import pytest
+from conftest import make_checkpoint
+
+from qlora_kit import export_model, load_quantized
+from qlora_kit.errors import ConfigError, UnknownOptionError, VerificationError
+from qlora_kit.exporters.merged_16bit import Merged16bit
+
+IDS = [[5, 6, 7, 8, 9, 40, 41, 300]]
+
+
+def logits_of(model):
+    import torch
+
+    with torch.no_grad():
+        return model.eval()(torch.tensor(IDS)).logits.float()
+
+
+def load_plain(folder, dtype="float32"):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("load_in_4bit", [True, False])
+@pytest.mark.parametrize(
+    "options", [{}, {"use_dora": True, "target_modules": ["q_proj", "embed_tokens"]}], ids=str
+)
+def test_plain_transformers_gives_the_live_logits(
+    make_adapted, tmp_path, kind, load_in_4bit, options
+):
+    import torch
+
+    model = make_adapted(kind, load_in_4bit=load_in_4bit, **options)
+    artifact = export_model(
+        model, "merged_16bit", tmp_path / "out", base="dequantized", dtype="float16", verify="full"
+    )
+    assert artifact.verification.level == "full"
+    assert [check.name for check in artifact.verification.checks] == [
+        "tensors", "merged values", "stop tokens", "tokenizer", "logits", "generation stops",
+    ]  # fmt: skip
+    again = load_plain(tmp_path / "out")
+    # float16 keeps 11 bits: 2^-11 of logits around 1.
+    torch.testing.assert_close(logits_of(again), logits_of(model.model), atol=2e-3, rtol=2e-3)
+
+
+def test_the_folder_is_complete_and_says_how_it_was_made(adapted, tmp_path):
+    artifact = export_model(adapted, "merged_16bit", tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "qlora_kit_manifest.json").read_text())
+    assert manifest == artifact.manifest
+    assert manifest["format"] == "merged_16bit"
+    assert manifest["base"]["quantization"] == "nf4"
+    assert manifest["facts"]["base"] == "original"
+    assert manifest["facts"]["dtype"] == "bfloat16"
+    assert manifest["verification"]["passed"] is True
+    listed = {file["name"]: file for file in manifest["files"]}
+    on_disk = {path.name for path in (tmp_path / "out").iterdir()}
+    assert set(listed) | {"qlora_kit_manifest.json"} == on_disk
+    assert {file.name for file in artifact.files} == on_disk
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    assert "quantization_config" not in config
+
+
+def test_hashes_made_while_writing_are_the_files_hashes(adapted, tmp_path):
+    import hashlib
+
+    artifact = export_model(adapted, "merged_16bit", tmp_path / "out")
+    for file in artifact.files:
+        content = (tmp_path / "out" / file.name).read_bytes()
+        assert (file.size, file.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+
+
+def test_shards_have_an_index_and_stay_under_their_size(make_adapted, tmp_path):
+    base = make_checkpoint(tmp_path / "base", "llama", hidden_size=256, intermediate_size=1024)
+    model = make_adapted(base, load_in_4bit=False)
+    artifact = export_model(model, "merged_16bit", tmp_path / "out", max_shard_size="1MB")
+    shards = [file for file in artifact.files if file.name.endswith(".safetensors")]
+    assert len(shards) > 3
+    assert all(file.size < 1_020_000 for file in shards)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {file.name for file in shards}
+    assert artifact.verification.passed
+
+
+def test_a_base_without_an_adapter_is_exported_as_it_is(tiny_llama, tmp_path):
+    import torch
+
+    base = load_quantized(tiny_llama, 64, "float32", load_in_4bit=False, engine="native")
+    export_model(base, "merged_16bit", tmp_path / "out", verify="full")
+    assert torch.equal(logits_of(load_plain(tmp_path / "out")), logits_of(base.model))
+
+
+def test_the_export_stops_where_the_live_model_stops(tmp_path, make_adapted):
+    """The template's end token is not the base's: both must end an answer."""
+    import dataclasses
+
+    from qlora_kit.results import RunRecord
+
+    class Formatter:
+        def template_spec(self):
+            return {"eos_token": "<|im_start|>"}
+
+        def prompt(self, instruction, input=""):
+            return f"### Instruction:\n{instruction}\n### Response:\n"
+
+    model = dataclasses.replace(make_adapted(), record=RunRecord(formatter=Formatter()))
+    artifact = export_model(model, "merged_16bit", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert config["eos_token_id"] == [2, 1]
+    stops = next(c for c in artifact.verification.checks if c.name == "generation stops")
+    assert stops.passed
+    assert "[2, 1]" in stops.detail
+
+
+def _edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def _break(folder, damage, request):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+        return
+    if damage == "eos":
+        _edit_json(folder / "generation_config.json", eos_token_id=1)
+        return
+    if damage == "tokenizer":
+        _edit_json(folder / "tokenizer_config.json", eos_token="<|im_start|>")
+        return
+    if damage == "config":
+        _edit_json(folder / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 7})
+        return
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.down_proj.weight"
+    if damage == "missing":
+        del tensors[name]
+    elif damage == "adapter left out":
+        base = load_file(request.model.base.path / "model.safetensors")
+        tensors = {key: base[key].to(torch.bfloat16) for key in tensors}
+    elif damage == "one adapter left out":
+        tensors[name] = load_file(request.model.base.path / "model.safetensors")[name]
+    elif damage == "base changed":
+        tensors["model.norm.weight"][5] *= 1.05
+    elif damage == "nan":
+        tensors[name][0, 0] = float("nan")
+    elif damage == "one value, full":
+        tensors[name][20, 20] += 1.0
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "found_by"),
+    [
+        ("truncated", "tensors"),
+        ("missing", "1 missing"),
+        ("adapter left out", "merged values: 14 of 21"),
+        ("one adapter left out", r"merged values: 1 of 21.*down_proj.*adapter changes"),
+        ("base changed", "merged values: 1 of 21.*norm"),
+        ("nan", "merged values"),
+        ("one value, full", "merged values"),
+        ("eos", r"stop tokens.*\[1\], the live model at \[2\]"),
+        ("tokenizer", "tokenizer: the end token"),
+        ("config", "logits: mean KL"),
+    ],
+)
+def test_a_broken_export_is_caught_and_removed(
+    make_adapted, tmp_path, monkeypatch, damage, found_by
+):
+    # Large steps, so that a wrong position encoding shows in a random model's logits.
+    model = make_adapted(load_in_4bit=False, std=0.5)
+    write = Merged16bit.write
+
+    def write_broken(self, request, folder):
+        facts = write(self, request, folder)
+        _break(folder, damage, request)
+        return facts
+
+    monkeypatch.setattr(Merged16bit, "write", write_broken)
+    verify = "full" if damage.endswith("full") else True
+    with pytest.raises(VerificationError, match=found_by):
+        export_model(model, "merged_16bit", tmp_path / "out", verify=verify)
+    assert list(tmp_path.iterdir()) == []
+    # And without looking, it would have gone through.
+    export_model(model, "merged_16bit", tmp_path / "out", verify=False)
+
+
+def test_wrong_options_fail_before_any_work(adapted, tmp_path):
+    with pytest.raises(UnknownOptionError, match="Did you mean 'max_shard_size'"):
+        export_model(adapted, "merged_16bit", tmp_path / "out", max_shard_sise="1GB")
+    with pytest.raises(ConfigError, match="dtype must be 'auto' or 'bfloat16' or 'float16'"):
+        export_model(adapted, "merged_16bit", tmp_path / "out", dtype="float8")
+    with pytest.raises(ConfigError, match="got 'lots'"):
+        export_model(adapted, "merged_16bit", tmp_path / "out", max_shard_size="lots")
+    with pytest.raises(ConfigError, match="'auto' or 'original' or 'dequantized', got 'orig'"):
+        export_model(adapted, "merged_16bit", tmp_path / "out", base="orig")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_merging_needs_memory_for_a_tensor_not_for_a_model(tmp_path):
+    """16 layers of 4 MiB each: the peak stays near one of them."""
+    import subprocess
+    import sys
+
+    script = """
+import sys, resource, threading, time
+sys.path.insert(0, sys.argv[2])
+import torch, psutil
+from conftest import make_checkpoint
+from qlora_kit import attach_lora, export_model, load_quantized
+from pathlib import Path
+base = make_checkpoint(Path(sys.argv[1]) / "base", "llama", hidden_size=1024, vocab_size=384,
+                       intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8)
+model = attach_lora(load_quantized(base, 64, "bfloat16", load_in_4bit=False, engine="native"), r=4)
+def run(name):
+    return export_model(model, "merged_16bit", Path(sys.argv[1]) / name, verify=False)
+run("warm")
+process, peak, done = psutil.Process(), [0], threading.Event()
+before = process.memory_info().rss
+def watch():
+    while not done.is_set():
+        peak[0] = max(peak[0], process.memory_info().rss); time.sleep(0.0005)
+thread = threading.Thread(target=watch); thread.start()
+artifact = run("out"); done.set(); thread.join()
+print(artifact.facts["tensor_bytes"], peak[0] - before)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path), str(_tests_folder())],
+        capture_output=True, text=True, check=True, timeout=300,
+    )  # fmt: skip
+    total, extra = map(int, result.stdout.split()[-2:])
+    largest = 1024 * 2048 * 2
+    assert total > 100e6
+    assert extra < 8 * largest
+
+
+def _tests_folder():
+    from pathlib import Path
+
+    return Path(__file__).resolve().parents[1]

@@ -1,0 +1,98 @@
+"""Exports that are killed: a process that forks exporters and kills them at random moments.
+
+Run by test_export.py in a process of its own, single-threaded, because forking is safe only
+there. Prints one JSON line with what it saw.
+"""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def state_of(destination: Path) -> str:
+    """``absent``, the marker of a whole export, or ``broken``."""
+    if not destination.exists():
+        return "absent"
+    manifest = json.loads((destination / "qlora_kit_manifest.json").read_text())
+    wanted = {file["name"]: file["sha256"] for file in manifest["files"]}
+    found = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in destination.iterdir()
+        if path.name != "qlora_kit_manifest.json"
+    }
+    return manifest["facts"]["dtype"] if wanted == found else "broken"
+
+
+def main(folder: Path, rounds: int) -> None:
+    import torch
+    from conftest import make_checkpoint, randomize
+
+    from qlora_kit import attach_lora, export_model, load_quantized
+
+    torch.set_num_threads(1)
+    base = make_checkpoint(folder / "base", "llama", hidden_size=128)
+    model = load_quantized(base, 64, "float32", load_in_4bit=False, engine="native")
+    model = randomize(attach_lora(model, r=4))
+    destination = folder / "out" / "merged"
+
+    def export(dtype: str) -> None:
+        export_model(
+            model, "merged_16bit", destination, dtype=dtype, overwrite=True, verify=False
+        )
+
+    def run_forked(dtype: str, seconds: float | None) -> float:
+        started = time.perf_counter()
+        child = os.fork()
+        if child == 0:
+            try:
+                export(dtype)
+            finally:
+                os._exit(0)
+        if seconds is not None:
+            time.sleep(seconds)
+            os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return time.perf_counter() - started
+
+    took = max(run_forked("float16", None) for _ in range(3))
+    seen, leftovers, most_left = [], 0, 0
+    rng = random.Random(0)
+    for number in range(rounds):
+        # Every other round starts from an empty place.
+        if number % 2 == 0 and destination.exists():
+            import shutil
+
+            shutil.rmtree(destination)
+        before = state_of(destination)
+        dtype = "bfloat16" if before == "float16" else "float16"
+        run_forked(dtype, rng.uniform(0, took))
+        after = state_of(destination)
+        seen.append([before, dtype, after])
+        left = [p for p in destination.parent.iterdir() if p.name.startswith(".merged.qlora_kit-")]
+        leftovers += bool(left)
+        most_left = max(most_left, len(left))
+    export("bfloat16")
+    rest = sorted(path.name for path in destination.parent.iterdir())
+    print(
+        json.dumps(
+            {
+                "took": took,
+                "seen": seen,
+                "rounds_with_leftovers": leftovers,
+                "most_leftovers": most_left,
+                "rest": rest,
+                "last": state_of(destination),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,270 @@
+"""The export stage: all or nothing, several formats, wrong arguments, full disks."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import qlora_kit.export
+from qlora_kit import available_exporters, export_model, get_exporter
+from qlora_kit.checkpoint import staging
+from qlora_kit.errors import (
+    ConfigError,
+    DestinationExistsError,
+    DiskSpaceError,
+    ExportError,
+    UnknownOptionError,
+    VerificationError,
+)
+from qlora_kit.exporters.lora import Lora
+from qlora_kit.results import Verification
+
+
+def test_formats_are_listed_and_unknown_ones_get_the_nearest_name(adapted, tmp_path):
+    names = available_exporters()
+    assert names == sorted(names)
+    assert {"lora", "merged_16bit"} <= set(names)
+    assert get_exporter("lora").name == "lora"
+    with pytest.raises(ConfigError, match="named 'merged_16bits'. Did you mean 'merged_16bit'"):
+        export_model(adapted, "merged_16bits", tmp_path / "out")
+
+
+def test_arguments_are_checked_first(adapted, tmp_path):
+    with pytest.raises(ConfigError, match="got str"):
+        export_model("outputs/checkpoint-60", "lora", tmp_path / "out")
+    with pytest.raises(ConfigError, match="verify must be True, False or 'full', got 'yes'"):
+        export_model(adapted, "lora", tmp_path / "out", verify="yes")
+    with pytest.raises(ConfigError, match="needs a path"):
+        export_model(adapted, "lora")
+    with pytest.raises(UnknownOptionError, match="no option 'merge'. Its options: none"):
+        export_model(adapted, "lora", tmp_path / "out", merge=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_filled_destination_needs_overwrite_and_is_then_replaced_whole(adapted, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    export_model(adapted, "lora", out, verify=False)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(DestinationExistsError, match=r"already holds 9 files.*overwrite=True"):
+        export_model(adapted, "lora", out, verify=False)
+    assert (out / "notes.txt").read_text() == "mine"
+    export_model(adapted, "lora", out, verify=False, overwrite=True)
+    assert not (out / "notes.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_overwriting_never_removes_more_than_an_export(adapted, tiny_llama, tmp_path, monkeypatch):
+    def refuse(path):
+        with pytest.raises(ConfigError, match="which contains"):
+            export_model(adapted, "lora", path, overwrite=True)
+
+    refuse(tiny_llama)
+    refuse(tiny_llama.parent)
+    work = tmp_path / "home" / "project" / "deep"
+    work.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home" / "project"))
+    refuse(tmp_path / "home")
+    monkeypatch.chdir(work)
+    refuse(tmp_path / "home" / "project")
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        export_model(adapted, "lora", file, overwrite=True)
+    link = tmp_path / "link"
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "x").write_text("")
+    link.symlink_to(tmp_path / "target")
+    with pytest.raises(ConfigError, match="is a link"):
+        export_model(adapted, "lora", link, overwrite=True)
+
+
+def test_an_error_half_way_leaves_the_destination_as_it_was(adapted, tmp_path, monkeypatch):
+    export_model(adapted, "lora", tmp_path / "out", verify=False)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    write = Lora.write
+
+    def fail(self, request, folder):
+        write(self, request, folder)
+        raise ZeroDivisionError("half-way")
+
+    monkeypatch.setattr(Lora, "write", fail)
+    with pytest.raises(ExportError, match=r"'lora' \(plugin .* of qlora-kit\) failed in write"):
+        export_model(adapted, "lora", tmp_path / "out", overwrite=True)
+
+    def interrupt(self, request, folder):
+        write(self, request, folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Lora, "write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export_model(adapted, "lora", tmp_path / "out", overwrite=True)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_destination_filled_meanwhile_is_not_overwritten(adapted, tmp_path, monkeypatch):
+    write = Lora.write
+
+    def fill(self, request, folder):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "theirs").write_text("kept")
+        return write(self, request, folder)
+
+    monkeypatch.setattr(Lora, "write", fill)
+    with pytest.raises(DestinationExistsError, match="by something else during the export"):
+        export_model(adapted, "lora", tmp_path / "out", verify=False)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["theirs"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_without_atomic_exchange_the_old_folder_is_moved_aside(adapted, tmp_path, monkeypatch):
+    monkeypatch.setattr(staging, "_exchange", lambda first, second: False)
+    export_model(adapted, "lora", tmp_path / "out", verify=False)
+    (tmp_path / "out" / "old").write_text("")
+    export_model(adapted, "lora", tmp_path / "out", verify=False, overwrite=True)
+    assert not (tmp_path / "out" / "old").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    # As a run leaves it that died between its two renames.
+    (tmp_path / "out").rename(tmp_path / ".out.qlora_kit-0a0b0c0d.previous")
+    (tmp_path / ".out.qlora_kit-0a0b0c0d.partial").mkdir()
+    with pytest.raises(DestinationExistsError):
+        export_model(adapted, "lora", tmp_path / "out", verify=False)
+        export_model(adapted, "lora", tmp_path / "out", verify=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_kept(adapted, tmp_path):
+    dead = tmp_path / ".out.qlora_kit-11111111.partial"
+    dead.mkdir()
+    (dead / "model.safetensors").write_bytes(b"half")
+    other = tmp_path / ".other.qlora_kit-22222222.partial"
+    other.mkdir()
+    with staging.stage_folder(tmp_path / "out") as living:
+        assert not dead.exists()
+        export_model(adapted, "lora", tmp_path / "out", verify=False)
+        assert living.folder.exists()
+        assert other.exists()
+    assert not living.folder.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_any_moment_the_destination_is_absent_old_or_whole(tmp_path):
+    rounds = 60
+    result = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("killing.py")), str(tmp_path), str(rounds)],
+        capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert len(report["seen"]) == rounds
+    for before, tried, after in report["seen"]:
+        assert after in (before, tried)
+    # The kills really came before, during and after the writing.
+    outcomes = Counter(after == tried for _, tried, after in report["seen"])
+    assert min(outcomes[True], outcomes[False]) >= 3
+    assert report["rounds_with_leftovers"] >= 5
+    assert report["most_leftovers"] == 1
+    assert report["rest"] == ["merged"]
+    assert report["last"] == "bfloat16"
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(adapted, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 10_000_000})
+    monkeypatch.setattr(qlora_kit.export.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(DiskSpaceError, match=r"needs 32\.\d MiB in .* which has 9\.5 MiB free"):
+        export_model(adapted, "merged_16bit", tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", ["lora", "merged_16bit", "merged_4bit"])
+def test_a_disk_that_fills_up_leaves_the_old_export(adapted, tmp_path, format):
+    """The system refuses to let files grow past a limit, as a full disk would."""
+    out = tmp_path / "out"
+    export_model(adapted, format, out, verify=False)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, hard))
+    try:
+        with pytest.raises(DiskSpaceError, match=r"became full.*needs 3\d\.\d MiB.*as it was"):
+            export_model(adapted, format, out, verify=False, overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_progress_is_told(adapted, tmp_path):
+    calls = []
+    export_model(
+        adapted, "merged_16bit", tmp_path / "out", verify=False,
+        progress=lambda what, done, total: calls.append((what, done, total)),
+    )  # fmt: skip
+    assert {what for what, _, _ in calls} == {"writing tensors"}
+    assert calls[-1][1] == calls[-1][2]
+    assert [done for _, done, _ in calls] == sorted(done for _, done, _ in calls)
+
+
+def test_verify_false_compares_nothing_and_says_so(adapted, tmp_path):
+    artifact = export_model(adapted, "lora", tmp_path / "out", verify=False)
+    assert artifact.verification == Verification("none")
+    assert artifact.manifest["verification"]["level"] == "none"
+
+
+def test_several_formats_merge_once_and_give_the_same_files_as_alone(adapted, tmp_path):
+    from qlora_kit.weights import merged
+
+    formats = ["merged_4bit", "lora", "merged_16bit"]
+    made = []
+    real = merged.MergedWeights.merge
+    merged.MergedWeights.merge = lambda self, live: (made.append(live.name), real(self, live))[1]
+    try:
+        results = export_model(adapted, formats, tmp_path / "out", verify=False)
+    finally:
+        merged.MergedWeights.merge = real
+    assert list(results) == formats
+    assert not results.failures
+    assert Counter(made).most_common(1)[0][1] == 1
+    assert results["lora"].path == tmp_path / "out" / "lora"
+    for name in formats:
+        alone = export_model(adapted, name, tmp_path / "alone" / name, verify=False)
+        for one, other in zip(alone.files, results[name].files, strict=True):
+            if one.name != "qlora_kit_manifest.json":
+                assert one == other
+
+
+def test_one_failing_format_does_not_lose_the_others(adapted, tmp_path, monkeypatch):
+    def fail(self, request, folder):
+        raise VerificationError("broken on purpose")
+
+    monkeypatch.setattr(Lora, "verify", fail)
+    results = export_model(adapted, ["lora", "merged_16bit"], tmp_path / "out")
+    assert list(results) == ["merged_16bit"]
+    assert list(results.failures) == ["lora"]
+    assert isinstance(results.failures["lora"], VerificationError)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["merged_16bit"]
+
+
+def test_options_of_several_formats(adapted, tmp_path):
+    results = export_model(
+        adapted,
+        {"lora": {}, "merged_16bit": {"base": "dequantized"}},
+        tmp_path / "out",
+        dtype="float16",
+        verify=False,
+    )
+    assert results["merged_16bit"].facts["base"] == "dequantized"
+    assert results["merged_16bit"].facts["dtype"] == "float16"
+    with pytest.raises(UnknownOptionError, match="no option 'dtyp'"):
+        export_model(adapted, ["merged_16bit", "lora"], tmp_path / "x", dtyp="float16")
+    with pytest.raises(DestinationExistsError):
+        export_model(adapted, ["lora"], tmp_path / "out")
+    with pytest.raises(ConfigError, match="No format given"):
+        export_model(adapted, [], tmp_path / "x")
+    assert not (tmp_path / "x").exists()
