@@ -288,6 +288,8 @@ def test_a_formatter_of_your_own_takes_ten_lines(tokenizer: Any) -> None:
         ({"columns": {"question": "instruction"}}, "role -> column"),
         ({"columns": {"instrution": "q"}}, "Did you mean 'instruction'"),
         ({"columns": {"instruction": 5}}, "must be a column's name"),
+        ({"columns": "output"}, "columns maps roles to columns"),
+        ({"eos_token": 2}, "eos_token is a token's text"),
         ({"on_bad_rows": "ignore"}, "'raise' or 'skip'"),
         ({"max_reported_rows": 0}, "at least 1"),
     ],

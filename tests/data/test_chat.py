@@ -240,3 +240,11 @@ def test_tools_reach_the_template_from_a_list_or_from_json(tokenizer: Any) -> No
         formatter.load([{"messages": TALK, "tools": "add"}])
     with pytest.raises(DataError, match="'tools' is not a list of objects"):
         formatter.load([{"messages": TALK, "tools": ["add"]}])
+
+
+def test_content_in_text_parts_is_joined(tokenizer: Any) -> None:
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    rows = ChatFormatter(tokenizer).load([{"messages": [TALK[0], {**TALK[1], "content": parts}]}])
+    assert rows[0]["messages"] == TALK[:2]
+    with pytest.raises(DataError, match="a list of messages or a text"):
+        ChatFormatter(tokenizer).prompt(None)  # type: ignore[arg-type]

@@ -203,6 +203,11 @@ def test_packing_refuses_what_does_not_fit(formatter: AlpacaFormatter) -> None:
         pack_examples(dataset, 64)
     with pytest.raises(ConfigError, match="'bfd' or 'sequential'"):
         pack_examples(dataset, 1024, strategy="wrapped")
+    with pytest.raises(DataError, match="takes an encoded dataset"):
+        pack_examples([{"input_ids": [1], "labels": [1]}], 64)  # type: ignore[arg-type]
+    for collator in (PaddedCollator(0), PackedCollator(0)):
+        with pytest.raises(DataError, match="needs input_ids and labels"):
+            collator([{"input_ids": [1]}])
     with pytest.raises(DataError, match="no examples to pack"):
         pack_examples(dataset.select([]), 1024)
 

@@ -390,3 +390,44 @@ def test_the_shared_rows(tokenizer: Any, shared_data: Path) -> None:
     assert len(english) == 999
     chinese = AlpacaFormatter(tokenizer, "alpaca-zh").load(shared_data / "alpaca_zh_demo.json")
     assert len(chinese) == 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("deep.json", "[" * 100_000, "cannot be read"),
+        ("long.json", '[{"instruction": "a", "output": ' + "9" * 5000 + "}]", "cannot be read"),
+        ("twice.csv", "instruction,output,output\na,b,c\n", "line 1: the header names 'output'"),
+    ],
+)
+def test_odd_files_end_in_a_data_error(
+    formatter: AlpacaFormatter, tmp_path: Path, name: str, text: str, message: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=message):
+        formatter.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (None, "from NoneType"),
+        (b"rows.json", "from bytes"),
+        ("https://example.org/rows.json", "is an address"),
+        ({"instruction": ["a"], "output": ["b"]}, "no split 'train'"),
+    ],
+)
+def test_odd_sources_end_in_a_data_error(
+    formatter: AlpacaFormatter, source: Any, message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        formatter.load(source)
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_csv_with_another_separator(
+    formatter: AlpacaFormatter, tmp_path: Path, delimiter: str
+) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(delimiter.join(("instruction", "output")) + f'\n"a, b"{delimiter}c\n')
+    assert list(formatter.load(path)) == [{"instruction": "a, b", "input": "", "output": "c"}]

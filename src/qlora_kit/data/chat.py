@@ -168,6 +168,8 @@ class ChatFormatter(FormatterBase):
         if isinstance(messages, str):
             text = f"{messages}\n\n{input}" if input else messages
             messages = [{"role": "user", "content": text}]
+        if not isinstance(messages, Sequence):
+            raise DataError(f"messages is a list of messages or a text, got {messages!r}.")
         parsed = [_parse_message(message) for message in messages]
         reasons = [f"message {n} {reason}" for n, (_, reason) in enumerate(parsed, 1) if reason]
         if reasons or not parsed:
@@ -236,6 +238,10 @@ def _parse_message(message: Any) -> tuple[dict[str, Any], str | None]:
     content = message.get("content", message.get("value"))
     if not isinstance(role, str) or not role:
         return {}, "has no 'role' (or 'from')"
+    if isinstance(content, list) and all(
+        isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content
+    ):
+        content = "".join(part["text"] for part in content)
     role = _ROLES.get(role.lower(), role.lower())
     parsed = {**rest, "role": role, "content": content}
     if content is None and rest.get("tool_calls"):

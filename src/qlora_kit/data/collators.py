@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from qlora_kit.errors import ConfigError
+from qlora_kit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +52,7 @@ class PaddedCollator:
         """
         import torch
 
+        _check_features(features)
         if any("seq_lengths" in feature for feature in features):
             raise ConfigError(
                 "These rows are packed (they have seq_lengths); padding them would let the "
@@ -114,6 +115,7 @@ class PackedCollator:
         """
         import torch
 
+        _check_features(features)
         input_ids = torch.cat([_to_tensor(feature["input_ids"]) for feature in features])
         labels = torch.cat([_to_tensor(feature["labels"]) for feature in features])
         lengths = [length for feature in features for length in _get_lengths(feature)]
@@ -146,6 +148,15 @@ class PackedCollator:
                 "max_length_k": max(lengths),
             }
         return batch
+
+
+def _check_features(features: Sequence[Mapping[str, Any]]) -> None:
+    for feature in features:
+        if "input_ids" not in feature or "labels" not in feature:
+            raise DataError(
+                f"A row of a batch needs input_ids and labels; this one has {list(feature)}. "
+                "formatter.encode(...).dataset has both."
+            )
 
 
 def _get_lengths(feature: Mapping[str, Any]) -> list[int]:

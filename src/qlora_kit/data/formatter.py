@@ -120,6 +120,11 @@ class FormatterBase:
 
     def _check_columns(self, columns: Mapping[str, str] | None) -> dict[str, str]:
         known = (*self.roles, *self.optional_roles)
+        if columns is not None and not isinstance(columns, Mapping):
+            raise ConfigError(
+                f"columns maps roles to columns, such as {{{known[0]!r}: 'question'}}; got "
+                f"{columns!r}."
+            )
         for role, column in (columns or {}).items():
             if role not in known:
                 hint = (
@@ -135,6 +140,8 @@ class FormatterBase:
         return {role: (columns or {}).get(role, role) for role in known}
 
     def _check_eos(self, eos_token: str | None) -> str:
+        if eos_token is not None and not isinstance(eos_token, str):
+            raise ConfigError(f"eos_token is a token's text, such as '</s>'; got {eos_token!r}.")
         eos = self.tokenizer.eos_token if eos_token is None else eos_token
         if not isinstance(eos, str) or not eos:
             raise ConfigError(

@@ -43,6 +43,13 @@ def pack_examples(encoded_dataset: Dataset, max_length: int, *, strategy: str = 
     import pyarrow as pa
     from datasets import Dataset
 
+    names = getattr(encoded_dataset, "column_names", ())
+    if "input_ids" not in names or "labels" not in names:
+        raise DataError(
+            "pack_examples takes an encoded dataset with input_ids and labels, such as "
+            f"formatter.encode(...).dataset; got {type(encoded_dataset).__name__} with columns "
+            f"{list(names)}."
+        )
     table = encoded_dataset.with_format("arrow")[:]
     columns = {name: _flatten(table[name]) for name in ("input_ids", "labels")}
     ids, offsets = columns["input_ids"]

@@ -51,7 +51,10 @@ def read_file(path: Path) -> list[RawRow]:
         )
     try:
         return reader(path)
-    except OSError as error:
+    except DataError:
+        raise
+    # ValueError: numbers of thousands of digits; RecursionError: nesting without end.
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
@@ -202,7 +205,9 @@ def _read_csv(path: Path) -> list[RawRow]:
 
 
 def _parse_csv(path: Path, text: str) -> list[RawRow]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    first_line = text[: text.find("\n")] if "\n" in text else text
+    delimiter = next((mark for mark in ",;\t" if mark in first_line), ",")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[RawRow] = []
     header: list[str] | None = None
     last_line = 0
@@ -213,6 +218,9 @@ def _parse_csv(path: Path, text: str) -> list[RawRow]:
                 continue
             if header is None:
                 header = fields
+                twice = sorted({name for name in header if header.count(name) > 1})
+                if twice:
+                    raise DataError(f"{path}, line {line}: the header names {twice[0]!r} twice.")
                 continue
             problem = None
             if len(fields) != len(header):

@@ -97,7 +97,8 @@ class Rows(Sequence[dict[str, Any]]):
             ConfigError: When ``fraction`` is not between 0 and 1.
             DataError: When there are too few rows for both parts.
         """
-        if isinstance(fraction, bool) or not 0.0 < fraction < 1.0:
+        is_number = isinstance(fraction, float | int) and not isinstance(fraction, bool)
+        if not is_number or not 0.0 < fraction < 1.0:
             raise ConfigError(f"fraction is a share between 0 and 1, got {fraction!r}.")
         if len(self) < 2:
             raise DataError(f"{self.source} has {len(self)} row; splitting takes at least 2.")

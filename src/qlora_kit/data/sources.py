@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.data.problems import Location
 from qlora_kit.data.reading import READERS, RawRow, read_file
-from qlora_kit.errors import DataError, DataNotFoundError, OfflineError, did_you_mean
+from qlora_kit.errors import DataError, DataNotFoundError, OfflineError, QloraKitError, did_you_mean
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,7 +35,13 @@ def read_source(source: Any, split: str, *, local_files_only: bool) -> tuple[str
         OfflineError: When it is a hub dataset that would have to be downloaded.
     """
     if isinstance(source, str | os.PathLike):
-        return _read_named(os.fspath(source), split, local_files_only=local_files_only)
+        name = os.fspath(source)
+        try:
+            return _read_named(name, split, local_files_only=local_files_only)
+        except QloraKitError:
+            raise
+        except OSError as error:
+            raise DataError(f"{name} cannot be read: {error}") from error
     if isinstance(source, Mapping):
         return _read_splits(source, split)
     if hasattr(source, "features") and hasattr(source, "column_names"):
@@ -47,7 +53,7 @@ def read_source(source: Any, split: str, *, local_files_only: bool) -> tuple[str
         return _read_dataset(source, "the datasets.Dataset")
     if hasattr(source, "to_dict") and hasattr(source, "columns"):
         source = source.to_dict("records")
-    if isinstance(source, Sequence):
+    if isinstance(source, Sequence) and not isinstance(source, bytes | bytearray):
         rows = [RawRow(Location(index), value) for index, value in enumerate(source)]
         return f"a list of {len(rows):,}", rows
     raise DataError(

@@ -29,6 +29,8 @@ def formatter_from_spec(
     Raises:
         ConfigError: When the spec is of an unknown kind or lacks a key.
     """
+    if not isinstance(spec, Mapping):
+        raise ConfigError(f"A formatter spec is what template_spec() returned, got {spec!r}.")
     kind = spec.get("kind")
     common = {"response_only": spec.get("response_only", False), "eos_token": spec.get("eos_token")}
     if kind == "alpaca":

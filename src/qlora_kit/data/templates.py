@@ -203,12 +203,12 @@ BUILTIN_TEMPLATES: Final[Mapping[str, AlpacaTemplate]] = {
             "completes the request."
         ),
     ),
-    # The same wording in Chinese, as the Chinese Alpaca derivatives print it.
+    # No Chinese wording is the one that all use; this translation is in many scripts.
     "alpaca-zh": AlpacaTemplate(
         name="alpaca-zh",
         prompt_input="{system}\n\n### 指令：\n{instruction}\n\n### 输入：\n{input}\n\n### 回答：\n",
         prompt_no_input="{system}\n\n### 指令：\n{instruction}\n\n### 回答：\n",
-        system_input="下面是一条描述任务的指令，以及提供更多背景信息的输入。请写出恰当完成该请求的回答。",
-        system_no_input="下面是一条描述任务的指令。请写出恰当完成该请求的回答。",
+        system_input="以下是描述任务的指令，以及提供更多上下文的输入。请写出恰当完成该请求的回答。",
+        system_no_input="以下是描述任务的指令。请写出恰当完成该请求的回答。",
     ),
 }
