@@ -61,7 +61,7 @@ def main() -> None:
     model = load_quantized(args.model or find_base_model(), max_seq_length=512, load_in_4bit=True)
     print(f"   {model}")
 
-    formatter = AlpacaFormatter(model.tokenizer)
+    formatter = AlpacaFormatter(model.tokenizer, response_only=True)
     rows = formatter.load(HERE / "field_guide.json")
     prompt = formatter.prompt(*QUESTION)
     print(f"\n2. Before training: {QUESTION[0]} {QUESTION[1]}")

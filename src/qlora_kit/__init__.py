@@ -16,10 +16,12 @@ __all__ = [
     "AdapterConfig",
     "AlpacaFormatter",
     "Artifact",
+    "ChatFormatter",
     "Check",
     "ExportEstimate",
     "ExportRequest",
     "Exporter",
+    "FormatterBase",
     "LoadConfig",
     "LoadedModel",
     "QloraKitError",
@@ -31,11 +33,13 @@ __all__ = [
     "available_exporters",
     "errors",
     "export_model",
+    "formatter_from_spec",
     "generate_stream",
     "get_exporter",
     "hookimpl",
     "hookspec",
     "load_quantized",
+    "pack_examples",
     "train_sft",
 ]
 
@@ -44,10 +48,12 @@ _HOME_OF: Final = {
     "AdapterConfig": "config",
     "AlpacaFormatter": "data",
     "Artifact": "results",
+    "ChatFormatter": "data",
     "Check": "results",
     "ExportEstimate": "hookspecs",
     "ExportRequest": "hookspecs",
     "Exporter": "hookspecs",
+    "FormatterBase": "data",
     "LoadConfig": "config",
     "LoadedModel": "results",
     "QloraKitError": "errors",
@@ -57,11 +63,13 @@ _HOME_OF: Final = {
     "attach_lora": "adapters",
     "available_exporters": "export",
     "export_model": "export",
+    "formatter_from_spec": "data",
     "generate_stream": "generation",
     "get_exporter": "export",
     "hookimpl": "hookspecs",
     "hookspec": "hookspecs",
     "load_quantized": "model",
+    "pack_examples": "data",
     "train_sft": "training",
 }
 
@@ -69,7 +77,13 @@ if TYPE_CHECKING:
     from qlora_kit import errors
     from qlora_kit.adapters import attach_lora
     from qlora_kit.config import AdapterConfig, LoadConfig
-    from qlora_kit.data import AlpacaFormatter
+    from qlora_kit.data import (
+        AlpacaFormatter,
+        ChatFormatter,
+        FormatterBase,
+        formatter_from_spec,
+        pack_examples,
+    )
     from qlora_kit.errors import QloraKitError
     from qlora_kit.export import available_exporters, export_model, get_exporter
     from qlora_kit.generation import generate_stream

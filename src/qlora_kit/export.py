@@ -129,6 +129,9 @@ def available_exporters() -> list[str]:
 def get_exporter(name: str) -> Exporter:
     """The exporter of that name.
 
+    Args:
+        name: As in :func:`available_exporters`.
+
     Raises:
         ConfigError: When there is none; names the nearest, and plugins that are broken.
     """

@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 BUILTINS: Final = (
     "qlora_kit.exporters.lora",
     "qlora_kit.exporters.merged_16bit",
+    "qlora_kit.exporters.gguf",
 )
 
 #: ``""`` or ``"0"`` loads no third-party plugin; entry-point names separated by commas load

@@ -105,9 +105,7 @@ def make_collator(model: AdaptedModel, options: DataOptions, *, is_flat: bool) -
 
     pad = model.tokenizer.pad_token_id
     if is_flat:
-        return PackedCollator(
-            pad, attention="block_mask", pad_to_multiple_of=options.pad_to_multiple_of
-        )
+        return PackedCollator(pad, pad_to_multiple_of=options.pad_to_multiple_of)
     return PaddedCollator(pad, pad_to_multiple_of=options.pad_to_multiple_of)
 
 
