@@ -241,7 +241,6 @@ def run_quality(checkpoint: Path, types: list[str], text_file: Path | None, coun
 
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "exporters" / "gguf"))
     from gguf_llamacpp import Llama, kl_divergence
-
     from qlora_kit.exporters.gguf.convert import convert
     from qlora_kit.weights.source import SafetensorsSource
 

@@ -153,8 +153,8 @@ def _render(facts: dict[str, Any], results: list[dict[str, Any]]) -> str:
         f"{facts['date']}, {facts['device']}, {facts['model_name']}, "
         f"{facts['parameters'] / 1e9:.2f} B parameters, {facts['versions']}",
         "",
-        "| line | tokens/s | of TRL's classic | of the limit | ms/step | processor s/step | peak GiB "
-        "(allocated / reserved) | first step s | loss of the last step |",
+        "| line | tokens/s | of TRL's classic | of the limit | ms/step | processor s/step | "
+        "peak GiB (allocated / reserved) | first step s | loss of the last step |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:

@@ -24,7 +24,7 @@ class Watch:
     def __init__(self, torch: Any) -> None:
         self._torch = torch
         self.steps: list[tuple[float, int]] = []
-        #: Processor seconds of all threads, which other processes do not stretch as they do seconds.
+        #: Processor seconds of all threads, which other processes do not stretch.
         self.processor_seconds: list[float] = []
         self.losses: list[float] = []
         self.tokens: Any = 0

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar, overload
+from typing import Any, Final, Literal, overload
 
 from qlora_kit import plugins
 from qlora_kit.checkpoint.files import describe_file, list_files
@@ -42,7 +42,6 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 Verify = bool | Literal["full"]
-_T = TypeVar("_T")
 
 _FULL_DISK: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: Tokenizer, configuration, manifest and file-system blocks, beside what an exporter counts.
@@ -241,7 +240,7 @@ class _Job:
         return self.exporter.name
 
     def check(self) -> None:
-        estimate = self._call("check", ExportEstimate, self.request)
+        estimate: ExportEstimate = self._call("check", ExportEstimate, self.request)
         for note in estimate.notes:
             logger.info("%s: %s", self.name, note)
         self.needed_bytes = estimate.disk_bytes + _OVERHEAD_BYTES
@@ -259,7 +258,7 @@ class _Job:
             with self._disk_errors():
                 facts = dict(self._call("write", Mapping, self.request, folder))
             known_sha256 = facts.pop("sha256", {})
-            verification = Verification("none")
+            verification: Verification = Verification("none")
             if self.request.verify:
                 verification = self._call("verify", Verification, self.request, folder)
             if not verification.passed:
@@ -329,7 +328,7 @@ class _Job:
             parent = parent.parent
         return parent
 
-    def _call(self, step: str, expected: type[_T], *args: Any) -> _T:
+    def _call(self, step: str, expected: type, *args: Any) -> Any:
         """Run a step of the exporter; whatever a stranger's code raises names its owner."""
         origin = plugins.get_registry().describe_origin(self.name)
         try:

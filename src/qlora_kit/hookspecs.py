@@ -113,7 +113,11 @@ class Exporter(Protocol):
 
     name: str
     summary: str
-    options_type: type
+
+    @property
+    def options_type(self) -> type:
+        """The dataclass of the format's options; a plain class attribute will do."""
+        ...
 
     def check(self, request: ExportRequest) -> ExportEstimate:
         """Refuse what cannot work, before any weight is touched.

@@ -80,10 +80,10 @@ def describe_option_fields(options_type: type) -> list[OptionInfo]:
         if field.init and not field.metadata.get(COLLECTS_UNKNOWN):
             if _is_required(field):
                 default = None
-            elif field.default is not dataclasses.MISSING:
-                default = repr(field.default)
+            elif field.default_factory is not dataclasses.MISSING:
+                default = repr(field.default_factory())
             else:
-                default = repr(field.default_factory())  # type: ignore[misc]
+                default = repr(field.default)
             spelled = _spell(hints[field.name]) if field.name in hints else str(field.type)
             described.append(OptionInfo(field.name, spelled, default))
     return described

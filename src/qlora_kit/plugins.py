@@ -14,6 +14,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, is_dataclass
+from functools import partial
 from importlib import metadata
 from typing import Any, Final
 
@@ -84,9 +85,7 @@ class ExporterRegistry:
         self._manager = pluggy.PluginManager(PROJECT_NAME)
         self._manager.add_hookspecs(hookspecs)
         for dotted in builtins:
-            self._add_plugin(
-                dotted, "qlora-kit", lambda dotted=dotted: importlib.import_module(dotted)
-            )
+            self._add_plugin(dotted, "qlora-kit", partial(importlib.import_module, dotted))
         if use_entry_points:
             self._add_entry_points()
         self._exporters = self._collect()
@@ -125,7 +124,7 @@ class ExporterRegistry:
             PluginError: When it cannot be used; nothing is changed then.
         """
         before = len(self.broken)
-        plugin_name = name or getattr(plugin, "__name__", type(plugin).__name__)
+        plugin_name = name or str(getattr(plugin, "__name__", type(plugin).__name__))
         self._add_plugin(plugin_name, "this process", lambda: plugin)
         if len(self.broken) > before:
             raise PluginError(str(self.broken.pop()))
@@ -163,7 +162,7 @@ class ExporterRegistry:
             self._distribution_of[name] = distribution
             self._manager.check_pending()
         # Whatever a stranger's module raises at import, its neighbours must keep working.
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             if self._manager.has_plugin(name) and name in self._distribution_of:
                 self._manager.unregister(name=name)
             self._report(name, distribution, f"{type(error).__name__}: {error}", error)
@@ -174,8 +173,9 @@ class ExporterRegistry:
             name = implementation.plugin_name
             distribution = self._distribution_of[name]
             try:
-                exporters = list(implementation.function() or ())
-            except Exception as error:  # see _add_plugin
+                made: Any = implementation.function()
+                exporters = list(made or ())
+            except Exception as error:  # noqa: BLE001 - see _add_plugin
                 self._report(name, distribution, f"{type(error).__name__}: {error}", error)
                 continue
             for exporter in exporters:

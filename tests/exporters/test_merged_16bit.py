@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from conftest import make_checkpoint
 
+from checkpoints import make_checkpoint
 from qlora_kit import export_model, load_quantized
 from qlora_kit.errors import ConfigError, UnknownOptionError, VerificationError
 from qlora_kit.exporters.merged_16bit import Merged16bit
@@ -136,7 +136,9 @@ def _break(folder, damage, request):
         _edit_json(folder / "tokenizer_config.json", eos_token="<|im_start|>")
         return
     if damage == "config":
-        _edit_json(folder / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 7})
+        _edit_json(
+            folder / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 7}
+        )
         return
     tensors = load_file(path)
     name = "model.layers.1.mlp.down_proj.weight"
@@ -213,7 +215,7 @@ def test_merging_needs_memory_for_a_tensor_not_for_a_model(tmp_path):
 import sys, resource, threading, time
 sys.path.insert(0, sys.argv[2])
 import torch, psutil
-from conftest import make_checkpoint
+from checkpoints import make_checkpoint
 from qlora_kit import attach_lora, export_model, load_quantized
 from pathlib import Path
 base = make_checkpoint(Path(sys.argv[1]) / "base", "llama", hidden_size=1024, vocab_size=384,
@@ -232,7 +234,7 @@ artifact = run("out"); done.set(); thread.join()
 print(artifact.facts["tensor_bytes"], peak[0] - before)
 """
     result = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path), str(_tests_folder())],
+        [sys.executable, "-c", script, str(tmp_path), str(_helpers())],
         capture_output=True, text=True, check=True, timeout=300,
     )  # fmt: skip
     total, extra = map(int, result.stdout.split()[-2:])
@@ -241,7 +243,7 @@ print(artifact.facts["tensor_bytes"], peak[0] - before)
     assert extra < 8 * largest
 
 
-def _tests_folder():
+def _helpers():
     from pathlib import Path
 
-    return Path(__file__).resolve().parents[1]
+    return Path(__file__).resolve().parents[1] / "helpers"

@@ -3,8 +3,8 @@
 import math
 
 import pytest
-from conftest import make_checkpoint, randomize
 
+from checkpoints import make_checkpoint, randomize
 from qlora_kit import attach_lora, load_quantized
 from qlora_kit.errors import ConfigError, UnsupportedModelError
 from qlora_kit.weights.merged import MergedWeights, choose_merge_base
@@ -268,7 +268,7 @@ def test_the_base_is_chosen_and_wrong_choices_are_explained(tiny_llama, tmp_path
         load_quantized(tiny_llama, 64, "float32", engine="native"), loftq_config={"loftq_bits": 4}
     )
     assert choose_merge_base(loftq, "auto") == "dequantized"
-    with pytest.raises(ConfigError, match="LoftQ.*count that twice"):
+    with pytest.raises(ConfigError, match=r"LoftQ.*count that twice"):
         MergedWeights(loftq, "original")
     plain.model.save_pretrained(tmp_path / "nf4")
     plain.tokenizer.save_pretrained(tmp_path / "nf4")

@@ -140,7 +140,7 @@ def check_stops(model: LoadedModel, exported: Any) -> Check:
     import torch
     from transformers import LogitsProcessor, LogitsProcessorList
 
-    class _Force(LogitsProcessor):  # type: ignore[misc]
+    class _Force(LogitsProcessor):
         def __init__(self, token: int) -> None:
             self.token = token
 

@@ -84,7 +84,7 @@ def parse_size(size: int | str) -> int:
 
 def count_bytes(source: TypedSource, name: str) -> int:
     """Size of one tensor in a file."""
-    return math.prod(source.shape(name)) * source.dtype_of(name).itemsize
+    return math.prod(source.shape(name)) * int(source.dtype_of(name).itemsize)
 
 
 def plan_shards(source: TypedSource, max_shard_size: int) -> list[list[str]]:
@@ -193,7 +193,7 @@ def _as_bytes(tensor: torch.Tensor) -> memoryview:
     import torch
 
     flat = tensor.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return memoryview(flat.view(torch.uint8).numpy())
 
 
 class _HashingWriter:

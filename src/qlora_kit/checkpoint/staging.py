@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import importlib
 import logging
 import os
 import secrets
@@ -19,18 +20,16 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from qlora_kit.errors import ConfigError, DestinationExistsError, ExportError
-
-try:
-    import fcntl
-except ImportError:  # Windows has none; see _is_abandoned
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["StagedFolder", "check_destination", "clean_leftovers", "stage_folder"]
 
 logger = logging.getLogger(__name__)
+
+#: Windows has none; see _is_abandoned.
+fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
 _MARK: Final = ".qlora_kit-"
 _PARTIAL: Final = ".partial"
@@ -163,7 +162,7 @@ def clean_leftovers(destination: Path) -> None:
 
 
 def flush_tree(folder: Path) -> None:
-    """fsync every file and folder below ``folder``, and it."""
+    """Fsync every file and folder below ``folder``, and it."""
     for root, _, files in os.walk(folder):
         for file in files:
             handle = os.open(os.path.join(root, file), os.O_RDONLY)

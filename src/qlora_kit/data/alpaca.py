@@ -86,7 +86,7 @@ class AlpacaFormatter(FormatterBase):
             *self._after,
         ]
 
-    def prompt(self, instruction: str, input: str = "") -> Prompt:  # noqa: A002  (the role)
+    def prompt(self, instruction: str, input: str = "") -> Prompt:
         """The prompt for an instruction, with the ids that training would put there.
 
         Args:

@@ -148,7 +148,7 @@ class ChatFormatter(FormatterBase):
     def prompt(
         self,
         messages: str | Sequence[Mapping[str, Any]],
-        input: str = "",  # noqa: A002  (named like AlpacaFormatter's)
+        input: str = "",
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> Prompt:

@@ -210,7 +210,7 @@ class UnslothEngine:
 
 def _make_trainer_class() -> Any:
     """TRL's trainer is patched in place, so it is looked up when a run begins."""
-    trl = importlib.import_module("trl")
+    trl: Any = importlib.import_module("trl")
 
     class UnslothTrainer(StepRecorder, PortableLoss, NoTelemetry, trl.SFTTrainer):
         """``SFTTrainer`` as patched by unsloth, with this library's counters."""

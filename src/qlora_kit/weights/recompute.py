@@ -137,7 +137,7 @@ def _agree(written: torch.Tensor, expected: torch.Tensor, spacing: float | None 
     import torch
 
     if not written.is_floating_point():
-        return torch.equal(written, expected)
+        return bool(torch.equal(written, expected))
     if spacing is None:
         spacing = _SPACING.get(str(written.dtype), 1e-5)
     wide = expected.to(written.dtype).float() if spacing == 0.0 else expected.float()

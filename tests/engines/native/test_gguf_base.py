@@ -11,9 +11,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "exporters" / "gguf"))
 
 import gguf_tiny as tiny
-from gguf_llamacpp import Llama, kl_divergence
-
 import qlora_kit
+from gguf_llamacpp import Llama, kl_divergence
 from qlora_kit.engines.native.gguf_base import dequantize_gguf
 from qlora_kit.engines.native.gguf_tokenizer import build_tokenizer
 from qlora_kit.errors import UnsupportedModelError

@@ -12,10 +12,10 @@ import textwrap
 import weakref
 from pathlib import Path
 
-import gguf_tiny as tiny
 import pytest
-from gguf_llamacpp import Llama, kl_divergence
 
+import gguf_tiny as tiny
+from gguf_llamacpp import Llama, kl_divergence
 from qlora_kit.errors import ConfigError, DiskSpaceError, ExportError
 from qlora_kit.exporters.gguf.awkward import awkward_strings
 from qlora_kit.exporters.gguf.convert import convert, plan_conversion

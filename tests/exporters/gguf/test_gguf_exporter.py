@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gguf_tiny as tiny
 import pytest
-from gguf_llamacpp import Llama, kl_divergence
 
+import gguf_tiny as tiny
 import qlora_kit
+from gguf_llamacpp import Llama, kl_divergence
 from qlora_kit.errors import ConfigError, UnsupportedModelError
 from qlora_kit.exporters.gguf import GgufExporter, GgufLoraExporter, qlora_kit_register_exporters
 from qlora_kit.exporters.gguf.convert import convert

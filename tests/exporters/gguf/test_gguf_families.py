@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import gguf_tiny as tiny
 import numpy as np
 import pytest
-from gguf_llamacpp import Llama, kl_divergence
 
+import gguf_tiny as tiny
+from gguf_llamacpp import Llama, kl_divergence
 from qlora_kit.errors import PluginError, UnsupportedModelError
 from qlora_kit.exporters.gguf import families
 from qlora_kit.exporters.gguf.convert import convert, plan_conversion

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 
-import gguf_tiny as tiny
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import gguf_tiny as tiny
 from qlora_kit.exporters.gguf.modelfile import (
     _CHAT_LAYOUTS,
     Modelfile,

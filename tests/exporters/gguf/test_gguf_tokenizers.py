@@ -9,12 +9,12 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
-import gguf_tiny as tiny
 import pytest
-from gguf_llamacpp import Llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import gguf_tiny as tiny
+from gguf_llamacpp import Llama
 from qlora_kit.errors import UnsupportedModelError
 from qlora_kit.exporters.gguf.awkward import awkward_strings, mix_with_tokens
 from qlora_kit.exporters.gguf.convert import convert

@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import json
 
-import gguf_tiny as tiny
 import numpy as np
 import pytest
-from gguf_llamacpp import Llama, kl_divergence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import gguf_tiny as tiny
+from gguf_llamacpp import Llama, kl_divergence
 from qlora_kit.errors import ConfigError, ExportError, MissingDependencyError
 from qlora_kit.exporters.gguf import encoding, ggml
 from qlora_kit.exporters.gguf.convert import convert

@@ -186,6 +186,6 @@ def _check_pissa(loaded: LoadedModel, config: AdapterConfig) -> None:
     if isinstance(init, str) and init.startswith("pissa") and loaded.base.quantization:
         raise ConfigError(
             f"init_lora_weights={init!r} changes the base weights, which a "
-            f"{loaded.base.quantization} base cannot hold. Load with load_in_4bit=False, or use LoftQ on the 4-bit base: "
-            "loftq_config={'loftq_bits': 4}."
+            f"{loaded.base.quantization} base cannot hold. Load with load_in_4bit=False, or use "
+            "LoftQ on the 4-bit base: loftq_config={'loftq_bits': 4}."
         )

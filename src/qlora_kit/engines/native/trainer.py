@@ -22,9 +22,7 @@ __all__ = ["NativeTrainer"]
 logger = logging.getLogger(__name__)
 
 
-class NativeTrainer(
-    StepRecorder, FastSteps, PortableLoss, NoTelemetry, SFTTrainer
-):
+class NativeTrainer(StepRecorder, FastSteps, PortableLoss, NoTelemetry, SFTTrainer):
     """``SFTTrainer`` that leaves the adapter's dtype and the model's forward as it found them.
 
     TRL 1.15 rounds every trainable parameter of a quantized model to bfloat16 when the

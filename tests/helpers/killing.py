@@ -33,7 +33,7 @@ def state_of(destination: Path) -> str:
 def main(folder: Path, rounds: int) -> None:
     import torch
 
-    from conftest import make_checkpoint, randomize
+    from checkpoints import make_checkpoint, randomize
     from qlora_kit import attach_lora, export_model, load_quantized
 
     torch.set_num_threads(1)
@@ -43,9 +43,7 @@ def main(folder: Path, rounds: int) -> None:
     destination = folder / "out" / "merged"
 
     def export(dtype: str) -> None:
-        export_model(
-            model, "merged_16bit", destination, dtype=dtype, overwrite=True, verify=False
-        )
+        export_model(model, "merged_16bit", destination, dtype=dtype, overwrite=True, verify=False)
 
     def run_forked(dtype: str, seconds: float | None) -> float:
         started = time.perf_counter()
