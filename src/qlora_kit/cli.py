@@ -183,10 +183,14 @@ def _exporters(options: argparse.Namespace) -> None:
         print(json.dumps(described, indent=2, ensure_ascii=False))
         return
     for entry in described["exporters"]:
-        state = "ready" if entry["is_available"] else f"missing: {entry['missing']}"
+        state = "; ".join(f"missing: {phrase}" for phrase in entry["missing"]) or "ready"
         print(f"{entry['name']:<16} {entry['summary']}")
-        print(f"{'':<16} from {entry['distribution']} {entry['version']}; {state}")
+        print(f"{'':<16} {entry['distribution']} {entry['version'] or ''}; {state}")
         for option in entry["options"]:
-            print(f"{'':<16}   {option['name']}={option['default']}  ({option['type']})")
+            needed = " (must be given)" if option["default"] is None else ""
+            default = "" if needed else f" = {option['default']}"
+            print(f"{'':<16}   {option['name']}: {option['type']}{default}{needed}")
     for broken in described["broken"]:
         print(f"not usable: {broken}")
+    for plugin in described["switched_off"]:
+        print(f"switched off: {plugin}")

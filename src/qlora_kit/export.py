@@ -32,11 +32,11 @@ from qlora_kit.errors import (
 )
 from qlora_kit.hookspecs import Exporter, ExportEstimate, ExportRequest
 from qlora_kit.manifest import describe_model, read_manifest, write_manifest
-from qlora_kit.options import build_options
+from qlora_kit.options import build_options, describe_option_fields
 from qlora_kit.results import Artifact, ArtifactFile, ExportResults, LoadedModel, Verification
 from qlora_kit.weights.sharing import SharedMerge
 
-__all__ = ["available_exporters", "export_model", "get_exporter"]
+__all__ = ["available_exporters", "describe_exporters", "export_model", "get_exporter"]
 
 logger = logging.getLogger(__name__)
 
@@ -117,12 +117,46 @@ def export_model(
 
 
 def available_exporters() -> list[str]:
-    """Names of every export format that can be asked for, sorted.
-
-    Raises:
-        PluginError: When two plugins register one name.
-    """
+    """Names of every export format that can be asked for, sorted."""
     return plugins.get_registry().names()
+
+
+def describe_exporters() -> dict[str, list[Any]]:
+    """Every export format, where it comes from, and whether it runs on this machine.
+
+    Returns:
+        What JSON can hold:
+
+        * ``exporters``: for each, ``name``, ``summary``, ``plugin``, ``distribution``,
+          ``version``, ``options`` (``name``, ``type``, ``default``, ``is_secret``; a default of
+          ``None`` means that the option must be given), ``missing`` (what keeps the format from
+          running here, one phrase each) and ``is_available``.
+        * ``broken``: plugins that cannot be used, and why, one sentence each.
+        * ``switched_off``: installed plugins that an environment variable keeps out.
+    """
+    registry = plugins.get_registry()
+    described = []
+    for name in registry.names():
+        exporter, origin = registry.get(name), registry.get_origin(name)
+        missing = _find_missing(exporter)
+        described.append(
+            {
+                "name": name,
+                "summary": exporter.summary,
+                **dataclasses.asdict(origin),
+                "is_available": not missing,
+                "missing": missing,
+                "options": [
+                    dataclasses.asdict(option)
+                    for option in describe_option_fields(exporter.options_type)
+                ],
+            }
+        )
+    return {
+        "exporters": described,
+        "broken": [str(plugin) for plugin in registry.broken],
+        "switched_off": [str(origin) for origin in registry.switched_off],
+    }
 
 
 def get_exporter(name: str) -> Exporter:
@@ -135,6 +169,16 @@ def get_exporter(name: str) -> Exporter:
         ConfigError: When there is none; names the nearest, and plugins that are broken.
     """
     return plugins.get_registry().get(name)
+
+
+def _find_missing(exporter: Exporter) -> list[str]:
+    find_missing = getattr(exporter, "find_missing", None)
+    if find_missing is None:
+        return []
+    try:
+        return [str(phrase) for phrase in find_missing()]
+    except Exception as error:  # noqa: BLE001 - a stranger's code; the other formats are listed
+        return [f"find_missing() failed: {type(error).__name__}: {error}"]
 
 
 def _export_several(
@@ -297,7 +341,7 @@ class _Job:
         training = self.request.model.record.training
         return {
             "format": self.name,
-            "origin": plugins.get_registry().describe_origin(self.name),
+            "origin": str(plugins.get_registry().get_origin(self.name)),
             **describe_model(self.request.model),
             "training": training,
             "options": self.request.options,
@@ -330,7 +374,7 @@ class _Job:
 
     def _call(self, step: str, expected: type, *args: Any) -> Any:
         """Run a step of the exporter; whatever a stranger's code raises names its owner."""
-        origin = plugins.get_registry().describe_origin(self.name)
+        origin = str(plugins.get_registry().get_origin(self.name))
         try:
             result = getattr(self.exporter, step)(*args)
         except (QloraKitError, OSError):

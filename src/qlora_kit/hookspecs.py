@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, runtime_checkable
 
 import pluggy
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PROJECT_NAME",
+    "RESERVED_OPTIONS",
     "ExportEstimate",
     "ExportRequest",
     "Exporter",
@@ -40,7 +41,10 @@ __all__ = [
     "qlora_kit_register_exporters",
 ]
 
-PROJECT_NAME = "qlora_kit"
+PROJECT_NAME: Final = "qlora_kit"
+
+#: Keywords of ``export_model`` itself, which a format's option cannot be called.
+RESERVED_OPTIONS: Final = ("path", "overwrite", "verify", "progress")
 
 hookspec = pluggy.HookspecMarker(PROJECT_NAME)
 hookimpl = pluggy.HookimplMarker(PROJECT_NAME)

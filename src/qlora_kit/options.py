@@ -28,11 +28,13 @@ class OptionInfo:
         name: The keyword.
         type: Its annotation as written.
         default: The default as Python shows it, or ``None`` when the option must be given.
+        is_secret: Whether it is kept out of manifests and messages.
     """
 
     name: str
     type: str
     default: str | None
+    is_secret: bool = False
 
 
 def build_options(options_type: type, given: Mapping[str, Any], *, owner: str) -> Any:
@@ -85,7 +87,7 @@ def describe_option_fields(options_type: type) -> list[OptionInfo]:
             else:
                 default = repr(field.default)
             spelled = _spell(hints[field.name]) if field.name in hints else str(field.type)
-            described.append(OptionInfo(field.name, spelled, default))
+            described.append(OptionInfo(field.name, spelled, default, not field.repr))
     return described
 
 
