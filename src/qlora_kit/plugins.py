@@ -8,13 +8,11 @@ know what an export is.
 from __future__ import annotations
 
 import importlib
-import inspect
 import logging
 import os
-import re
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
 from typing import Any, Final
@@ -23,7 +21,7 @@ import pluggy
 
 from qlora_kit import hookspecs
 from qlora_kit.errors import ConfigError, PluginError, QloraKitError, did_you_mean
-from qlora_kit.hookspecs import PROJECT_NAME, RESERVED_OPTIONS, Exporter
+from qlora_kit.hookspecs import PROJECT_NAME, Exporter, describe_exporter_faults
 
 __all__ = [
     "BUILTINS",
@@ -32,7 +30,6 @@ __all__ = [
     "BrokenPlugin",
     "ExporterRegistry",
     "Origin",
-    "describe_exporter_faults",
     "get_registry",
 ]
 
@@ -56,7 +53,6 @@ PLUGINS_VARIABLE: Final = "QLORA_KIT_PLUGINS"
 _THIS_PROCESS: Final = "this process"
 _FALSE: Final = ("", "0", "false", "no", "off")
 _HOOK: Final = "qlora_kit_register_exporters"
-_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 
 @dataclass(frozen=True)
@@ -93,6 +89,7 @@ class BrokenPlugin:
 class _Registered:
     exporter: Exporter
     origin: Origin
+    is_builtin: bool
 
 
 class ExporterRegistry:
@@ -225,7 +222,7 @@ class ExporterRegistry:
         # Whatever a stranger's module raises, even sys.exit(), its neighbours keep working.
         except (Exception, SystemExit) as error:  # noqa: BLE001
             named = "" if isinstance(error, QloraKitError) else f"{type(error).__name__}: "
-            self._report(BrokenPlugin(origin, f"{named}{error}", error))
+            self._report(BrokenPlugin(origin, " ".join(f"{named}{error}".split()), error))
             return
         for exporter in exporters:
             faults = describe_exporter_faults(exporter)
@@ -233,7 +230,7 @@ class ExporterRegistry:
                 shown = f"exporter {type(exporter).__name__} {'; '.join(faults)}"
                 self._report(BrokenPlugin(origin, shown))
             else:
-                self._claim(_Registered(exporter, origin), is_builtin)
+                self._claim(_Registered(exporter, origin, is_builtin))
 
     def _ask(self, origin: Origin, plugin: Any) -> list[Any]:
         """Register a plugin and call its hook."""
@@ -256,13 +253,14 @@ class ExporterRegistry:
             self._manager.unregister(name=key)
             raise
 
-    def _claim(self, new: _Registered, is_builtin: bool) -> None:
+    def _claim(self, new: _Registered) -> None:
         name = new.exporter.name
         others = self._claims.setdefault(name, [])
-        if others and not is_builtin:
-            both = f"exporter {name!r} has the name of one from {others[0].origin}"
-            self._report(BrokenPlugin(new.origin, both))
-            if others[0].origin.plugin in BUILTINS:
+        if others:
+            end = "which stays" if others[0].is_builtin else "and neither can be used"
+            reason = f"exporter {name!r} has the name of one from {others[0].origin}, {end}"
+            self._report(BrokenPlugin(new.origin, reason))
+            if others[0].is_builtin:
                 return
         others.append(new)
 
@@ -270,37 +268,6 @@ class ExporterRegistry:
         self.broken.append(broken)
         logger.warning("Skipping %s", broken)
         logger.debug("%s", broken.origin, exc_info=broken.error)
-
-
-def describe_exporter_faults(exporter: Any) -> list[str]:
-    """What keeps an object from being an exporter, one phrase each; empty when nothing does."""
-    if inspect.isclass(exporter):
-        return ["is a class; the hook returns instances"]
-    faults = []
-    name = _read(exporter, "name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        faults.append(f"has no usable name (got {name!r}; lower case, digits, '_' and '-')")
-    if not isinstance(_read(exporter, "summary"), str):
-        faults.append("has no summary")
-    options_type = _read(exporter, "options_type")
-    if not (isinstance(options_type, type) and is_dataclass(options_type)):
-        faults.append("has no options_type that is a dataclass")
-    else:
-        taken = sorted({field.name for field in fields(options_type)} & set(RESERVED_OPTIONS))
-        faults.extend(f"has an option {name!r}, which is export_model's own" for name in taken)
-    faults.extend(
-        f"has no method {method}()"
-        for method in ("check", "write", "verify")
-        if not callable(_read(exporter, method))
-    )
-    return faults
-
-
-def _read(exporter: Any, attribute: str) -> Any:
-    try:
-        return getattr(exporter, attribute, None)
-    except Exception:  # noqa: BLE001 - a property of a stranger's class
-        return None
 
 
 def _explain_no_hook(plugin: Any) -> str:
