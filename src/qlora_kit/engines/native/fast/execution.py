@@ -63,7 +63,7 @@ class StepRunner:
         for batch in batches:
             if batch.trained_tokens == 0:
                 continue
-            if self._graphs is not None and batch.tokens <= plan.micro_batch_tokens:
+            if self._graphs is not None and batch.tokens <= plan.graph_tokens:
                 loss, part = self._graphs.run(batch, trained)
             else:
                 loss, part = self._run_plainly(batch.to(runtime.device), trained, scaler)
@@ -131,4 +131,4 @@ def _round_trained_for_graph(size: int, tokens: int) -> int:
 
 
 def _round_count_for_graph(size: int) -> int:
-    return max(65, (1 << (size - 2).bit_length()) + 1)
+    return max(17, (1 << (size - 2).bit_length()) + 1)
