@@ -94,3 +94,36 @@ def test_a_changed_example_leaves_its_neighbours_bit_equal(make_adapted, token_r
     assert torch.equal(before[:start], after[:start])
     assert torch.equal(before[end:total], after[end:total])
     assert not torch.equal(before[start:end], after[start:end])
+
+
+@pytest.mark.parametrize("columns", [128, 1000, 9728])
+def test_fused_gating_equals_the_plain_expression(columns):
+    from qlora_kit.engines.native.fast.swiglu import swiglu
+
+    generator = torch.Generator().manual_seed(0)
+    gate_up = torch.randn((37, 2 * columns), generator=generator).cuda().requires_grad_()
+    probe = torch.randn((37, columns), generator=generator).cuda()
+    out = swiglu(gate_up)
+    gate, up = gate_up.split(columns, dim=1)
+    expected = torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(out, expected)
+    (grad,) = torch.autograd.grad((out * probe).sum(), gate_up)
+    (reference,) = torch.autograd.grad((expected * probe).sum(), gate_up)
+    torch.testing.assert_close(grad, reference)
+
+
+def test_compiled_steps_equal_plain_ones(make_adapted, token_rows):
+    model = make_adapted("qwen3", dtype="bfloat16").model
+    examples = split_rows(token_rows[:12])
+    results = []
+    for compiled in (False, True):
+        runner = _make_runner(model, compile=compiled, cuda_graphs=False)
+        assert (runner.runtime.shape.gated is not None) is compiled
+        loss, _ = runner.run_step(examples, 200)
+        results.append((loss, _gradients(model)))
+        model.zero_grad()
+    (loss, gradients), (compiled_loss, compiled_gradients) = results
+    torch.testing.assert_close(compiled_loss, loss, rtol=5e-3, atol=1e-3)
+    for name, gradient in gradients.items():
+        error = (compiled_gradients[name] - gradient).norm() / gradient.norm()
+        assert error < 0.03, (name, float(error))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,12 +59,14 @@ class FastRuntime:
         self.device: torch.device = self._embedding.weight.device
         config = base.config
         attention = self._decoder.layers[0].self_attn
+        self._layer_call = Compiled(decoder_layer, asked.compile, self.device, "decoder layers")
         self.shape = LayerShape(
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
             head_dim=attention.head_dim,
             intermediate=config.intermediate_size,
             epsilon=config.rms_norm_eps,
+            gated=self._find_gated(),
         )
         self.attention: AttentionKind = (
             choose_attention(self.device, self.dtype, attention.head_dim)
@@ -81,7 +83,6 @@ class FastRuntime:
         self.is_quantized = any(group.scales for group in fused)
         self._layers: list[LayerTensors] = []
         self._plan: ResolvedPlan | None = None
-        self._layer_call = Compiled(decoder_layer, asked.compile, self.device, "decoder layers")
         self._softmax_call = Compiled(
             softmax_step, asked.compile, self.device, "the loss", otherwise=plain_softmax_step
         )
@@ -192,6 +193,14 @@ class FastRuntime:
             else:
                 hidden = self._run_layer(*arguments)
         return hidden
+
+    def _find_gated(self) -> Callable[[Tensor], Tensor] | None:
+        """The fused activation where compiling works on CUDA, hence Triton does."""
+        if self.device.type != "cuda" or not self._layer_call.is_compiled:
+            return None
+        from qlora_kit.engines.native.fast.swiglu import swiglu
+
+        return swiglu
 
     def _run_layer(self, *arguments: Any) -> Tensor:
         layer: LayerTensors = arguments[6]
