@@ -39,7 +39,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return out
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _forward_kernel(gate_up, out, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -50,7 +50,7 @@ def _forward_kernel(gate_up, out, columns, BLOCK: tl.constexpr):  # type: ignore
     tl.store(out + row * columns + column, value.to(out.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _backward_kernel(grad, gate_up, out, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
