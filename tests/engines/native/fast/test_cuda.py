@@ -96,6 +96,21 @@ def test_a_changed_example_leaves_its_neighbours_bit_equal(make_adapted, token_r
     assert not torch.equal(before[start:end], after[start:end])
 
 
+def test_fused_softmax_equals_the_plain_one():
+    from qlora_kit.engines.native.fast.loss import plain_softmax_step
+    from qlora_kit.engines.native.fast.softmax import fused_softmax_step
+
+    generator = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn((64, 151936), generator=generator)).cuda().bfloat16()
+    targets = torch.randint(0, 151936, (64,), generator=generator).cuda()
+    targets[3] = -100
+    targets[0] = logits[0].argmax()
+    expected, sums = plain_softmax_step(logits.clone(), targets)
+    gradient, found = fused_softmax_step(logits, targets)
+    torch.testing.assert_close(gradient, expected, rtol=1e-2, atol=1e-5)
+    torch.testing.assert_close(found, sums, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("columns", [128, 1000, 9728])
 def test_fused_gating_equals_the_plain_expression(columns):
     from qlora_kit.engines.native.fast.swiglu import swiglu
