@@ -1,7 +1,7 @@
 """Write ``docs/api.md`` from the docstrings, so that the page says what the code says.
 
-    python docs/generate_api.py            # or: make docs
-    python docs/generate_api.py --check    # say whether the page is up to date
+python docs/generate_api.py            # or: make docs
+python docs/generate_api.py --check    # say whether the page is up to date
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ FORMATTER_METHODS = ("load", "encode", "prompt", "preview", "describe", "segment
 
 
 def main() -> int:
+    """Write the page, or compare it; the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; 1 if out of date")
     page = make_page()
@@ -96,8 +97,7 @@ def make_page() -> str:
     parts = [INTRODUCTION]
     for title, members in names.items():
         parts.append(f"## {title}\n")
-        for name in members:
-            parts.append(describe(name, getattr(qlora_kit, name)))
+        parts += [describe(name, getattr(qlora_kit, name)) for name in members]
         if title == "Exporting":
             parts.append(describe_formats())
     parts.append("## Values under their dotted names\n")
@@ -163,7 +163,9 @@ def describe_class(cls: type) -> str:
             parts.append(fence(format_signature(name, function)))
         parts.append(describe_docstring(function, function))
     if inherited:
-        parts.append(f"Described under [`FormatterBase`](#formatterbase): {', '.join(inherited)}.\n")
+        parts.append(
+            f"Described under [`FormatterBase`](#formatterbase): {', '.join(inherited)}.\n"
+        )
     return "\n".join(parts)
 
 
@@ -236,7 +238,11 @@ def describe_docstring(owner: Any, value: Any) -> str:
     if arguments:
         defaults = read_defaults(value)
         rows = [
-            (f"`{p.arg_name}`", defaults.get(p.arg_name.lstrip("*"), ""), to_markdown(p.description))
+            (
+                f"`{p.arg_name}`",
+                defaults.get(p.arg_name.lstrip("*"), ""),
+                to_markdown(p.description),
+            )
             for p in arguments
         ]
         parts.append(format_table(("parameter", "default", "meaning"), rows).rstrip("\n"))
@@ -261,7 +267,7 @@ def split_epilogue(text: str) -> tuple[str, str]:
     for line in text.splitlines():
         if re.fullmatch(r"(Args|Attributes|Returns|Yields|Raises):", line):
             in_section = True
-        elif in_section and line and not line.startswith(" ") or epilogue:
+        elif (in_section and line and not line.startswith(" ")) or epilogue:
             epilogue.append(line)
             continue
         kept.append(line)
@@ -295,9 +301,7 @@ def format_signature(name: str, value: Any) -> str:
             parameter.kind, ""
         )
         default = (
-            ""
-            if parameter.default is parameter.empty
-            else f"={show_default(parameter.default)}"
+            "" if parameter.default is parameter.empty else f"={show_default(parameter.default)}"
         )
         shown.append(f"{prefix}{parameter.name}{default}")
         is_last_positional_only = parameter.kind is parameter.POSITIONAL_ONLY and (

@@ -26,6 +26,9 @@ PAGES = ("README.md", "README.zh-CN.md", "CONTRIBUTING.md", "docs/*.md")
 #: Base models that pages name, each a random model of two layers of that family.
 BASES = {"Qwen/Qwen3-4B": "qwen3", "path/to/model": "llama", "meta-llama/Llama-3.2-1B": "llama"}
 
+#: A saved adapter that pages name; its base is the random llama.
+ADAPTER = "outputs/adapter"
+
 #: Data sets that pages name; all hold the field guide's rows.
 DATA = ("alpaca.json", "alpaca_en_demo.json")
 
@@ -42,7 +45,11 @@ def open_page(namespace: dict[str, Any]) -> None:
     """Go into a fresh folder that holds what pages name, and offer what they may ask."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
+
     stack = contextlib.ExitStack()
+    # Compiling takes longer than what pages train; the tests of the training step do compile.
+    stack.enter_context(torch.compiler.set_stance("force_eager"))
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="page-")))
     stack.enter_context(contextlib.chdir(folder))
     _furnish(folder)
@@ -75,6 +82,7 @@ def lists_exporters() -> bool:
 def _furnish(folder: Path) -> None:
     for name, kind in BASES.items():
         shutil.copytree(_make_base(kind), folder / name)
+    shutil.copytree(_make_adapter(), folder / ADAPTER)
     rows = (REPOSITORY / "examples" / "field_guide.json").read_text(encoding="utf-8")
     for name in DATA:
         (folder / name).write_text(rows, encoding="utf-8")
@@ -99,6 +107,17 @@ def _make_base(kind: str) -> Path:
 
     folder = Path(tempfile.mkdtemp(prefix=f"base-{kind}-"))
     return make_checkpoint(folder / kind, kind, max_position_embeddings=4096)
+
+
+@cache
+def _make_adapter() -> Path:
+    from checkpoints import randomize
+    from qlora_kit import attach_lora, export_model, load_quantized
+
+    base = _make_base("llama")
+    model = randomize(attach_lora(load_quantized(base, 64, engine="native"), r=4))
+    export_model(model, "lora", base.parent / "adapter", verify=False)
+    return base.parent / "adapter"
 
 
 # -- shell blocks ----------------------------------------------------------------------------
