@@ -156,7 +156,7 @@ def run_command(words: list[str]) -> None:
         run_cli(words[3:])
     elif words[0] == "make":
         check_make(words[1:])
-    elif words[:2] == ["pip", "install"] or words[:4] == ["python", "-m", "pip", "install"]:
+    elif words[:2] == ["pip", "install"] or words[:3] == ["uv", "pip", "install"]:
         check_install(words[words.index("install") + 1 :])
     elif words[0] == "python":
         check_script(words[1:])
@@ -195,7 +195,7 @@ def check_install(words: list[str]) -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     names = iter(words)
     for word in names:
-        if word in ("-c", "--constraint", "--override", "-r"):
+        if word in ("-c", "--constraint", "--override"):
             file = next(names)
             assert (REPOSITORY / file).is_file(), file
             continue
