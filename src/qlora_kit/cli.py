@@ -67,8 +67,10 @@ def _make_parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="write a model in another format")
     _add_model(export)
-    export.add_argument("format", help="see `qlora-kit exporters`")
-    export.add_argument("path", help="the folder to write")
+    export.add_argument("format", help="one, or several by comma; see `qlora-kit exporters`")
+    export.add_argument(
+        "path", nargs="?", help="the folder to write; several formats get one each inside it"
+    )
     export.add_argument("--overwrite", action="store_true")
     _add_settings(export, "the format's own options")
     export.set_defaults(run=_export)
@@ -123,14 +125,12 @@ def _load(options: argparse.Namespace) -> Any:
     )
 
 
-def _train(options: argparse.Namespace) -> None:
-    from pathlib import Path
-
+def _train(options: argparse.Namespace) -> int:
     from qlora_kit import AdaptedModel, AlpacaFormatter, attach_lora, export_model, train_sft
     from qlora_kit import get_exporter as find_exporter
 
     settings = _read_settings(options.settings)
-    formats = [name.strip() for name in options.export.split(",") if name.strip()]
+    formats = _split_names(options.export)
     for name in formats:
         find_exporter(name)  # a misspelt format is said now, not after an hour
     model = _load(options)
@@ -140,9 +140,10 @@ def _train(options: argparse.Namespace) -> None:
         model = attach_lora(model, r=options.r, lora_alpha=options.lora_alpha)
     result = train_sft(model, rows, output_dir=options.output, packing=options.packing, **settings)
     print(result)
-    for name in formats:
-        target = Path(options.export_to or options.output) / name
-        _print_artifact(export_model(model, name, target, overwrite=True))
+    if not formats:
+        return 0
+    results = export_model(model, formats, options.export_to or options.output, overwrite=True)
+    return _print_results(results)
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -157,14 +158,35 @@ def _generate(options: argparse.Namespace) -> None:
     print()
 
 
-def _export(options: argparse.Namespace) -> None:
-    from qlora_kit import export_model
+def _export(options: argparse.Namespace) -> int:
+    from qlora_kit import export_model, get_exporter
 
     settings = _read_settings(options.settings)
-    artifact = export_model(
-        _load(options), options.format, options.path, overwrite=options.overwrite, **settings
+    formats = _split_names(options.format)
+    for name in formats:
+        get_exporter(name)  # before a model is loaded for nothing
+    model = _load(options)
+    if len(formats) != 1:
+        return _print_results(
+            export_model(model, formats, options.path, overwrite=options.overwrite, **settings)
+        )
+    _print_artifact(
+        export_model(model, formats[0], options.path, overwrite=options.overwrite, **settings)
     )
-    _print_artifact(artifact)
+    return 0
+
+
+def _split_names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _print_results(results: Any) -> int:
+    """Show what was exported and what was not; the exit status."""
+    for artifact in results.values():
+        _print_artifact(artifact)
+    for name, error in results.failures.items():
+        sys.stderr.write(f"{name} FAILED: {type(error).__name__}: {error}\n")
+    return 1 if results.failures else 0
 
 
 def _print_artifact(artifact: Any) -> None:
@@ -183,10 +205,14 @@ def _exporters(options: argparse.Namespace) -> None:
         print(json.dumps(described, indent=2, ensure_ascii=False))
         return
     for entry in described["exporters"]:
-        state = "ready" if entry["is_available"] else f"missing: {entry['missing']}"
+        state = "; ".join(f"missing: {phrase}" for phrase in entry["missing"]) or "ready"
         print(f"{entry['name']:<16} {entry['summary']}")
-        print(f"{'':<16} from {entry['distribution']} {entry['version']}; {state}")
+        print(f"{'':<16} {entry['distribution']} {entry['version'] or ''}; {state}")
         for option in entry["options"]:
-            print(f"{'':<16}   {option['name']}={option['default']}  ({option['type']})")
+            needed = " (must be given)" if option["default"] is None else ""
+            default = "" if needed else f" = {option['default']}"
+            print(f"{'':<16}   {option['name']}: {option['type']}{default}{needed}")
     for broken in described["broken"]:
         print(f"not usable: {broken}")
+    for plugin in described["switched_off"]:
+        print(f"switched off: {plugin}")
