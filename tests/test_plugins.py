@@ -188,6 +188,18 @@ def test_two_distributions_may_call_their_entry_points_the_same(site):
         ("write", "return None", PluginError, r"returned NoneType from write\(\), not a Mapping"),
         ("check", "raise OSError('no tool')", ExportError, r"in check\(\): OSError: no tool"),
         ("check", "return 12", PluginError, r"returned int from check\(\), not a ExportEstimate"),
+        (
+            "check", "return qlora_kit.ExportEstimate('10 GB')", ExportError,
+            r"returned an unusable estimate: TypeError",
+        ),
+        (
+            "verify", "return qlora_kit.Verification('standard', ('fine',))", ExportError,
+            r"could not be finished: AttributeError: 'str'",
+        ),
+        (
+            "write", "(folder / 'x').write_text(''); return {'sha256': 7}", ExportError,
+            r"could not be finished: ",
+        ),
         ("verify", "raise EOFError", ExportError, r"in verify\(\): EOFError"),
         ("verify", "return True", PluginError, r"returned bool from verify\(\), not a Verific"),
     ],
@@ -199,6 +211,8 @@ def test_a_plugin_that_fails_in_an_export_is_named_and_loses_only_itself(
     source = good().replace(
         f"    def {step}({arguments}):", f"    def {step}({arguments}):\n        {what}"
     )
+    if "sha256" in what:
+        source = source.replace("same = ", "same = True or ")
     install(site, "half-way", source)
     fresh()
     match = rf"Exporter 'sums' \(plugin 'half_way' of half-way\) .*{match}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -132,9 +133,10 @@ class ExportJob:
             QloraKitError: With what is wrong and what to do instead.
         """
         estimate: ExportEstimate = self._call("check", ExportEstimate, self.request)
-        for note in estimate.notes:
-            logger.info("%s: %s", self.name, note)
-        self.needed_bytes = estimate.disk_bytes + _OVERHEAD_BYTES
+        with self._explained_errors("returned an unusable estimate"):
+            for note in estimate.notes:
+                logger.info("%s: %s", self.name, note)
+            self.needed_bytes = math.ceil(estimate.disk_bytes) + _OVERHEAD_BYTES
         parent = self._existing_parent()
         free = shutil.disk_usage(parent).free - reserved_bytes
         if free < self.needed_bytes:
@@ -154,18 +156,12 @@ class ExportJob:
         started = time.perf_counter()
         with self._folder() as (folder, commit):
             facts = dict(self._call("write", Mapping, self.request, folder))
-            known_sha256 = facts.pop("sha256", {})
             verification = Verification("none")
             if self.request.verify:
                 verification = self._call("verify", Verification, self.request, folder)
-            if not verification.passed:
-                failed = [check for check in verification.checks if not check.passed]
-                raise VerificationError(
-                    f"The {self.name} export does not match the model in memory, and was removed: "
-                    + "; ".join(f"{check.name}: {check.detail}" for check in failed)
-                )
-            with self._explained_os_errors(f"Writing {self.name!r} failed"):
-                files = list_files(folder, known_sha256)
+            with self._explained_errors("could not be finished"):
+                _raise_for_mismatch(self.name, verification)
+                files = list_files(folder, facts.pop("sha256", {}))
                 path = write_manifest(
                     folder, "artifact", self._describe(facts, verification, files)
                 )
@@ -226,15 +222,8 @@ class ExportJob:
         return parent
 
     def _call(self, step: str, expected: type, *args: Any) -> Any:
-        """Run a step of the exporter; whatever a stranger's code raises names its owner."""
-        failure = f"Exporter {self.name!r} ({self.origin}) failed in {step}()"
-        try:
-            with self._explained_os_errors(failure):
-                result = getattr(self.exporter, step)(*args)
-        except QloraKitError:
-            raise
-        except Exception as error:  # a plugin may raise anything
-            raise ExportError(f"{failure}: {type(error).__name__}: {error}") from error
+        with self._explained_errors(f"failed in {step}()"):
+            result = getattr(self.exporter, step)(*args)
         if not isinstance(result, expected):
             raise PluginError(
                 f"Exporter {self.name!r} ({self.origin}) returned {type(result).__name__} from "
@@ -243,14 +232,18 @@ class ExportJob:
         return result
 
     @contextmanager
-    def _explained_os_errors(self, failure: str) -> Iterator[None]:
+    def _explained_errors(self, failure: str) -> Iterator[None]:
+        """Whatever a stranger's code raises names its owner, and a full disk what is needed."""
         try:
             yield
         except QloraKitError:
             raise
-        except OSError as error:
-            if error.errno not in _FULL_DISK:
-                raise ExportError(f"{failure}: {type(error).__name__}: {error}") from error
+        except Exception as error:  # a plugin may raise anything
+            if not (isinstance(error, OSError) and error.errno in _FULL_DISK):
+                raise ExportError(
+                    f"Exporter {self.name!r} ({self.origin}) {failure}: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
             where = self._existing_parent()
             raise DiskSpaceError(
                 f"The disk became full while writing {self.name!r}: it needs "
@@ -258,6 +251,15 @@ class ExportJob:
                 f"{_format_size(shutil.disk_usage(where).free)} free now. "
                 f"{self.request.destination or 'Nothing'} is as it was before."
             ) from error
+
+
+def _raise_for_mismatch(name: str, verification: Verification) -> None:
+    failed = [check for check in verification.checks if not check.passed]
+    if failed:
+        raise VerificationError(
+            f"The {name} export does not match the model in memory, and was removed: "
+            + "; ".join(f"{check.name}: {check.detail}" for check in failed)
+        )
 
 
 def _format_size(size: int) -> str:

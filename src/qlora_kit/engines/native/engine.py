@@ -150,7 +150,8 @@ class NativeEngine:
     @contextlib.contextmanager
     def inference(self, model: LoadedModel) -> Iterator[Any]:
         """Eval mode with the key/value cache on; both are put back on exit."""
-        was_training = model.model.training
+        # By module: a new adapter trains inside a base that was loaded for evaluation.
+        training = [part for part in model.model.modules() if part.training]
         had_checkpointing = getattr(model.model, "is_gradient_checkpointing", False)
         use_cache = model.model.config.use_cache
         model.model.eval()
@@ -159,7 +160,8 @@ class NativeEngine:
             yield model.model
         finally:
             model.model.config.use_cache = use_cache
-            model.model.train(was_training)
+            for part in training:
+                part.training = True
             if had_checkpointing and not model.model.is_gradient_checkpointing:
                 model.model.gradient_checkpointing_enable()
 
