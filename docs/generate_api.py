@@ -63,6 +63,8 @@ DOTTED = (
     "qlora_kit.results.ExportResults",
     "qlora_kit.results.ArtifactFile",
     "qlora_kit.engines.native.fast.plan.FastPlan",
+    "qlora_kit.testing.check_exporter",
+    "qlora_kit.testing.make_tiny_model",
 )
 
 #: Names that are not functions or classes with a docstring of their own.
