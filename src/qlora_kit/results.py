@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qlora_kit.config import AdapterConfig, LoadConfig
+from qlora_kit.errors import ExportError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,7 +73,16 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A base model in memory. Unpacks as ``model, tokenizer = loaded``."""
+    """A base model in memory. Unpacks as ``model, tokenizer = loaded``.
+
+    Attributes:
+        model: The transformers model (or the peft model around it).
+        tokenizer: Its tokenizer.
+        engine: The engine that loaded it and runs it.
+        base: Where it came from and what it became in memory.
+        config: What was asked for.
+        record: What happened to it since: the last formatter and training result.
+    """
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
@@ -100,7 +110,13 @@ class LoadedModel:
 
 @dataclass(frozen=True, repr=False)
 class AdaptedModel(LoadedModel):
-    """A base model with a LoRA adapter attached. Unpacks as ``model, tokenizer``."""
+    """A base model with a LoRA adapter attached. Unpacks as ``model, tokenizer``.
+
+    Attributes:
+        adapter: What was attached.
+        trainable_parameters: Number of parameters that train; 0 for inference only.
+        total_parameters: Number of parameters of the model, counted unquantized.
+    """
 
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     trainable_parameters: int = 0
@@ -262,9 +278,11 @@ class Artifact:
         return sum(file.size for file in self.files)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExportResults(Mapping[str, Artifact]):
     """Several formats from one call: artifacts by format name, and what failed.
+
+    Asking for a format that failed raises ``KeyError`` from its error.
 
     Attributes:
         artifacts: The exports that were made.
@@ -274,7 +292,20 @@ class ExportResults(Mapping[str, Artifact]):
     artifacts: Mapping[str, Artifact]
     failures: Mapping[str, Exception] = field(default_factory=dict)
 
+    def raise_for_failures(self) -> None:
+        """Do nothing when every format was made.
+
+        Raises:
+            ExportError: When one was not; names each, from the first one's error.
+        """
+        if self.failures:
+            raise ExportError(str(self)) from next(iter(self.failures.values()))
+
     def __getitem__(self, name: str) -> Artifact:
+        if name in self.failures:
+            raise KeyError(f"format {name!r} failed: {self.failures[name]}") from self.failures[
+                name
+            ]
         return self.artifacts[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -282,3 +313,15 @@ class ExportResults(Mapping[str, Artifact]):
 
     def __len__(self) -> int:
         return len(self.artifacts)
+
+    def __str__(self) -> str:
+        total = len(self.artifacts) + len(self.failures)
+        lines = [f"{len(self.artifacts)} of {total} formats exported"]
+        lines += [f"  {name}: {made.path or made.url}" for name, made in self.artifacts.items()]
+        lines += [
+            f"  {name} FAILED: {type(error).__name__}: {error}"
+            for name, error in self.failures.items()
+        ]
+        return "\n".join(lines)
+
+    __repr__ = __str__
