@@ -12,7 +12,8 @@ import gguf_tiny as tiny
 from gguf_llamacpp import Llama, kl_divergence
 from qlora_kit.errors import PluginError, UnsupportedModelError
 from qlora_kit.exporters.gguf import families
-from qlora_kit.exporters.gguf.convert import convert, plan_conversion
+from qlora_kit.exporters.gguf.convert import convert
+from qlora_kit.exporters.gguf.planning import plan_conversion
 from qlora_kit.weights.source import SafetensorsSource
 
 torch = pytest.importorskip("torch")

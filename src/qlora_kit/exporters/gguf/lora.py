@@ -12,9 +12,9 @@ from qlora_kit.errors import ConfigError, UnsupportedModelError
 from qlora_kit.exporters.gguf.convert import convert
 from qlora_kit.exporters.gguf.exporter import choose_name
 from qlora_kit.exporters.gguf.families import Config, Family, find_family
-from qlora_kit.exporters.gguf.ggml import check_encoder
+from qlora_kit.exporters.gguf.ggml import check_encoder, find_missing_encoder
 from qlora_kit.exporters.gguf.reading import GgufFile
-from qlora_kit.exporters.gguf.recipes import RECIPES
+from qlora_kit.exporters.gguf.recipes import ALIASES, RECIPES
 from qlora_kit.exporters.gguf.running import check_runner
 from qlora_kit.exporters.gguf.tensors import make_name_mapper
 from qlora_kit.exporters.gguf.verifying import check_run
@@ -41,16 +41,21 @@ class GgufLoraOptions:
     """Options of ``gguf-lora``.
 
     Attributes:
-        dtype: What the two factors are stored in.
+        dtype: What the two factors are stored in; the long spellings mean the same.
         name: The adapter's name and file name; by default the base's with ``-lora``.
     """
 
-    dtype: Literal["f32", "f16"] = "f32"
+    dtype: Literal["f32", "f16", "float32", "float16"] = "f32"
     name: str | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in _TOLERANCES:
+        if self.stored_type not in _TOLERANCES:
             raise ConfigError(f"dtype must be 'f32' or 'f16', got {self.dtype!r}.")
+
+    @property
+    def stored_type(self) -> str:
+        """``"f32"`` or ``"f16"``."""
+        return ALIASES.get(self.dtype, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -78,13 +83,17 @@ class GgufLoraExporter:
     summary = "The adapter alone, for llama.cpp's --lora."
     options_type: type = GgufLoraOptions
 
+    def find_missing(self) -> list[str]:
+        """The package that writes the files, where it is not installed."""
+        return find_missing_encoder()
+
     def check(self, request: ExportRequest) -> ExportEstimate:
         """Refuse what llama.cpp cannot apply, and count the bytes."""
         check_encoder(set())
         if request.verify == "full":
             check_runner()
             _check_base(request)
-        bits = RECIPES[request.options.dtype].bits
+        bits = RECIPES[request.options.stored_type].bits
         numbers = sum(f.a.numel() + f.b.numel() for f in _collect_factors(request))
         return ExportEstimate(int(numbers * bits / 8) + 65536)
 
@@ -96,7 +105,7 @@ class GgufLoraExporter:
 
         family = _find_family(request)
         path = folder / _file_name(request)
-        dtype = {"f32": torch.float32, "f16": torch.float16}[request.options.dtype]
+        dtype = {"f32": torch.float32, "f16": torch.float16}[request.options.stored_type]
         writer = GGUFWriter(path, family.architecture)
         writer.add_type("adapter")
         writer.add_name(path.stem)
@@ -236,7 +245,7 @@ def _collect_factors(request: ExportRequest) -> Iterator[_Factors]:
 def _check_updates(request: ExportRequest, file: GgufFile) -> Check:
     import numpy as np
 
-    tolerance = _TOLERANCES[request.options.dtype]
+    tolerance = _TOLERANCES[request.options.stored_type]
     alpha = float(file.value("adapter.lora.alpha", 0.0))
     worst, worst_name, names = 0.0, "", set()
     for factors in _collect_factors(request):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.errors import UnsupportedModelError
-from qlora_kit.exporters.gguf.convert import Plan
+from qlora_kit.exporters.gguf.planning import Plan
 from qlora_kit.exporters.gguf.reading import GgufFile
 from qlora_kit.exporters.gguf.recipes import Recipe
 from qlora_kit.exporters.gguf.running import LlamaRun
