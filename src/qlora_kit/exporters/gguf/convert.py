@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, Final
 from qlora_kit.errors import DiskSpaceError
 from qlora_kit.exporters.gguf.encoding import cut_rows, encode_piece
 from qlora_kit.exporters.gguf.header import write_header
-from qlora_kit.exporters.gguf.planning import Plan, plan_conversion, round_up
+from qlora_kit.exporters.gguf.planning import Plan, pad, plan_conversion
 from qlora_kit.exporters.gguf.tokens import check_vocabulary, check_written_name
 from qlora_kit.exporters.gguf.vocabulary import Vocabulary, read_vocabulary
 from qlora_kit.weights.source import TensorSource
@@ -114,7 +114,7 @@ def convert(
                 path = files[recipe.name]
                 write_header(path, plan, recipe, vocabulary, model_name)
                 handles[recipe.name] = stack.enter_context(path.open("ab"))
-                _pad(handles[recipe.name])
+                pad(handles[recipe.name])
             try:
                 _write_tensors(source, plan, handles, pool, threads=workers, progress=progress)
             except BaseException:
@@ -139,11 +139,6 @@ def _count_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _pad(handle: IO[bytes]) -> None:
-    position = handle.tell()
-    handle.write(b"\0" * (round_up(position) - position))
-
-
 def _write_tensors(
     source: TensorSource,
     plan: Plan,
@@ -164,7 +159,7 @@ def _write_tensors(
         handle, piece, ends_tensor = pending.popleft()
         handle.write(piece.result().data)
         if ends_tensor:
-            _pad(handle)
+            pad(handle)
 
     total = len(plan.tensors)
     for done, planned in enumerate(plan.tensors, start=1):

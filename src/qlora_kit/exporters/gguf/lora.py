@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from qlora_kit.errors import ConfigError, UnsupportedModelError
+from qlora_kit.errors import ConfigError, ExportError, UnsupportedModelError
 from qlora_kit.exporters.gguf.convert import convert
 from qlora_kit.exporters.gguf.exporter import choose_name
 from qlora_kit.exporters.gguf.families import Config, Family, find_family
 from qlora_kit.exporters.gguf.ggml import check_encoder, find_missing_encoder
+from qlora_kit.exporters.gguf.planning import pad
 from qlora_kit.exporters.gguf.reading import GgufFile
 from qlora_kit.exporters.gguf.recipes import ALIASES, RECIPES
 from qlora_kit.exporters.gguf.running import check_runner
@@ -24,6 +25,7 @@ from qlora_kit.weights.source import SafetensorsSource
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
 __all__ = ["GgufLoraExporter", "GgufLoraOptions"]
 
@@ -99,27 +101,17 @@ class GgufLoraExporter:
 
     def write(self, request: ExportRequest, folder: Path) -> Mapping[str, Any]:
         """Write the adapter file."""
-        import torch
-
-        from gguf import GGUFWriter
-
         family = _find_family(request)
         path = folder / _file_name(request)
-        dtype = {"f32": torch.float32, "f16": torch.float16}[request.options.stored_type]
-        writer = GGUFWriter(path, family.architecture)
-        writer.add_type("adapter")
-        writer.add_name(path.stem)
-        writer.add_string("adapter.type", "lora")
-        writer.add_float32("adapter.lora.alpha", _alpha(request))
-        count = 0
-        for factors in _collect_factors(request):
-            writer.add_tensor(f"{factors.name}.lora_a", factors.a.to(dtype).numpy())
-            writer.add_tensor(f"{factors.name}.lora_b", factors.b.to(dtype).numpy())
-            count += 1
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        parts = list(_encode_factors(request))
+        _write_header(path, family, _alpha(request), parts)
+        # Not through GGUFWriter: numpy's tofile does not notice that the disk is full.
+        with path.open("ab") as handle:
+            pad(handle)
+            for _, values in parts:
+                handle.write(values.data)
+                pad(handle)
+        count = len(parts) // 2
         request.progress("writing GGUF adapter", count, count)
         return {"architecture": family.architecture, "adapted_tensors": count, "file": path.name}
 
@@ -144,6 +136,42 @@ class GgufLoraExporter:
             files = [(RECIPES["f16"], done.files["f16"])]
             checks += check_run(model, files, merges_into_original=True, lora=path)
         return Verification("full", tuple(checks))
+
+
+def _encode_factors(request: ExportRequest) -> Iterator[tuple[str, NDArray[Any]]]:
+    """The file's tensors, in order: names and values."""
+    import numpy as np
+
+    dtype = {"f32": np.float32, "f16": np.float16}[request.options.stored_type]
+    for factors in _collect_factors(request):
+        for part, tensor in (("lora_a", factors.a), ("lora_b", factors.b)):
+            values = np.ascontiguousarray(tensor.numpy(), dtype=dtype)
+            if not np.isfinite(values).all():
+                raise ExportError(
+                    f"{factors.name}.{part} holds numbers that are not finite as "
+                    f"{np.dtype(dtype).name}. Training has diverged, or dtype='f32' is needed."
+                )
+            yield f"{factors.name}.{part}", values
+
+
+def _write_header(
+    path: Path, family: Family, alpha: float, parts: Sequence[tuple[str, NDArray[Any]]]
+) -> None:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(path, family.architecture)
+    writer.add_type("adapter")
+    writer.add_name(path.stem)
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", alpha)
+    for name, values in parts:
+        writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
+    try:
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    finally:
+        writer.close()
 
 
 def _check_base(request: ExportRequest) -> Path:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from qlora_kit.exporters.gguf.families import Config, Description, Family, find_family
 from qlora_kit.exporters.gguf.ggml import check_encoder, row_size
@@ -15,7 +15,7 @@ from qlora_kit.exporters.gguf.recipes import ModelShape, Recipe, choose_types, r
 from qlora_kit.exporters.gguf.tensors import PlannedTensor, plan_tensors
 from qlora_kit.weights.source import TensorSource
 
-__all__ = ["Plan", "count_tensor_bytes", "plan_conversion", "round_up"]
+__all__ = ["Plan", "count_tensor_bytes", "pad", "plan_conversion", "round_up"]
 
 _ALIGNMENT: Final = 32
 
@@ -93,6 +93,12 @@ def plan_conversion(
 def round_up(size: int) -> int:
     """The next multiple of the file format's alignment."""
     return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def pad(handle: IO[bytes]) -> None:
+    """Write zeros up to where the next tensor may begin."""
+    position = handle.tell()
+    handle.write(b"\0" * (round_up(position) - position))
 
 
 def count_tensor_bytes(shape: tuple[int, ...], type_name: str) -> int:
