@@ -1,5 +1,5 @@
-# make env | quickstart | lint | test | test-full | plugin
-# PYTHON may be given: make test PYTHON=python3.13
+# make env | quickstart | lint | test | test-full | plugin | docs
+# PYTHON and VENV may be given: make test PYTHON=python3.13
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +14,7 @@ PLUGIN = examples/exporter_plugin
 PLUGIN_VENV ?= .venv-plugin
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-full lint plugin clean
+.PHONY: help env quickstart test test-full lint plugin docs clean
 
 help:
 	@echo "make env         a virtual environment in $(VENV), versions from constraints.txt"
@@ -23,6 +23,7 @@ help:
 	@echo "make test        lint and the tests"
 	@echo "make test-full   the same and the slow tests"
 	@echo "make plugin      build the example plugin and test it in an environment of its own"
+	@echo "make docs        docs/api.md, from the docstrings"
 
 env: $(STAMP)
 
@@ -59,6 +60,9 @@ plugin: env
 	  --constraint constraints.txt --constraint $(PLUGIN)/constraints.txt --override overrides.txt \
 	  --group $(PLUGIN)/pyproject.toml:test dist/*.whl
 	cd $(PLUGIN) && $(abspath $(PLUGIN_VENV))/bin/python -m pytest -p no:cacheprovider
+
+docs: env
+	$(BIN)/python docs/generate_api.py
 
 clean:
 	rm -rf $(VENV) $(PLUGIN_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist

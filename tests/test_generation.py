@@ -131,11 +131,11 @@ def test_prompts_of_every_kind(model):
 
 
 def test_characters_of_several_tokens_come_whole(model):
-    from qlora_kit.generation import _TextAssembler
+    from qlora_kit.generation.text import TextAssembler
 
     text = "naïve 你好 🦊 end"
     for stops in ((), ("🦊 end",)):
-        assembler = _TextAssembler(model.tokenizer, stops)
+        assembler = TextAssembler(model.tokenizer, stops)
         pieces, ended = [], False
         for token in model.tokenizer(text)["input_ids"]:
             piece, ended = assembler.add(token)

@@ -73,7 +73,16 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A base model in memory. Unpacks as ``model, tokenizer = loaded``."""
+    """A base model in memory. Unpacks as ``model, tokenizer = loaded``.
+
+    Attributes:
+        model: The transformers model (or the peft model around it).
+        tokenizer: Its tokenizer.
+        engine: The engine that loaded it and runs it.
+        base: Where it came from and what it became in memory.
+        config: What was asked for.
+        record: What happened to it since: the last formatter and training result.
+    """
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
@@ -101,7 +110,13 @@ class LoadedModel:
 
 @dataclass(frozen=True, repr=False)
 class AdaptedModel(LoadedModel):
-    """A base model with a LoRA adapter attached. Unpacks as ``model, tokenizer``."""
+    """A base model with a LoRA adapter attached. Unpacks as ``model, tokenizer``.
+
+    Attributes:
+        adapter: What was attached.
+        trainable_parameters: Number of parameters that train; 0 for inference only.
+        total_parameters: Number of parameters of the model, counted unquantized.
+    """
 
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     trainable_parameters: int = 0
@@ -213,10 +228,12 @@ class Verification:
     Attributes:
         level: ``"none"``, ``"standard"`` or ``"full"``.
         checks: The comparisons made.
+        facts: What comparing measured that belongs among the artifact's facts.
     """
 
     level: Literal["none", "standard", "full"]
     checks: tuple[Check, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:

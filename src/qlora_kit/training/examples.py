@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.errors import DataError
+from qlora_kit.errors import ConfigError, DataError
 from qlora_kit.results import AdaptedModel
 from qlora_kit.training.arguments import DataOptions
 
@@ -64,7 +64,7 @@ def prepare_examples(
     model: AdaptedModel, rows: Any, formatter: Any, options: DataOptions
 ) -> TrainingData:
     """Token ids and labels, one row an example."""
-    from qlora_kit.data import AlpacaFormatter, Rows
+    from qlora_kit.data import AlpacaFormatter, FormatterBase, Rows
 
     if rows is None or not hasattr(rows, "__len__"):
         raise DataError(
@@ -73,11 +73,17 @@ def prepare_examples(
         )
     columns = _columns(rows)
     if "input_ids" in columns:
-        return TrainingData(_use_tokenized(rows, options), formatter, {"source": "tokenized"})
+        dataset = _use_tokenized(model, rows, options)
+        return TrainingData(dataset, formatter, {"source": "tokenized"})
     if "text" in columns and formatter is None and not columns & {"instruction", "messages"}:
         return TrainingData(_encode_text(model, rows, options), None, {"source": "text"})
     if isinstance(rows, Rows):
         formatter = formatter or rows.formatter
+    if formatter is not None and not isinstance(formatter, FormatterBase):
+        raise ConfigError(
+            f"formatter must be an AlpacaFormatter, a ChatFormatter or another FormatterBase; "
+            f"got {type(formatter).__name__}."
+        )
     if formatter is None:
         formatter = AlpacaFormatter(model.tokenizer)
         logger.info("No formatter was given; using AlpacaFormatter(model.tokenizer).")
@@ -109,16 +115,41 @@ def make_collator(model: AdaptedModel, options: DataOptions, *, is_flat: bool) -
     return PaddedCollator(pad, pad_to_multiple_of=options.pad_to_multiple_of)
 
 
-def _use_tokenized(rows: Any, options: DataOptions) -> Dataset:
+def _use_tokenized(model: AdaptedModel, rows: Any, options: DataOptions) -> Dataset:
     """The user's own token ids; labels default to the ids, as language modelling means."""
     from datasets import Dataset
 
     dataset = rows if isinstance(rows, Dataset) else Dataset.from_list([dict(row) for row in rows])
     if not len(dataset):
         raise DataError("The dataset has no rows.")
+    _check_token_ids(dataset, model.model.get_input_embeddings().num_embeddings)
     if "labels" not in dataset.column_names:
         dataset = dataset.map(lambda row: {"labels": [-100, *row["input_ids"][1:]]}, desc="labels")
     return _fit(dataset.select_columns(["input_ids", "labels"]), options)
+
+
+def _check_token_ids(dataset: Dataset, vocabulary: int) -> None:
+    """Refuse rows that would fail in mid-training, or train on something else than was meant."""
+    has_labels = "labels" in dataset.column_names
+    wrong: list[str] = []
+    for index, row in enumerate(dataset):
+        ids, labels = row["input_ids"], row["labels"] if has_labels else ()
+        if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
+            wrong.append(f"row {index}: input_ids are not whole numbers")
+        elif not ids:
+            wrong.append(f"row {index}: input_ids is empty")
+        elif min(ids) < 0 or max(ids) >= vocabulary:
+            bad = next(token for token in ids if not 0 <= token < vocabulary)
+            wrong.append(f"row {index}: token id {bad}, where the model has 0 to {vocabulary - 1}")
+        elif has_labels and len(labels) != len(ids):
+            wrong.append(f"row {index}: {len(labels)} labels for {len(ids)} input_ids")
+    if wrong:
+        more = f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise DataError(
+            f"{len(wrong)} of {len(dataset)} tokenized rows cannot be used:\n  "
+            + "\n  ".join(wrong[:10])
+            + more
+        )
 
 
 def _encode_text(model: AdaptedModel, rows: Any, options: DataOptions) -> Dataset:

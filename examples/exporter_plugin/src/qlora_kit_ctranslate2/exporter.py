@@ -122,12 +122,14 @@ class CTranslate2Exporter:
         """Run the files in CTranslate2 and compare its logits with the live model's."""
         model, options = request.model, request.options
         base = choose_merge_base(model, options.base)
-        is_other_base = base == "original" and model.base.quantization is not None
+        is_original = base == "original" and model.base.quantization is not None
         checks = [
             check_generation_config(model, folder),
             check_tokenizer(model, folder),
             check_start_and_end(model, folder),
-            check_logits(model, folder, make_probes(model), options.quantization, is_other_base),
+            check_logits(
+                model, folder, make_probes(model), options.quantization, is_original=is_original
+            ),
         ]
         return Verification("full" if request.verify == "full" else "standard", tuple(checks))
 
