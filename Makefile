@@ -52,17 +52,17 @@ test-full: lint
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 plugin: env
-	rm -rf dist $(PLUGIN_VENV)
-	$(BIN)/uv build --quiet --wheel --out-dir dist .
-	$(BIN)/uv build --quiet --wheel --out-dir dist $(PLUGIN)
+	rm -rf build/wheels $(PLUGIN_VENV)
+	$(BIN)/uv build --quiet --wheel --out-dir build/wheels .
+	$(BIN)/uv build --quiet --wheel --out-dir build/wheels $(PLUGIN)
 	$(BIN)/uv venv --quiet --python $(BIN)/python $(PLUGIN_VENV)
 	$(BIN)/uv pip install --quiet --python $(PLUGIN_VENV)/bin/python \
 	  --constraint constraints.txt --constraint $(PLUGIN)/constraints.txt --override overrides.txt \
-	  --group $(PLUGIN)/pyproject.toml:test dist/*.whl
+	  --group $(PLUGIN)/pyproject.toml:test build/wheels/*.whl
 	cd $(PLUGIN) && $(abspath $(PLUGIN_VENV))/bin/python -m pytest -p no:cacheprovider
 
 docs: env
 	$(BIN)/python docs/generate_api.py
 
 clean:
-	rm -rf $(VENV) $(PLUGIN_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist
+	rm -rf $(VENV) $(PLUGIN_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist

@@ -105,19 +105,24 @@ class Exporter(Protocol):
 
     Attributes:
         name: What users type, for example ``"merged_16bit"``; lower case, digits, ``_`` or ``-``.
-        summary: One line for ``available_exporters()``.
+        summary: One line for ``python -m qlora_kit exporters``.
         options_type: A frozen dataclass; its fields are the format's options. Values are
             checked against their annotations before anything else happens. A field declared
             with ``repr=False`` is a secret: it is left out of manifests and messages.
 
-    Two more attributes are optional:
+    Three more attributes are optional:
 
     * ``needs_path`` (default true): false for a format that leaves nothing on this disk.
+    * ``shares_merge`` (default false): true for a format whose merged tensors others of the same
+      call may read back; it is written first.
     * ``find_missing()``: what keeps the format from running on this machine, one phrase each,
       without a model; shown by ``python -m qlora_kit exporters``.
 
-    ``write`` may return the key ``"sha256"``, a mapping of file names to hashes it computed
-    while writing (saves reading the files again), and the key ``"url"``.
+    What ``write`` returns becomes the artifact's facts, but for the key ``"sha256"``, a mapping of
+    file names to hashes it computed while writing (saves reading the files again). The key
+    ``"url"`` says where the export was published.
+
+    ``qlora_kit.testing.check_exporter`` tests all of this; ``docs/plugins.md`` explains it.
     """
 
     name: str

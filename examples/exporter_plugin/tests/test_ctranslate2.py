@@ -6,7 +6,7 @@ import pytest
 from qlora_kit_ctranslate2 import CTranslate2Exporter
 
 import qlora_kit
-from qlora_kit.errors import ConfigError
+from qlora_kit.errors import ConfigError, VerificationError
 from qlora_kit.testing import check_exporter, make_tiny_model
 
 
@@ -23,7 +23,7 @@ def test_qlora_kit_finds_it():
     assert listed["broken"] == []
 
 
-@pytest.mark.parametrize("options", [{}, {"quantization": "bfloat16", "base": "dequantized"}])
+@pytest.mark.parametrize("options", [{}, {"quantization": "int8", "base": "dequantized"}])
 def test_it_keeps_every_promise(options):
     check_exporter(CTranslate2Exporter(), options=options)
 
@@ -66,6 +66,20 @@ def test_the_quantizations_differ_in_size_and_distance(model, tmp_path):
     assert distance["float32"] < distance["int8"]
 
 
+def test_int8_is_refused_for_a_model_that_does_not_bear_it(tmp_path):
+    import torch
+
+    model = make_tiny_model(tmp_path / "base", load_in_4bit=False)
+    with torch.no_grad():
+        for layer in model.model.base_model.model.model.layers:
+            # One channel a hundred times the others, as real models have them.
+            layer.input_layernorm.weight[3] *= 100
+    with pytest.raises(VerificationError, match="int8 may be too coarse for this model: quantiz"):
+        qlora_kit.export_model(model, "ctranslate2", tmp_path / "out", quantization="int8")
+    assert not (tmp_path / "out").exists()
+    qlora_kit.export_model(model, "ctranslate2", tmp_path / "out")
+
+
 def test_together_with_a_built_in_the_merge_is_shared(model, tmp_path):
     results = qlora_kit.export_model(model, ["ctranslate2", "merged_16bit"], tmp_path)
     results.raise_for_failures()
@@ -74,6 +88,6 @@ def test_together_with_a_built_in_the_merge_is_shared(model, tmp_path):
 
 
 def test_wrong_options_are_refused(model, tmp_path):
-    with pytest.raises(ConfigError, match=r"quantization must be 'int8' or .*, got 'int4'"):
+    with pytest.raises(ConfigError, match=r"quantization must be 'bfloat16' or .*, got 'int4'"):
         qlora_kit.export_model(model, "ctranslate2", tmp_path / "out", quantization="int4")
     assert not (tmp_path / "out").exists()

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 __all__ = ["check_logits", "check_start_and_end", "find_end_token"]
 
 # How far logits may be from what the merge should compute: root mean square of the difference,
-# as a share of their own spread around each position's mean. On a random model of two layers
-# rounding the weights to 16 bits moved them by 0.7%, int8 by 3.6%, another adapter by 138%.
-_LIMIT = {"int8": 0.25, "int16": 0.05, "float16": 0.05, "bfloat16": 0.05, "float32": 0.05}
-
-_COMPUTE_TYPE = {"int8": "int8_float32", "int16": "int16"}
+# as a share of their own spread around each position's mean. Rounding to 16 bits stays below 5%
+# even beside a live model that computes in bfloat16; another adapter is beyond 100%. int8 rounds
+# what flows through the model too: 4% on a random model, 19% on SmolLM2-135M, which then talks
+# nonsense.
+_LIMIT = 0.1
 
 
 def check_logits(
@@ -53,16 +53,16 @@ def check_logits(
     except (RuntimeError, ValueError) as error:
         return Check("logits", False, f"CTranslate2 does not run it: {error}")
     distance, agreement = _measure(expected, written)
-    limit = _LIMIT[quantization]
-    return Check(
-        "logits",
-        distance <= limit,  # a NaN compares false
+    passed = distance <= _LIMIT  # a NaN compares false
+    detail = (
         f"differ from the {'original with the adapter' if is_original else 'live model'} by "
-        f"{distance:.2%} of their spread (limit {limit:.0%}); same most likely token at "
-        f"{agreement:.1%} of {sum(map(len, probes))} positions",
-        value=None if math.isnan(distance) else distance,
-        tolerance=limit,
+        f"{distance:.2%} of their spread (limit {_LIMIT:.0%}); same most likely token at "
+        f"{agreement:.1%} of {sum(map(len, probes))} positions"
     )
+    if not passed and quantization == "int8":
+        detail += ". int8 may be too coarse for this model: quantization='bfloat16' is not"
+    value = None if math.isnan(distance) else distance
+    return Check("logits", passed, detail, value=value, tolerance=_LIMIT)
 
 
 def _load_original(model: LoadedModel) -> Any:
@@ -97,7 +97,8 @@ def _run(folder: Path, probes: Sequence[Sequence[int]], quantization: str) -> li
     generator = ctranslate2.Generator(
         str(folder),
         device="cpu",
-        compute_type=_COMPUTE_TYPE.get(quantization, "float32"),
+        # What CTranslate2 computes in by default on a CPU, without a warning that it has no other.
+        compute_type="int8_float32" if quantization == "int8" else "float32",
         intra_threads=torch.get_num_threads(),
     )
     results = []
