@@ -55,7 +55,6 @@ def open_page(namespace: dict[str, Any]) -> None:
     _furnish(folder)
     namespace["_page"] = stack
     namespace["has_exporter"] = has_exporter
-    namespace["lists_exporters"] = lists_exporters
 
 
 def close_page(namespace: dict[str, Any]) -> None:
@@ -70,13 +69,6 @@ def has_exporter(name: str) -> bool:
     from qlora_kit import available_exporters
 
     return name in available_exporters()
-
-
-def lists_exporters() -> bool:
-    """Whether ``qlora-kit exporters`` can run."""
-    from qlora_kit import export
-
-    return hasattr(export, "describe_exporters")
 
 
 def _furnish(folder: Path) -> None:
