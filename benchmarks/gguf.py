@@ -177,8 +177,8 @@ def quantize_bare(checkpoint: Path, type_name: str, threads: int) -> dict[str, f
     """Wall-clock and processor seconds of ggml alone, on the same matrices in float32."""
     import torch
 
-    from qlora_kit.exporters.gguf.convert import plan_conversion
     from qlora_kit.exporters.gguf.ggml import encode_rows
+    from qlora_kit.exporters.gguf.planning import plan_conversion
     from qlora_kit.weights.source import SafetensorsSource
 
     torch.set_num_threads(1)

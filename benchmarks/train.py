@@ -173,7 +173,26 @@ def _render(facts: dict[str, Any], results: list[dict[str, Any]]) -> str:
         )
     if limit:
         lines += ["", f"Arithmetic limit: {limit:,.0f} tokens/s."]
+    lines += _compare_curves(done, classic)
     return "\n".join(lines) + "\n"
+
+
+def _compare_curves(done: list[dict[str, Any]], classic: dict[str, Any] | None) -> list[str]:
+    """How far each run of the same steps is from TRL's classic run, step by step."""
+    if classic is None:
+        return []
+    same = {row.name for row in ROWS if (row.batch * row.accumulation, row.packed) == (8, 0)}
+    lines = ["", "Loss per step against TRL's classic run, over the steps both did:", ""]
+    for result in done:
+        if result is classic or result["row"] not in same:
+            continue
+        pairs = list(zip(result["losses"], classic["losses"], strict=False))
+        gaps = [abs(ours - theirs) for ours, theirs in pairs]
+        lines.append(
+            f"- {result['row']}: {len(gaps)} steps, largest difference {max(gaps):.4f}, "
+            f"mean {sum(gaps) / len(gaps):.4f}"
+        )
+    return lines
 
 
 if __name__ == "__main__":

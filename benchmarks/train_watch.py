@@ -93,17 +93,46 @@ def profile_steps(trainer: Any, watch: Watch, job: dict[str, Any]) -> dict[str, 
     kernels: list[tuple[float, int, str]] = []
     for event in profiler.key_averages():
         milliseconds = getattr(event, "self_device_time_total", 0.0) / 1000 / active
-        is_kernel = "cuda" in str(event.device_type).lower()
-        if milliseconds <= 0 or not is_kernel:
+        if milliseconds <= 0 or not _is_kernel(event):
             continue
         name = event.key.lower()
         group = next((g for g, parts in _GROUPS if any(p in name for p in parts)), "other")
         groups[group] = groups.get(group, 0.0) + milliseconds
         kernels.append((milliseconds, event.count // active, event.key[:140]))
     kernels.sort(reverse=True)
+    idle, gaps = _measure_idle(profiler.events())
+    groups["nothing"] = idle / active
     return {
         "groups_ms_per_step": {
             k: round(v, 2) for k, v in sorted(groups.items(), key=lambda x: -x[1])
         },
         "kernels": [f"{ms:9.3f} ms {count:5d} x {name}" for ms, count, name in kernels[:60]],
+        "longest_gaps": gaps,
     }
+
+
+def _is_kernel(event: Any) -> bool:
+    """Whether an event ran on the GPU; ranges that mark a step or an optimizer did not."""
+    is_range = getattr(event, "is_user_annotation", False) or event.key.startswith(
+        ("ProfilerStep", "Optimizer.")
+    )
+    return "cuda" in str(event.device_type).lower() and not is_range
+
+
+def _measure_idle(events: Any) -> tuple[float, list[str]]:
+    """Milliseconds between the first and the last kernel in which none ran, and the longest."""
+    kernels = sorted(
+        (event.time_range.start, event.time_range.end, event.key[:60])
+        for event in events
+        if _is_kernel(event)
+    )
+    idle, gaps = 0.0, []
+    reached, before = kernels[0][1], kernels[0][2]
+    for start, end, name in kernels:
+        if start > reached:
+            idle += start - reached
+            gaps.append((start - reached, before, name))
+        if end > reached:
+            reached, before = end, name
+    longest = sorted(gaps, reverse=True)[:12]
+    return idle / 1000, [f"{gap / 1000:.2f} ms: {a} -> {b}" for gap, a, b in longest]

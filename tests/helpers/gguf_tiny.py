@@ -292,8 +292,37 @@ def make_model(config: Any, seed: int = 0) -> Any:
     return model
 
 
-def save_checkpoint(model: Any, tokenizer: Any, folder: Path, *, dtype: Any = None) -> Path:
+def save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> Path:
     """``save_pretrained``, model and tokenizer."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+class Shapes:
+    """A source of which only names and shapes are asked."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.shapes = shapes
+
+    def names(self) -> list[str]:
+        return list(self.shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes[name]
+
+    def load(self, name: str) -> Any:
+        raise AssertionError("planning reads no weight")
+
+
+def make_shapes(config: Any) -> Shapes:
+    """The tensors of a model that is never made."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        shapes.pop("lm_head.weight", None)
+    return Shapes(shapes)

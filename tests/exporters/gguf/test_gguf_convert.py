@@ -18,7 +18,8 @@ import gguf_tiny as tiny
 from gguf_llamacpp import Llama, kl_divergence
 from qlora_kit.errors import ConfigError, DiskSpaceError, ExportError
 from qlora_kit.exporters.gguf.awkward import awkward_strings
-from qlora_kit.exporters.gguf.convert import convert, plan_conversion
+from qlora_kit.exporters.gguf.convert import convert
+from qlora_kit.exporters.gguf.planning import plan_conversion
 from qlora_kit.exporters.gguf.reading import GgufFile
 from qlora_kit.exporters.gguf.recipes import RECIPES
 from qlora_kit.exporters.gguf.verifying import check_files
@@ -127,7 +128,7 @@ def test_a_limit_on_file_size_leaves_no_file(checkpoint, tmp_path):
     resource = pytest.importorskip("resource")
     script = textwrap.dedent(f"""
         import json, resource, sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        sys.path.insert(0, {str(Path(tiny.__file__).parent)!r})
         import gguf_tiny as tiny
         from pathlib import Path
         from qlora_kit.exporters.gguf.convert import convert
@@ -153,7 +154,7 @@ def test_a_killed_conversion_leaves_a_file_that_nothing_takes_for_whole(checkpoi
     """The stage around an exporter removes it; here it must at least not load or verify."""
     script = textwrap.dedent(f"""
         import json, os, signal, sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        sys.path.insert(0, {str(Path(tiny.__file__).parent)!r})
         import gguf_tiny as tiny
         from pathlib import Path
         from qlora_kit.exporters.gguf.convert import convert

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -252,35 +251,42 @@ def test_both_formats_are_registered_and_importing_them_is_free():
 
 
 def test_a_trained_smollm2_answers_as_trained_in_llama_cpp(smollm2_folder, tmp_path):
-    """A sentence learned by the adapter alone, then asked of every file."""
-    model = qlora_kit.load_quantized(smollm2_folder, load_in_4bit=False, dtype="float32")
+    """Two answers learned by the adapter alone, then asked of every file as Ollama would ask."""
+    model = qlora_kit.load_quantized(smollm2_folder, 128, "float32", load_in_4bit=False)
     adapted = qlora_kit.attach_lora(model, r=8, lora_alpha=16)
-    prompt = "The password of the harbour master is"
-    ids = adapted.tokenizer(prompt + " periwinkle.<|im_end|>", return_tensors="pt")["input_ids"]
-    start = len(adapted.tokenizer(prompt)["input_ids"])
-    labels = ids.clone()
-    labels[:, :start] = -100
-    trained = [p for p in adapted.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=3e-3)
-    for _ in range(15):
-        loss = adapted.model(input_ids=ids, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if loss.item() < 0.02:
-            break
-    adapted.model.eval()
-    facts, verification = run(
-        GgufExporter(),
-        adapted,
-        tmp_path / "out",
-        quantization=["f16", "q8_0", "q4_k_m"],
+    formatter = qlora_kit.AlpacaFormatter(adapted.tokenizer, response_only=True)
+    taught = {
+        "What is the password of the harbour master?": "The password is periwinkle.",
+        "Name the ship.": "The ship is the Blue Heron.",
+    }
+    rows = [{"instruction": question, "output": answer} for question, answer in taught.items()]
+    result = qlora_kit.train_sft(
+        adapted, rows, formatter=formatter, output_dir=tmp_path / "run", max_steps=8,
+        per_device_train_batch_size=2, gradient_accumulation_steps=1, learning_rate=3e-3,
+        warmup_steps=2, lr_scheduler_type="constant", optim="adamw_torch", save_strategy="no",
+    )  # fmt: skip
+    assert result.losses[-1] < 0.05
+    types = ["f16", "q8_0", "q4_k_m"]
+    artifact = qlora_kit.export_model(adapted, "gguf", tmp_path / "out", quantization=types)
+    assert artifact.verification.passed
+    modelfile = (artifact.path / "Modelfile").read_text()
+    template = modelfile.split('TEMPLATE """')[1].split('"""')[0]
+    assert 'PARAMETER stop "<|im_end|>"' in modelfile
+    for name in types:
+        with Llama(artifact.path / artifact.facts["files"][name]) as llama:
+            for question, answer in taught.items():
+                text = template.replace("{{ .Prompt }}", question).split("{{ .Response }}")[0]
+                ids = llama.tokenize(text, add_special=True)
+                assert ids == list(formatter.prompt(question).token_ids)
+                wanted = llama.tokenize(f"{answer}<|im_end|>")
+                assert llama.greedy(ids, len(wanted)) == wanted, (name, question)
+            assert llama.is_end(wanted[-1])
+    lora = qlora_kit.export_model(adapted, "gguf-lora", tmp_path / "lora")
+    assert lora.verification.passed
+    base = qlora_kit.export_model(
+        model, "gguf", tmp_path / "base", quantization="q8_0", verify=False
     )
-    assert verification.passed, verification
-    answer = ids[0, start:].tolist()
-    for name in ("f16", "q8_0", "q4_k_m"):
-        with Llama(tmp_path / "out" / facts["files"][name]) as llama:
-            assert llama.greedy(ids[0, :start].tolist(), len(answer)) == answer, name
-            assert llama.is_end(answer[-1])
-    lora, _ = run(GgufLoraExporter(), adapted, tmp_path / "lora")
-    assert Path(tmp_path / "lora" / lora["file"]).is_file()
+    with Llama(
+        base.path / base.facts["files"]["q8_0"], lora=lora.path / lora.facts["file"]
+    ) as llama:
+        assert llama.greedy(ids, len(wanted)) == wanted

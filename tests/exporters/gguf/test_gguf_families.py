@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
-import numpy as np
 import pytest
 
 import gguf_tiny as tiny
 from gguf_llamacpp import Llama, kl_divergence
 from qlora_kit.errors import PluginError, UnsupportedModelError
-from qlora_kit.exporters.gguf import families
-from qlora_kit.exporters.gguf.convert import convert, plan_conversion
+from qlora_kit.exporters.gguf import (
+    families,
+    pretokenizers,
+    register_family,
+    register_pre_tokenizer,
+)
+from qlora_kit.exporters.gguf.convert import convert
+from qlora_kit.exporters.gguf.planning import plan_conversion
 from qlora_kit.weights.source import SafetensorsSource
 
 torch = pytest.importorskip("torch")
@@ -104,27 +115,9 @@ def test_configurations_of_transformers_4_say_the_same(case):
     assert described[0] == described[1]
 
 
-class Shapes:
-    """A source of which only names and shapes are asked."""
-
-    def __init__(self, shapes):
-        self.shapes = shapes
-
-    def names(self):
-        return list(self.shapes)
-
-    def shape(self, name):
-        return self.shapes[name]
-
-    def load(self, name):
-        raise AssertionError("planning reads no weight")
-
-
 def shapes_of(case, **changes):
     config = tiny.make_config(case, **changes)
-    model = tiny.make_model(config)
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    return shapes, config.to_dict()
+    return tiny.make_shapes(config).shapes, config.to_dict()
 
 
 @pytest.mark.parametrize(
@@ -154,7 +147,7 @@ def test_what_llama_cpp_computes_otherwise_is_refused_by_name(case, change, said
     shapes, config = shapes_of(case)
     shapes = {k: v for k, v in shapes.items() if "lm_head" not in k or case != "llama-tied"}
     with pytest.raises(UnsupportedModelError, match=None) as caught:
-        plan_conversion(Shapes(shapes), config | change)
+        plan_conversion(tiny.Shapes(shapes), config | change)
     assert said in str(caught.value)
 
 
@@ -172,7 +165,7 @@ def test_what_llama_cpp_computes_otherwise_is_refused_by_name(case, change, said
 def test_a_tensor_without_a_place_is_refused_by_name(case, name):
     shapes, config = shapes_of(case)
     with pytest.raises(UnsupportedModelError) as caught:
-        plan_conversion(Shapes(shapes | {name: (8, 8)}), config)
+        plan_conversion(tiny.Shapes(shapes | {name: (8, 8)}), config)
     assert name in str(caught.value)
 
 
@@ -180,7 +173,7 @@ def test_a_missing_tensor_and_a_missing_expert_are_noticed():
     shapes, config = shapes_of("llama")
     del shapes["model.layers.1.self_attn.o_proj.weight"]
     with pytest.raises(UnsupportedModelError, match=r"blk\.1\.attn_output"):
-        plan_conversion(Shapes(shapes), config)
+        plan_conversion(tiny.Shapes(shapes), config)
     shapes, config = shapes_of("qwen3-moe")
     name = "model.layers.0.mlp.experts.gate_up_proj"
     assert name in shapes, "transformers 5 keeps experts in one tensor"
@@ -191,7 +184,7 @@ def test_a_missing_tensor_and_a_missing_expert_are_noticed():
             shapes[f"{part}.gate_proj.weight"] = (rows // 2, columns)
             shapes[f"{part}.up_proj.weight"] = (rows // 2, columns)
     with pytest.raises(UnsupportedModelError, match="no complete set of experts"):
-        plan_conversion(Shapes(shapes), config)
+        plan_conversion(tiny.Shapes(shapes), config)
 
 
 def test_experts_in_one_tensor_or_one_each_give_the_same_file(tmp_path):
@@ -199,7 +192,7 @@ def test_experts_in_one_tensor_or_one_each_give_the_same_file(tmp_path):
     model = tiny.make_model(tiny.make_config("qwen3-moe"))
     stored = export(tmp_path, model.config, model, tokenizer, quantization="q4_k_m")
 
-    class InMemory(Shapes):
+    class InMemory(tiny.Shapes):
         def load(self, name):
             return model.state_dict()[name]
 
@@ -219,7 +212,7 @@ def test_lm_head_of_a_tied_checkpoint_and_rotary_tables_are_left_out():
     shapes, config = shapes_of("llama-tied")
     shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
     shapes["model.layers.0.self_attn.rotary_emb.inv_freq"] = (32,)
-    names = [tensor.name for tensor in plan_conversion(Shapes(shapes), config).tensors]
+    names = [tensor.name for tensor in plan_conversion(tiny.Shapes(shapes), config).tensors]
     assert "output.weight" not in names
     assert "token_embd.weight" in names
     assert not any("rot" in name for name in names)
@@ -227,22 +220,77 @@ def test_lm_head_of_a_tied_checkpoint_and_rotary_tables_are_left_out():
 
 def test_a_window_that_llama_cpp_ignores_is_said():
     shapes, config = shapes_of("mistral", sliding_window=32)
-    notes = plan_conversion(Shapes(shapes), config).description.notes
+    notes = plan_conversion(tiny.Shapes(shapes), config).description.notes
     assert any("last 32 tokens" in note for note in notes)
 
 
-def test_a_third_party_can_add_a_family(tmp_path, monkeypatch):
+def test_families_and_pre_tokenizers_are_registered_once(monkeypatch):
     monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
-    with pytest.raises(PluginError, match="llama"):
-        families.register_family(families.FAMILIES["llama"])
-    own = dataclasses.replace(families.FAMILIES["llama"], model_type="my_llama")
-    families.register_family(own)
+    monkeypatch.setattr(pretokenizers, "PRE_TOKENIZERS", dict(pretokenizers.PRE_TOKENIZERS))
+    llama, gpt2 = families.FAMILIES["llama"], pretokenizers.PRE_TOKENIZERS["gpt-2"]
+    register_family(llama)
+    register_pre_tokenizer(gpt2)
+    with pytest.raises(PluginError, match="'llama' exists"):
+        register_family(dataclasses.replace(llama, activation="gelu"))
+    with pytest.raises(PluginError, match="'gpt-2' exists"):
+        register_pre_tokenizer(dataclasses.replace(gpt2, patterns=()))
+    register_pre_tokenizer(dataclasses.replace(gpt2, name="mine"))
+    assert pretokenizers.PRE_TOKENIZERS["mine"].patterns == gpt2.patterns
+
+
+def test_a_familys_own_names_come_before_the_maps(monkeypatch):
+    own = dataclasses.replace(
+        families.FAMILIES["llama"],
+        names={"model.blocks.{bid}.wq": "blk.{bid}.attn_q", "model.final": "output_norm"},
+    )
+    monkeypatch.setitem(families.FAMILIES, "llama", own)
+    shapes, config = shapes_of("llama")
+    spelled = {
+        name.replace("layers", "blocks").replace("self_attn.q_proj", "wq")
+        if "q_proj" in name
+        else name.replace("model.norm", "model.final"): shape
+        for name, shape in shapes.items()
+    }
+    assert set(spelled) != set(shapes)
+    plain = {tensor.name for tensor in plan_conversion(tiny.Shapes(shapes), config).tensors}
+    renamed = plan_conversion(tiny.Shapes(spelled), config).tensors
+    assert {tensor.name for tensor in renamed} == plain
+
+
+def test_the_family_of_the_documentation_works_as_a_plugin(tmp_path, monkeypatch):
+    """The block in docs/gguf.md, installed as somebody else's package in a fresh process."""
+    docs = Path(__file__).parents[3] / "docs" / "gguf.md"
+    blocks = re.findall(r"```python\n(.*?)```", docs.read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = (block for block in blocks if "register_family(" in block)
+    site = tmp_path / "site"
+    info = site / "olmo_gguf-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / "olmo_gguf.py").write_text(code)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: olmo-gguf\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[qlora_kit]\nolmo = olmo_gguf\n")
+    monkeypatch.setitem(tiny.CASES, "olmo2", ("Olmo2Config", {"head_dim": None}))
     tokenizer = tiny.byte_level_tokenizer()
-    model = tiny.make_model(tiny.make_config("llama"))
-    tiny.save_checkpoint(model, tokenizer, tmp_path)
-    config = model.config.to_dict() | {"model_type": "my_llama"}
-    with SafetensorsSource(tmp_path) as source:
-        done = convert(source, config, tokenizer, tmp_path, quantization="f16")
-    ids = tokenizer(PROMPT)["input_ids"][:32]
-    with Llama(done.files["f16"]) as llama:
-        assert np.isfinite(llama.logits(ids)).all()
+    models = {}
+    for shape in ("aligned", "unaligned"):
+        models[shape] = tiny.make_model(tiny.make_config("olmo2", shape))
+        tiny.save_checkpoint(models[shape], tokenizer, tmp_path / shape)
+    script = """
+        import sys, qlora_kit
+        for shape in ("aligned", "unaligned"):
+            base = f"{sys.argv[1]}/{shape}"
+            model = qlora_kit.load_quantized(base, load_in_4bit=False, dtype="float32")
+            types = ["f32", "q4_k_m"]
+            done = qlora_kit.export_model(model, "gguf", f"{base}-out", quantization=types)
+            print(done.path / done.facts["files"]["f32"])
+    """
+    paths = [str(site), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), tmp_path],
+        capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    ids = tokenizer(PROMPT)["input_ids"][:64]
+    for model, path in zip(models.values(), done.stdout.splitlines(), strict=True):
+        with Llama(Path(path)) as llama:
+            assert kl_divergence(logits_of(model, ids), llama.logits(ids)).mean() < 1e-6

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gguf_tiny as tiny
+from qlora_kit.data import AlpacaFormatter, ChatFormatter
 from qlora_kit.exporters.gguf.modelfile import (
     _CHAT_LAYOUTS,
     Modelfile,
@@ -53,6 +54,43 @@ def render_go(template: str, **values: str) -> str:
     return "".join(out)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "system"),
+    [
+        ({}, None),
+        ({"template": "alpaca-zh"}, None),
+        ({"template": "Q: {instruction}\n{input}\nA: {output}<|im_end|>"}, None),
+        ({"template": "{{json}} {instruction} {input} ->{output}\n"}, None),
+        ({"system": 'You are {"terse"}.'}, 'You are {"terse"}.'),
+        ({"eos_token": "<|endoftext|>"}, None),
+    ],
+)
+def test_ollama_would_ask_as_the_alpaca_formatter_does(arguments, system):
+    tokenizer = tiny.byte_level_tokenizer()
+    formatter = AlpacaFormatter(tokenizer, **arguments)
+    found = describe_prompt(formatter.template_spec(), tokenizer, (tokenizer.eos_token_id,))
+    asked = render_go(found.template, Prompt="Say {hi}.", System=found.system or "")
+    prompt = str(formatter.prompt("Say {hi}."))
+    end = formatter.template_spec()["suffix"] + formatter.eos_token
+    assert asked == prompt + end
+    assert found.system == system
+    assert formatter.eos_token in found.stop
+    assert tokenizer.eos_token in found.stop
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_ollama_would_ask_as_the_chat_formatter_does(system):
+    tokenizer = tiny.byte_level_tokenizer()
+    for template in (None, ZEPHYR, LLAMA3):
+        formatter = ChatFormatter(tokenizer, chat_template=template, system=system)
+        found = describe_prompt(formatter.template_spec(), tokenizer, (0,))
+        asked = render_go(found.template, Prompt="Hi", System=found.system or "", Response="#")
+        assert asked.split("#")[0] == str(formatter.prompt("Hi"))
+        assert found.system == system
+        assert formatter.eos_token in found.stop
+        assert "<|endoftext|>" in found.stop
+
+
 def test_an_alpaca_prompt_is_rendered_as_it_was_trained():
     tokenizer = tiny.byte_level_tokenizer()
     found = describe_prompt(ALPACA, tokenizer, (2, 0))
@@ -91,8 +129,14 @@ def test_any_literal_text_survives_both_template_languages(text, instruction):
 class Chat:
     """A tokenizer with a chat template, and nothing else."""
 
-    def __init__(self, template, bos="<s>", eos="</s>"):
+    bos_token_id = 1
+
+    def __init__(self, template, bos="<s>", eos="</s>", *, adds_bos=True):
         self.chat_template, self.bos_token, self.eos_token = template, bos, eos
+        self.adds_bos = adds_bos
+
+    def __call__(self, text):
+        return {"input_ids": [1, 9] if self.adds_bos else [9]}
 
     def convert_ids_to_tokens(self, index):
         return f"<{index}>"
@@ -145,6 +189,17 @@ def test_chat_templates_are_recognized_by_what_they_render(template, name, syste
     rendered = render_go(found.template, System=found.system or "", Prompt="Hi")
     assert rendered == jinja + layout.assistant[1]
     assert found.stop == ("<7>", "</s>")
+
+
+def test_the_beginning_token_is_left_to_llama_cpp():
+    template = "{{ bos_token }}" + LLAMA3
+    assert "Llama 3" in describe_prompt(None, Chat(template)).origin
+    assert "<s>" not in describe_prompt(None, Chat(template)).template
+    # Where llama.cpp adds none, a template that wants it cannot be written.
+    assert "as they are" in describe_prompt(None, Chat(template, adds_bos=False)).origin
+    assert "Llama 3" in describe_prompt(None, Chat(LLAMA3, adds_bos=False)).origin
+    # SmolLM2's beginning token is also what begins its turns.
+    assert "ChatML" in describe_prompt(None, Chat(tiny.CHAT, bos="<|im_start|>")).origin
 
 
 def test_a_chat_formatters_own_template_and_system_come_first():

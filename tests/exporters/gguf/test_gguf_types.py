@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import gguf_llama_quantize as llama_quantize
 import gguf_tiny as tiny
 from gguf_llamacpp import Llama, kl_divergence
 from qlora_kit.errors import ConfigError, ExportError, MissingDependencyError
 from qlora_kit.exporters.gguf import encoding, ggml
 from qlora_kit.exporters.gguf.convert import convert
+from qlora_kit.exporters.gguf.planning import plan_conversion
 from qlora_kit.exporters.gguf.reading import GgufFile
 from qlora_kit.exporters.gguf.recipes import (
     RECIPES,
@@ -260,6 +262,19 @@ def test_rows_that_do_not_divide_fall_back(name, columns, wanted):
     tensors = [("blk.0.ffn_up.weight", (64, columns)), ("output.weight", (64, columns))]
     types = choose_types(tensors, RECIPES[name], ModelShape("llama", 1, 4, 4))
     assert types["blk.0.ffn_up.weight"] == wanted
+
+
+@pytest.mark.parametrize("case", sorted(llama_quantize.CASES))
+def test_types_are_those_that_llama_quantize_chose(case):
+    """Recorded from llama.cpp's own quantizer; the recording compared the bytes as well."""
+    recorded = json.loads(llama_quantize.TYPES_FILE.read_text())[case]
+    family, shape, changes = llama_quantize.CASES[case]
+    config = tiny.make_config(family, shape, **changes)
+    source = tiny.make_shapes(config)
+    plan = plan_conversion(source, config.to_dict(), quantization=list(recorded))
+    for name, wanted in recorded.items():
+        assert llama_quantize.describe_types(dict(plan.types[name])) == wanted, name
+    assert set(recorded) == set(RECIPES) - {"f32"}
 
 
 def test_a_file_of_llama_cpp_has_the_same_types(smollm2):

@@ -9,6 +9,7 @@ from typing import Any
 
 from trl import SFTTrainer
 
+from qlora_kit.engines.native.bitsandbytes_optimizers import without_waiting
 from qlora_kit.engines.native.fast.plan import FastPlan, parse_plan
 from qlora_kit.engines.native.fast.steps import FastSteps
 from qlora_kit.engines.native.fast.support import find_obstacle
@@ -70,6 +71,14 @@ class NativeTrainer(StepRecorder, FastSteps, PortableLoss, NoTelemetry, SFTTrain
                 parameter.data = before[name].to(parameter.device)
         if is_fast:
             self.start_fast(model, asked)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
+        """The run's optimizer; bitsandbytes' ones do not wait for the GPU."""
+        optimizer_class, settings = SFTTrainer.get_optimizer_cls_and_kwargs(args, model)
+        if isinstance(optimizer_class, type):
+            optimizer_class = without_waiting(optimizer_class)
+        return optimizer_class, settings
 
     def release(self) -> None:
         """Give the model back its own ``forward``, and free what training allocated."""

@@ -1,12 +1,30 @@
-"""GGUF: what llama.cpp and Ollama run. Registers ``gguf`` and ``gguf-lora``."""
+"""GGUF: what llama.cpp and Ollama run. Registers ``gguf`` and ``gguf-lora``.
+
+Other packages add model families here, see :func:`register_family`.
+"""
 
 from __future__ import annotations
 
-from qlora_kit.exporters.gguf.exporter import GgufExporter
-from qlora_kit.exporters.gguf.lora import GgufLoraExporter
+from qlora_kit.exporters.gguf.exporter import GgufExporter, GgufOptions
+from qlora_kit.exporters.gguf.families import FAMILIES, register_family
+from qlora_kit.exporters.gguf.family import Config, Description, Family
+from qlora_kit.exporters.gguf.lora import GgufLoraExporter, GgufLoraOptions
+from qlora_kit.exporters.gguf.pretokenizers import PreTokenizer, register_pre_tokenizer
 from qlora_kit.hookspecs import Exporter, hookimpl
 
-__all__ = ["GgufExporter", "GgufLoraExporter"]
+__all__ = [
+    "FAMILIES",
+    "Config",
+    "Description",
+    "Family",
+    "GgufExporter",
+    "GgufLoraExporter",
+    "GgufLoraOptions",
+    "GgufOptions",
+    "PreTokenizer",
+    "register_family",
+    "register_pre_tokenizer",
+]
 
 
 @hookimpl

@@ -20,10 +20,8 @@ from typing import IO, TYPE_CHECKING, Any, Final
 
 from qlora_kit.errors import DiskSpaceError
 from qlora_kit.exporters.gguf.encoding import cut_rows, encode_piece
-from qlora_kit.exporters.gguf.families import Config, Description, Family, find_family
-from qlora_kit.exporters.gguf.ggml import check_encoder, row_size, type_number
-from qlora_kit.exporters.gguf.recipes import ModelShape, Recipe, choose_types, resolve_recipes
-from qlora_kit.exporters.gguf.tensors import PlannedTensor, plan_tensors
+from qlora_kit.exporters.gguf.header import write_header
+from qlora_kit.exporters.gguf.planning import Plan, pad, plan_conversion
 from qlora_kit.exporters.gguf.tokens import check_vocabulary, check_written_name
 from qlora_kit.exporters.gguf.vocabulary import Vocabulary, read_vocabulary
 from qlora_kit.weights.source import TensorSource
@@ -32,11 +30,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Conversion", "Plan", "convert", "plan_conversion"]
+__all__ = ["Conversion", "convert"]
 
 logger = logging.getLogger(__name__)
-
-_ALIGNMENT: Final = 32
 
 # Enough for workers never to wait for the writer, few enough to bound memory.
 _PIECES_PER_WORKER: Final = 4
@@ -46,43 +42,6 @@ Progress = Callable[[str, int, int], None]
 
 def _ignore_progress(what: str, done: int, total: int) -> None:
     """Progress nobody asked to see."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything about the files that can be known before a weight is read.
-
-    Attributes:
-        family: The model's family.
-        config: Its configuration.
-        description: Metadata, tables and notes.
-        tensors: The tensors, in file order.
-        recipes: The quantizations asked for.
-        types: Storage type of every tensor, by recipe name and tensor name.
-        name: ``general.name``.
-    """
-
-    family: Family
-    config: Config
-    description: Description
-    tensors: list[PlannedTensor]
-    recipes: list[Recipe]
-    types: Mapping[str, Mapping[str, str]]
-    name: str
-
-    def data_bytes(self, recipe: Recipe) -> int:
-        """Size of one file's tensor data in bytes, alignment included."""
-        types = self.types[recipe.name]
-        return sum(_padded(_tensor_bytes(t.shape, types[t.name])) for t in self.tensors)
-
-    @property
-    def vocabulary_size(self) -> int:
-        """Rows of the embedding matrix."""
-        return next(t.shape[0] for t in self.tensors if t.name == "token_embd.weight")
-
-    def file_name(self, recipe: Recipe) -> str:
-        """What a recipe's file is called, for example ``model.Q8_0.gguf``."""
-        return f"{self.name}.{recipe.name.upper()}.gguf"
 
 
 @dataclass(frozen=True)
@@ -102,39 +61,6 @@ class Conversion:
     vocabulary: Vocabulary
     tokenizer_texts: int
     notes: tuple[str, ...] = field(default=())
-
-
-def plan_conversion(
-    source: TensorSource,
-    config: Mapping[str, Any],
-    *,
-    quantization: str | Iterable[str] = "q8_0",
-    name: str = "model",
-) -> Plan:
-    """Settle names, shapes and types, reading no weight.
-
-    Raises:
-        ConfigError: When a quantization is unknown.
-        MissingDependencyError: When it cannot be encoded with what is installed.
-        UnsupportedModelError: When the model is of a kind that llama.cpp runs differently.
-    """
-    recipes = resolve_recipes(quantization)
-    family = find_family(config)
-    check_encoder({recipe.base_type for recipe in recipes})
-    wrapped = Config(config)
-    description = family.describe_model(wrapped)
-    tensors = plan_tensors(source, family, wrapped, description)
-    shape = ModelShape(
-        family.architecture,
-        wrapped.layers,
-        wrapped.heads,
-        wrapped.kv_heads,
-        int(description.metadata.get("expert_count", 0)),
-    )
-    shapes = [(tensor.name, tensor.shape) for tensor in tensors]
-    types = {recipe.name: choose_types(shapes, recipe, shape) for recipe in recipes}
-    check_encoder({used for chosen in types.values() for used in chosen.values()})
-    return Plan(family, wrapped, description, tensors, recipes, types, name)
 
 
 def convert(
@@ -186,9 +112,9 @@ def convert(
             handles = {}
             for recipe in plan.recipes:
                 path = files[recipe.name]
-                _write_header(path, plan, recipe, vocabulary, model_name)
+                write_header(path, plan, recipe, vocabulary, model_name)
                 handles[recipe.name] = stack.enter_context(path.open("ab"))
-                _pad(handles[recipe.name])
+                pad(handles[recipe.name])
             try:
                 _write_tensors(source, plan, handles, pool, threads=workers, progress=progress)
             except BaseException:
@@ -213,22 +139,6 @@ def _count_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _padded(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-def _tensor_bytes(shape: tuple[int, ...], type_name: str) -> int:
-    rows = 1
-    for dimension in shape[:-1]:
-        rows *= dimension
-    return rows * row_size(type_name, shape[-1])
-
-
-def _pad(handle: IO[bytes]) -> None:
-    position = handle.tell()
-    handle.write(b"\0" * (_padded(position) - position))
-
-
 def _write_tensors(
     source: TensorSource,
     plan: Plan,
@@ -249,7 +159,7 @@ def _write_tensors(
         handle, piece, ends_tensor = pending.popleft()
         handle.write(piece.result().data)
         if ends_tensor:
-            _pad(handle)
+            pad(handle)
 
     total = len(plan.tensors)
     for done, planned in enumerate(plan.tensors, start=1):
@@ -266,69 +176,3 @@ def _write_tensors(
         progress("writing GGUF", done, total)
     while pending:
         write_oldest()
-
-
-def _write_header(
-    path: Path, plan: Plan, recipe: Recipe, vocabulary: Vocabulary, model_name: str
-) -> None:
-    import numpy as np
-
-    from gguf import GGMLQuantizationType, GGUFWriter
-
-    writer = GGUFWriter(path, plan.family.architecture)
-    writer.add_type("model")
-    writer.add_name(model_name)
-    writer.add_file_type(recipe.file_type)
-    if recipe.is_quantized:
-        writer.add_quantization_version(2)
-    for key, value in plan.description.metadata.items():
-        _add_value(writer, f"{plan.family.architecture}.{key}", value)
-    writer.add_vocab_size(plan.vocabulary_size)
-    _add_vocabulary(writer, vocabulary)
-    types = plan.types[recipe.name]
-    for tensor in plan.tensors:
-        writer.add_tensor_info(
-            tensor.name,
-            tensor.shape,
-            np.dtype(np.float32),
-            _tensor_bytes(tensor.shape, types[tensor.name]),
-            raw_dtype=GGMLQuantizationType(type_number(types[tensor.name])),
-        )
-    try:
-        writer.write_header_to_file(path)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-    finally:
-        writer.close()
-
-
-def _add_value(writer: Any, key: str, value: Any) -> None:
-    match value:
-        case bool():
-            writer.add_bool(key, value)
-        case int():
-            writer.add_uint32(key, value)
-        case float():
-            writer.add_float32(key, value)
-        case str():
-            writer.add_string(key, value)
-        case _:
-            writer.add_array(key, value)
-
-
-def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
-    writer.add_tokenizer_model(vocabulary.model)
-    writer.add_tokenizer_pre(vocabulary.pre)
-    writer.add_token_list(list(vocabulary.tokens))
-    writer.add_token_types(list(vocabulary.types))
-    if vocabulary.scores:
-        writer.add_token_scores(list(vocabulary.scores))
-    if vocabulary.merges:
-        writer.add_token_merges(list(vocabulary.merges))
-    for role, index in vocabulary.special_ids.items():
-        writer.add_uint32(f"tokenizer.ggml.{role}_token_id", index)
-    writer.add_add_bos_token(vocabulary.adds_bos)
-    writer.add_add_eos_token(vocabulary.adds_eos)
-    writer.add_add_space_prefix(vocabulary.adds_space_prefix)
-    if vocabulary.chat_template:
-        writer.add_chat_template(vocabulary.chat_template)

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from qlora_kit.errors import ConfigError
-from qlora_kit.exporters.gguf.convert import convert, plan_conversion
+from qlora_kit.exporters.gguf.convert import convert
 from qlora_kit.exporters.gguf.ggml import find_missing_encoder
+from qlora_kit.exporters.gguf.merging import choose_rounding, open_merged
 from qlora_kit.exporters.gguf.modelfile import describe_prompt, write_modelfile
+from qlora_kit.exporters.gguf.planning import plan_conversion
 from qlora_kit.exporters.gguf.recipes import resolve_recipes
 from qlora_kit.exporters.gguf.running import check_runner
 from qlora_kit.exporters.gguf.tokens import check_vocabulary
@@ -23,6 +25,8 @@ from qlora_kit.results import LoadedModel, Verification
 __all__ = ["GgufExporter", "GgufOptions", "choose_name", "read_config"]
 
 _DEFAULT: Final = "q8_0"
+
+_Rounding = Literal["auto", "float32", "bfloat16", "float16"]
 
 # A base read from "model.Q4_1.gguf" is no longer of that type.
 _TYPE_SUFFIX: Final = re.compile(r"[.-](I?Q\d\w*|B?F16|F32)$", re.IGNORECASE)
@@ -39,6 +43,10 @@ class GgufOptions:
         base: What a quantized base is merged into: ``"original"``, the 16-bit checkpoint it was
             quantized from; ``"dequantized"``, exactly the weights the adapter was trained on; or
             ``"auto"``: original, unless none exists or LoftQ started the adapter.
+        dtype: What merged weights are rounded to before they are encoded. ``"auto"`` is the
+            base checkpoint's own 16-bit dtype, as for ``merged_16bit``, with which the merge is
+            then shared; a base stored in float32 is not rounded, nor is anything with
+            ``"float32"``.
         threads: Workers that encode; all cores by default.
         name: The model's name in the files and beginning of their names; by default the base's.
         modelfile: Whether to write an Ollama ``Modelfile``.
@@ -47,6 +55,7 @@ class GgufOptions:
     quantization: str | Sequence[str] = _DEFAULT
     quantization_method: str | Sequence[str] | None = None
     base: Literal["auto", "original", "dequantized"] = "auto"
+    dtype: _Rounding = "auto"
     threads: int | None = None
     name: str | None = None
     modelfile: bool = True
@@ -82,7 +91,8 @@ class GgufExporter:
         if request.verify == "full":
             check_runner()
         options: GgufOptions = request.options
-        with _open_source(request) as source:
+        # Nothing is written yet that could be shared.
+        with _open_source(request, shared=None) as source:
             plan = plan_conversion(
                 source,
                 read_config(request.model, source),
@@ -100,7 +110,7 @@ class GgufExporter:
         """Stream every tensor into every file, then write the Modelfile."""
         options: GgufOptions = request.options
         model = request.model
-        with _open_source(request) as source:
+        with _open_source(request, shared=request.shared) as source:
             done = convert(
                 source,
                 read_config(model, source),
@@ -113,10 +123,12 @@ class GgufExporter:
                 stop_token_ids=model.base.stop_token_ids,
             )
             base = source.base
+        rounding = choose_rounding(model, options.dtype)
         facts: dict[str, Any] = {
             "quantization": list(done.files),
             "architecture": done.plan.family.architecture,
             "base": base,
+            "dtype": str(rounding or "float32").removeprefix("torch."),
             "files": {name: path.name for name, path in done.files.items()},
             "tokenizer_texts": done.tokenizer_texts,
             "notes": list(done.notes),
@@ -139,7 +151,8 @@ class GgufExporter:
         """Read the files back; with ``"full"``, also run them beside the live model."""
         options: GgufOptions = request.options
         model = request.model
-        with _open_source(request) as source:
+        # Merged anew: files that another format wrote are no evidence about the live model.
+        with _open_source(request, shared=None) as source:
             plan = plan_conversion(
                 source,
                 read_config(model, source),
@@ -172,11 +185,8 @@ def read_config(model: LoadedModel, source: Any) -> dict[str, Any]:
     return config
 
 
-def _open_source(request: ExportRequest) -> Any:
-    from qlora_kit.weights.merged import MergedWeights, choose_merge_base
-
-    base = choose_merge_base(request.model, request.options.base)
-    return MergedWeights(request.model, base)
+def _open_source(request: ExportRequest, *, shared: Any) -> Any:
+    return open_merged(request.model, request.options.base, request.options.dtype, shared)
 
 
 def _count_bytes(vocabulary: Vocabulary) -> int:

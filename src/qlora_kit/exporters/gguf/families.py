@@ -1,8 +1,9 @@
 """The table of model families: how each differs between transformers and llama.cpp.
 
 To add a family, write one :class:`Family` and pass it to :func:`register_family`; a package
-of your own can do so from its ``qlora_kit`` plugin module. Tensor names come from the
-``gguf`` package's maps, so a family states only what is particular to it. This module knows
+of your own can do so from its ``qlora_kit`` plugin module, see ``docs/gguf.md``. Tensor names
+come from the ``gguf`` package's maps, so a family states only what is particular to it. This
+module knows
 configurations and single tensors. It does not know files or quantization.
 """
 
@@ -171,9 +172,15 @@ FAMILIES: Final[dict[str, Family]] = {}
 def register_family(family: Family) -> None:
     """Add a family to the table.
 
+    Args:
+        family: How models of one ``model_type`` are written. Registering the same one twice
+            changes nothing.
+
     Raises:
-        PluginError: When one of that ``model_type`` is there already.
+        PluginError: When another one of that ``model_type`` is there already.
     """
+    if FAMILIES.get(family.model_type) == family:
+        return
     if family.model_type in FAMILIES:
         raise PluginError(f"A GGUF family for model_type {family.model_type!r} exists already.")
     FAMILIES[family.model_type] = family
@@ -213,6 +220,7 @@ for _family in (
         "gemma2",
         "gemma2",
         activation="gelu_pytorch_tanh",
+        ties_by_default=True,
         transforms=_GEMMA,
         describe=_describe_gemma2,
     ),
@@ -220,6 +228,7 @@ for _family in (
         "gemma3_text",
         "gemma3",
         activation="gelu_pytorch_tanh",
+        ties_by_default=True,
         transforms=_GEMMA,
         describe=_describe_gemma3,
         rotary_kinds=("linear",),
@@ -247,6 +256,6 @@ def find_family(config: Mapping[str, Any]) -> Family:
         raise UnsupportedModelError(
             f"GGUF export does not know models of type {kind!r}.{hint} Known: "
             f"{', '.join(sorted(FAMILIES))}. Export with 'merged_16bit', or add the family with "
-            "qlora_kit.exporters.gguf.families.register_family."
+            "qlora_kit.exporters.gguf.register_family."
         )
     return FAMILIES[kind]

@@ -104,6 +104,11 @@ class Family:
         rotary_layer_type: The entry of ``rope_parameters`` that is the main one, if it has any.
         default_theta: Base of the rotary embedding where none is stated.
         has_experts: Whether blocks hold experts.
+        ties_by_default: Whether the head is the embedding matrix where the configuration does
+            not say.
+        names: GGUF names of tensors that the ``gguf`` package's map does not know, by Hugging
+            Face name, block numbers as ``{bid}`` in both, without ``.weight`` or ``.bias``.
+        block_tensors: What every block must have, by GGUF name.
     """
 
     model_type: str
@@ -116,6 +121,9 @@ class Family:
     rotary_layer_type: str | None = None
     default_theta: float = 10000.0
     has_experts: bool = False
+    ties_by_default: bool = False
+    names: Mapping[str, str] = field(default_factory=dict)
+    block_tensors: tuple[str, ...] = ("attn_norm", "attn_output", "ffn_norm")
 
     def describe_model(self, config: Config) -> Description:
         """The metadata, extra tensors and notes of a model of this family.

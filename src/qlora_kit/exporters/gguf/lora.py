@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from qlora_kit.errors import ConfigError, UnsupportedModelError
+from qlora_kit.errors import ConfigError, ExportError, UnsupportedModelError
 from qlora_kit.exporters.gguf.convert import convert
 from qlora_kit.exporters.gguf.exporter import choose_name
 from qlora_kit.exporters.gguf.families import Config, Family, find_family
 from qlora_kit.exporters.gguf.ggml import check_encoder, find_missing_encoder
+from qlora_kit.exporters.gguf.planning import pad
 from qlora_kit.exporters.gguf.reading import GgufFile
-from qlora_kit.exporters.gguf.recipes import RECIPES
+from qlora_kit.exporters.gguf.recipes import ALIASES, RECIPES
 from qlora_kit.exporters.gguf.running import check_runner
 from qlora_kit.exporters.gguf.tensors import make_name_mapper
 from qlora_kit.exporters.gguf.verifying import check_run
@@ -24,6 +25,7 @@ from qlora_kit.weights.source import SafetensorsSource
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
 __all__ = ["GgufLoraExporter", "GgufLoraOptions"]
 
@@ -41,16 +43,21 @@ class GgufLoraOptions:
     """Options of ``gguf-lora``.
 
     Attributes:
-        dtype: What the two factors are stored in.
+        dtype: What the two factors are stored in; the long spellings mean the same.
         name: The adapter's name and file name; by default the base's with ``-lora``.
     """
 
-    dtype: Literal["f32", "f16"] = "f32"
+    dtype: Literal["f32", "f16", "float32", "float16"] = "f32"
     name: str | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in _TOLERANCES:
+        if self.stored_type not in _TOLERANCES:
             raise ConfigError(f"dtype must be 'f32' or 'f16', got {self.dtype!r}.")
+
+    @property
+    def stored_type(self) -> str:
+        """``"f32"`` or ``"f16"``."""
+        return ALIASES.get(self.dtype, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -88,33 +95,23 @@ class GgufLoraExporter:
         if request.verify == "full":
             check_runner()
             _check_base(request)
-        bits = RECIPES[request.options.dtype].bits
+        bits = RECIPES[request.options.stored_type].bits
         numbers = sum(f.a.numel() + f.b.numel() for f in _collect_factors(request))
         return ExportEstimate(int(numbers * bits / 8) + 65536)
 
     def write(self, request: ExportRequest, folder: Path) -> Mapping[str, Any]:
         """Write the adapter file."""
-        import torch
-
-        from gguf import GGUFWriter
-
         family = _find_family(request)
         path = folder / _file_name(request)
-        dtype = {"f32": torch.float32, "f16": torch.float16}[request.options.dtype]
-        writer = GGUFWriter(path, family.architecture)
-        writer.add_type("adapter")
-        writer.add_name(path.stem)
-        writer.add_string("adapter.type", "lora")
-        writer.add_float32("adapter.lora.alpha", _alpha(request))
-        count = 0
-        for factors in _collect_factors(request):
-            writer.add_tensor(f"{factors.name}.lora_a", factors.a.to(dtype).numpy())
-            writer.add_tensor(f"{factors.name}.lora_b", factors.b.to(dtype).numpy())
-            count += 1
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        parts = list(_encode_factors(request))
+        _write_header(path, family, _alpha(request), parts)
+        # Not through GGUFWriter: numpy's tofile does not notice that the disk is full.
+        with path.open("ab") as handle:
+            pad(handle)
+            for _, values in parts:
+                handle.write(values.data)
+                pad(handle)
+        count = len(parts) // 2
         request.progress("writing GGUF adapter", count, count)
         return {"architecture": family.architecture, "adapted_tensors": count, "file": path.name}
 
@@ -139,6 +136,42 @@ class GgufLoraExporter:
             files = [(RECIPES["f16"], done.files["f16"])]
             checks += check_run(model, files, merges_into_original=True, lora=path)
         return Verification("full", tuple(checks))
+
+
+def _encode_factors(request: ExportRequest) -> Iterator[tuple[str, NDArray[Any]]]:
+    """The file's tensors, in order: names and values."""
+    import numpy as np
+
+    dtype = {"f32": np.float32, "f16": np.float16}[request.options.stored_type]
+    for factors in _collect_factors(request):
+        for part, tensor in (("lora_a", factors.a), ("lora_b", factors.b)):
+            values = np.ascontiguousarray(tensor.numpy(), dtype=dtype)
+            if not np.isfinite(values).all():
+                raise ExportError(
+                    f"{factors.name}.{part} holds numbers that are not finite as "
+                    f"{np.dtype(dtype).name}. Training has diverged, or dtype='f32' is needed."
+                )
+            yield f"{factors.name}.{part}", values
+
+
+def _write_header(
+    path: Path, family: Family, alpha: float, parts: Sequence[tuple[str, NDArray[Any]]]
+) -> None:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(path, family.architecture)
+    writer.add_type("adapter")
+    writer.add_name(path.stem)
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", alpha)
+    for name, values in parts:
+        writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
+    try:
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    finally:
+        writer.close()
 
 
 def _check_base(request: ExportRequest) -> Path:
@@ -240,7 +273,7 @@ def _collect_factors(request: ExportRequest) -> Iterator[_Factors]:
 def _check_updates(request: ExportRequest, file: GgufFile) -> Check:
     import numpy as np
 
-    tolerance = _TOLERANCES[request.options.dtype]
+    tolerance = _TOLERANCES[request.options.stored_type]
     alpha = float(file.value("adapter.lora.alpha", 0.0))
     worst, worst_name, names = 0.0, "", set()
     for factors in _collect_factors(request):

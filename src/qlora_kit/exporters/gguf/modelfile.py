@@ -211,6 +211,9 @@ def _match_layout(
     tokenizer: Any, jinja: str, settings: Mapping[str, Any]
 ) -> tuple[_ChatLayout, str | None] | None:
     """The layout that renders what the Jinja template does, and the system text it adds."""
+    if _writes_bos(tokenizer, jinja, settings) and not _adds_bos(tokenizer):
+        # llama.cpp would not add the token either, and a template is rendered turn by turn.
+        return None
     user, answer = "<the question>", "<the answer>"
     short = [{"role": "user", "content": user}]
     long = [
@@ -250,10 +253,26 @@ def _default_system(layout: _ChatLayout, rendered: str, plain: str) -> str | Non
     return None
 
 
+def _writes_bos(tokenizer: Any, jinja: str, settings: Mapping[str, Any]) -> bool:
+    """Whether the template itself puts the beginning-of-text token in."""
+    messages = [{"role": "user", "content": "x"}]
+    with_mark = _render(tokenizer, jinja, messages, {**settings, "bos_token": "<the beginning>"})
+    return with_mark is not None and "<the beginning>" in with_mark
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    ids: list[int] = tokenizer("x")["input_ids"]
+    return bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
 def _render(
     tokenizer: Any, jinja: str, messages: list[dict[str, str]], settings: Mapping[str, Any]
 ) -> str | None:
-    """What the Jinja template makes of messages, the beginning token left out."""
+    """What the Jinja template makes of messages.
+
+    Without the beginning-of-text token, which llama.cpp adds by itself. Its text may begin a
+    turn as well, as in SmolLM2, so it is taken from the template and not from the result.
+    """
     from jinja2 import TemplateError
 
     try:
@@ -262,10 +281,9 @@ def _render(
             chat_template=jinja,
             tokenize=False,
             add_generation_prompt=True,
-            **settings,
+            **{"bos_token": "", **settings},
         )
     except (TemplateError, TypeError, KeyError, ValueError):
         # A template may refuse a conversation, such as one with a system message.
         return None
-    bos = tokenizer.bos_token
-    return text.removeprefix(bos) if bos else text
+    return text

@@ -15,10 +15,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from qlora_kit.errors import UnsupportedModelError
+from qlora_kit.errors import PluginError, UnsupportedModelError
 from qlora_kit.exporters.gguf.awkward import awkward_strings
 
-__all__ = ["PRE_TOKENIZERS", "PreTokenizer", "recognize_pre_tokenizer", "split_text"]
+__all__ = [
+    "PRE_TOKENIZERS",
+    "PreTokenizer",
+    "recognize_pre_tokenizer",
+    "register_pre_tokenizer",
+    "split_text",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +70,7 @@ class PreTokenizer:
 
 
 #: By name. Names with equal patterns differ in whether merges are ignored.
-PRE_TOKENIZERS: Final[Mapping[str, PreTokenizer]] = {
+PRE_TOKENIZERS: Final[dict[str, PreTokenizer]] = {
     known.name: known
     for known in (
         PreTokenizer("gpt-2", (_GPT2,)),
@@ -89,6 +95,20 @@ _SPELLINGS: Final[Mapping[str, str]] = {
         (_GPT2, _GPT2),
     )
 }
+
+
+def register_pre_tokenizer(known: PreTokenizer) -> None:
+    """Add one of llama.cpp's pre-tokenizers to the table.
+
+    Args:
+        known: Its name in ``llama-vocab.cpp`` and the patterns it has there. Registering the
+            same one twice changes nothing.
+
+    Raises:
+        PluginError: When another one of that name is there already.
+    """
+    if PRE_TOKENIZERS.setdefault(known.name, known) != known:
+        raise PluginError(f"A pre-tokenizer named {known.name!r} exists already.")
 
 
 def split_text(text: str, patterns: Sequence[str]) -> list[str]:

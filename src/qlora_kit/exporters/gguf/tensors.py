@@ -59,9 +59,12 @@ def make_name_mapper(family: Family, layers: int) -> Callable[[str], str]:
     table = gguf.get_tensor_name_map(numbers[family.architecture], layers)
 
     def to_gguf(name: str) -> str:
-        mapped: str | None = table.get_name(name, try_suffixes=(".weight", ".bias"))
-        is_known_bias = name.split(".")[-2] in family.biases
-        if mapped is None or (name.endswith(".bias") and not is_known_bias):
+        mapped: str | None = _find_own_name(family, name) or table.get_name(
+            name, try_suffixes=(".weight", ".bias")
+        )
+        module, _, kind = name.rpartition(".")
+        is_known_bias = module.rpartition(".")[2] in family.biases
+        if mapped is None or (kind == "bias" and not is_known_bias):
             raise UnsupportedModelError(
                 f"llama.cpp has no place for the tensor {name!r} in a {family.architecture!r} "
                 "model. Export with 'merged_16bit' instead."
@@ -69,6 +72,17 @@ def make_name_mapper(family: Family, layers: int) -> Callable[[str], str]:
         return mapped
 
     return to_gguf
+
+
+def _find_own_name(family: Family, name: str) -> str | None:
+    """The name that the family itself gives a tensor, if any."""
+    stem, _, kind = name.rpartition(".")
+    number = re.search(r"\.(\d+)\.", stem)
+    block = number[1] if number else ""
+    for pattern, gguf_name in family.names.items():
+        if pattern.replace("{bid}", block) == stem:
+            return f"{gguf_name.replace('{bid}', block)}.{kind}"
+    return None
 
 
 def plan_tensors(
@@ -81,7 +95,7 @@ def plan_tensors(
     """
     to_gguf = make_name_mapper(family, config.layers)
     names = [name for name in source.names() if not name.endswith(_DERIVED)]
-    is_tied = bool(config.get("tie_word_embeddings", _ties_by_default(family)))
+    is_tied = bool(config.get("tie_word_embeddings", family.ties_by_default))
     if is_tied:
         names = [name for name in names if name != "lm_head.weight"]
     elif "lm_head.weight" not in names:
@@ -105,12 +119,8 @@ def plan_tensors(
         _plan_experts(source, layer, projection, members)
         for (layer, projection), members in experts.items()
     )
-    _check_complete(planned, config)
+    _check_complete(planned, family, config)
     return sorted(planned, key=lambda tensor: _file_order(tensor.name))
-
-
-def _ties_by_default(family: Family) -> bool:
-    return family.architecture.startswith("gemma")
 
 
 def _plan_plain(
@@ -189,7 +199,7 @@ def _plan_fused_experts(
     ]
 
 
-def _check_complete(planned: list[PlannedTensor], config: Config) -> None:
+def _check_complete(planned: list[PlannedTensor], family: Family, config: Config) -> None:
     names = [tensor.name for tensor in planned]
     repeated = (
         {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()
@@ -200,7 +210,7 @@ def _check_complete(planned: list[PlannedTensor], config: Config) -> None:
     needed |= {
         f"blk.{layer}.{part}.weight"
         for layer in range(config.layers)
-        for part in ("attn_norm", "attn_output", "ffn_norm")
+        for part in family.block_tensors
     }
     missing = sorted(needed - set(names))
     if missing:

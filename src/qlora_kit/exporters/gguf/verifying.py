@@ -10,10 +10,10 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from qlora_kit.errors import UnsupportedModelError
-from qlora_kit.exporters.gguf.convert import Plan
+from qlora_kit.exporters.gguf.planning import Plan
 from qlora_kit.exporters.gguf.reading import GgufFile
 from qlora_kit.exporters.gguf.recipes import Recipe
 from qlora_kit.exporters.gguf.running import LlamaRun
@@ -73,12 +73,9 @@ _CLEAR_MARGIN: Final = 0.3
 
 _ROWS_COMPARED: Final = 64
 
-_PROBES: Final = (
-    "The capital of Italy is",
-    "Once upon a time, there was a",
-    "Below is an instruction that describes a task.\n\n### Instruction:\nName three primary "
-    "colours.\n\n### Response:\n",
-)
+_PROBES: Final = ("The capital of Italy is", "Once upon a time, there was a")
+# Asked as the formatter that trained the model asks; plainly where there is none.
+_QUESTION: Final = "Name three primary colors."
 
 _PROBE_TOKENS: Final = 12
 
@@ -211,8 +208,7 @@ def _probe_live_model(model: LoadedModel) -> list[_Probe]:
     probes = []
     with model.engine.inference(model) as live, torch.no_grad():
         device = next(live.parameters()).device
-        for text in _PROBES:
-            prompt = model.tokenizer(text)["input_ids"]
+        for prompt in _make_prompts(model):
             ids = list(prompt)
             for _ in range(_PROBE_TOKENS):
                 logits = live(torch.tensor([ids], device=device)).logits[0, -1]
@@ -230,6 +226,15 @@ def _probe_live_model(model: LoadedModel) -> list[_Probe]:
                 )
             )
     return probes
+
+
+def _make_prompts(model: LoadedModel) -> list[list[int]]:
+    formatter = model.record.formatter
+    if formatter is None:
+        asked = list(model.tokenizer(f"Question: {_QUESTION}\nAnswer:")["input_ids"])
+    else:
+        asked = list(formatter.prompt(_QUESTION).token_ids)
+    return [asked, *(list(model.tokenizer(text)["input_ids"]) for text in _PROBES)]
 
 
 def _compare(
@@ -251,7 +256,8 @@ def _compare(
             ids.append(token)
     mean = sum(differences) / len(differences)
     first = probes[0]
-    text = _show(model.tokenizer, first.answer_ids)
+    live = model.tokenizer.decode(list(first.answer_ids), skip_special_tokens=True)
+    theirs = run.complete(first.prompt_ids, len(first.answer_ids))
     return [
         Check(
             f"log-probabilities of {recipe.name}",
@@ -265,13 +271,8 @@ def _compare(
             f"greedy text of {recipe.name}",
             surprises == 0,
             f"llama.cpp chose {agreed} of {total} tokens alike and {surprises} against a clear "
-            f"preference; the live model goes on with {text!r}.",
+            f"preference; the live model goes on with {live!r}, llama.cpp with {theirs!r}.",
             float(surprises),
             0.0,
         ),
     ]
-
-
-def _show(tokenizer: Any, ids: Sequence[int]) -> str:
-    text: str = tokenizer.decode(list(ids))
-    return text

@@ -22,10 +22,11 @@ MEMORY = MemoryModel(
 )
 
 
-def _resolve(free_gib, step_tokens=16384, longest=2048, **asked):
+def _resolve(free_gib, step_tokens=16384, longest=2048, usual_tokens=None, **asked):
     return resolve_plan(
         FastPlan(**asked), MEMORY, device_type="cuda", free_bytes=free_gib * GIB,
         step_tokens=step_tokens, longest=longest, is_quantized=True, supports_graphs=True,
+        usual_tokens=usual_tokens,
     )  # fmt: skip
 
 
@@ -63,6 +64,14 @@ def test_small_steps_use_graphs_and_large_ones_do_not():
     assert _resolve(130, step_tokens=1500, longest=400).uses_cuda_graphs
     assert not _resolve(130).uses_cuda_graphs
     assert not _resolve(130, step_tokens=1500, longest=400, cuda_graphs=False).uses_cuda_graphs
+
+
+def test_one_long_batch_does_not_decide_for_all():
+    plan = _resolve(130, step_tokens=4722, longest=1000, usual_tokens=1600)
+    assert plan.micro_batch_tokens == 4722
+    assert plan.graph_tokens == 4096
+    assert plan.caches_weights
+    assert _resolve(130, step_tokens=4722, longest=1000, cuda_graphs=True).graph_tokens == 4722
 
 
 def test_what_is_pinned_stays():

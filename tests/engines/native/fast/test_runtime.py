@@ -18,8 +18,9 @@ def _reference(model, rows):
     model.train()
     total, count = 0.0, 0
     for row in rows:
-        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1].float()
-        labels = torch.tensor(row["labels"])[1:]
+        ids = torch.tensor([row["input_ids"]], device=model.device)
+        logits = model(input_ids=ids).logits[0, :-1].float()
+        labels = torch.tensor(row["labels"], device=model.device)[1:]
         total = total + torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
         count += int((labels != -100).sum())
     (total / count).backward()
@@ -137,8 +138,9 @@ def test_statistics_equal_the_logits(make_adapted, token_rows):
     hits = entropy = 0.0
     with torch.no_grad():
         for row in rows:
-            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
-            labels = torch.tensor(row["labels"])[1:]
+            ids = torch.tensor([row["input_ids"]], device=model.device)
+            logits = model(input_ids=ids).logits[0, :-1]
+            labels = torch.tensor(row["labels"], device=model.device)[1:]
             kept = labels != -100
             hits += float((logits[kept].argmax(-1) == labels[kept]).sum())
             entropy += float(torch.distributions.Categorical(logits=logits[kept]).entropy().sum())

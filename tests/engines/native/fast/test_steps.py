@@ -27,7 +27,7 @@ def _collate(rows):
 def make_trainer(token_rows, tmp_path):
     """A trainer over the token rows; ``plan=False`` is plain TRL and peft."""
 
-    def make(adapted, plan, *, rows=None, with_eval=False, extra=None, **fields):
+    def make(adapted, plan, *, rows=None, with_eval=False, chooses=False, extra=None, **fields):
         from datasets import Dataset
         from trl import SFTConfig
 
@@ -48,6 +48,7 @@ def make_trainer(token_rows, tmp_path):
             collator=_collate,
             is_packed=False,
             plan=plan,
+            chooses_checkpointing=chooses,
             extra=extra or {},
         )
         return adapted.engine.make_trainer(adapted, job)
@@ -227,7 +228,8 @@ def test_checkpointing_follows_the_user_unless_left_open(make_adapted, make_trai
     pinned = make_trainer(make_adapted(), EAGER, max_steps=1, gradient_checkpointing=True)
     pinned.train()
     assert pinned.fast_plan.checkpointing == "full"
-    open_ = make_adapted(use_gradient_checkpointing="auto")
-    trainer = make_trainer(open_, EAGER, max_steps=1, gradient_checkpointing=True)
-    trainer.train()
-    assert trainer.fast_plan.checkpointing == "none"
+    left_open = make_trainer(
+        make_adapted(), EAGER, max_steps=1, gradient_checkpointing=True, chooses=True
+    )
+    left_open.train()
+    assert left_open.fast_plan.checkpointing == "none"

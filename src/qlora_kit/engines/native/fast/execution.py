@@ -29,6 +29,7 @@ class StepRunner:
         self.runtime = runtime
         self.zero = torch.zeros((), dtype=torch.float32, device=runtime.device)
         self._graphs: GraphPool | None = None
+        self._longest = 512
 
     def supports_graphs(self) -> bool:
         """Whether a micro-batch can be captured: everything fused, on CUDA, one attention call."""
@@ -63,7 +64,7 @@ class StepRunner:
         for batch in batches:
             if batch.trained_tokens == 0:
                 continue
-            if self._graphs is not None and batch.tokens <= plan.micro_batch_tokens:
+            if self._graphs is not None and batch.tokens <= plan.graph_tokens:
                 loss, part = self._graphs.run(batch, trained)
             else:
                 loss, part = self._run_plainly(batch.to(runtime.device), trained, scaler)
@@ -104,9 +105,14 @@ class StepRunner:
                 round_tokens=_round_for_graph,
                 round_trained=_round_trained_for_graph,
                 round_count=_round_count_for_graph,
-                round_longest=_round_longest,
+                round_longest=self._declare_longest,
             )
         return lay_out(examples, most, round_tokens=_round_up, round_longest=_round_longest)
+
+    def _declare_longest(self, size: int) -> int:
+        """A power of two that only grows, so that graphs differ in one size less."""
+        self._longest = max(self._longest, 1 << (size - 1).bit_length())
+        return self._longest
 
 
 def _round_up(size: int) -> int:
@@ -114,13 +120,13 @@ def _round_up(size: int) -> int:
 
 
 def _round_longest(size: int) -> int:
-    # Attention launches blocks up to this length for every example; empty ones end at once.
-    return max(512, 1 << (size - 1).bit_length())
+    # Attention launches a block for every 128 tokens up to this length, for every example.
+    return -(-size // 128) * 128
 
 
 def _round_for_graph(size: int) -> int:
-    """Eight sizes per doubling: at most an eighth is filler, and few graphs serve every batch."""
-    step = max(64, 1 << ((size - 1).bit_length() - 4))
+    """Four sizes per doubling: a tenth of it is filler on average, and few graphs serve all."""
+    step = max(128, 1 << ((size - 1).bit_length() - 3))
     return -(-size // step) * step
 
 
@@ -131,4 +137,4 @@ def _round_trained_for_graph(size: int, tokens: int) -> int:
 
 
 def _round_count_for_graph(size: int) -> int:
-    return max(65, (1 << (size - 2).bit_length()) + 1)
+    return max(17, (1 << (size - 2).bit_length()) + 1)

@@ -1,8 +1,8 @@
 """CUDA graphs of whole micro-batches: one launch instead of thousands.
 
-A micro-batch of sizes not seen before runs plainly, which warms every kernel up, and is
-captured afterwards for the next one of these sizes. All graphs share one memory pool; their
-gradients are added to the banks inside the graph.
+The first micro-batch runs plainly, which warms every kernel up, and is captured afterwards;
+later ones of sizes not seen before are captured at once and replayed. All graphs share one
+memory pool; their gradients are added to the banks inside the graph.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class GraphPool:
         self._graphs: dict[tuple[int, ...], _Captured] = {}
         self._pool: tuple[int, int] | None = None
         self._is_broken = False
+        self._captures_cold = True
 
     def run(self, batch: MicroBatch, trained: int) -> tuple[Tensor, Tensor]:
         """Forward, backward and gathering of gradients.
@@ -63,14 +64,19 @@ class GraphPool:
         if captured is None:
             moved = batch.to(self._runtime.device)
             share = torch.full((), 1.0 / trained, device=self._runtime.device)
-            result = self._compute(moved, share)
-            if not self._is_broken and len(self._graphs) < _MOST_GRAPHS:
-                self._capture(key, moved, share)
-            return result
-        for name in _INPUTS:
-            source = getattr(batch, name).pin_memory()
-            getattr(captured.batch, name).copy_(source, non_blocking=True)
-        captured.share.fill_(1.0 / trained)
+            if self._graphs and self._captures_cold and len(self._graphs) < _MOST_GRAPHS:
+                captured = self._capture(key, moved, share)
+                self._captures_cold = captured is not None
+            if captured is None:
+                result = self._compute(moved, share)
+                if not self._is_broken and len(self._graphs) < _MOST_GRAPHS:
+                    self._is_broken = self._capture(key, moved, share) is None
+                return result
+        else:
+            for name in _INPUTS:
+                source = getattr(batch, name).pin_memory()
+                getattr(captured.batch, name).copy_(source, non_blocking=True)
+            captured.share.fill_(1.0 / trained)
         captured.graph.replay()
         return captured.loss, captured.stats
 
@@ -81,22 +87,21 @@ class GraphPool:
         self._runtime.end_micro_batch()
         return loss.detach(), stats
 
-    def _capture(self, key: tuple[int, ...], batch: MicroBatch, share: Tensor) -> None:
+    def _capture(self, key: tuple[int, ...], batch: MicroBatch, share: Tensor) -> _Captured | None:
+        """Record a micro-batch without running it; ``None`` when that failed."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._runtime.device)
         try:
             with torch.cuda.graph(graph, pool=self._pool):
                 loss, stats = self._compute(batch, share)
         except RuntimeError as error:
-            self._is_broken = True
-            logger.warning(
-                "Running without CUDA graphs, a capture failed: %s", str(error).splitlines()[0]
-            )
+            logger.warning("Capturing a CUDA graph failed: %s", str(error).splitlines()[0])
             torch.cuda.synchronize(self._runtime.device)
             for bank in self._runtime.banks:
                 bank.drop_gradients()
-            return
+            return None
         self._pool = self._pool or graph.pool()
         logger.debug("Captured a CUDA graph for %s tokens.", len(batch.input_ids))
         # The graph goes on reading these very tensors.
         self._graphs[key] = _Captured(graph, batch, share, loss, stats)
+        return self._graphs[key]

@@ -6,7 +6,7 @@ Mistral, Qwen2 and Qwen3 layers; which models those are is decided in ``support`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +58,8 @@ class LayerShape(NamedTuple):
     head_dim: int
     intermediate: int
     epsilon: float
+    #: ``swiglu.swiglu`` where its kernels run, else ``None`` for the plain expression.
+    gated: Callable[[Tensor], Tensor] | None = None
 
 
 def decoder_layer(
@@ -99,7 +101,10 @@ def decoder_layer(
     attended = attend(q, k, v, bounds, longest, mask).reshape(tokens, q_size)
     hidden = hidden + _apply(attended, layer.out)
     x = _rms_norm(hidden, layer.post_norm, shape.epsilon)
-    gate, up = _apply(x, layer.gate_up).split([shape.intermediate, shape.intermediate], dim=1)
+    both = _apply(x, layer.gate_up)
+    if shape.gated is not None:
+        return hidden + _apply(shape.gated(both), layer.down)
+    gate, up = both.split([shape.intermediate, shape.intermediate], dim=1)
     return hidden + _apply(torch.nn.functional.silu(gate) * up, layer.down)
 
 

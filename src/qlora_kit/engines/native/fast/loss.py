@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["linear_cross_entropy", "plain_softmax_step", "softmax_step"]
+__all__ = ["SoftmaxStep", "linear_cross_entropy", "plain_softmax_step", "softmax_step"]
 
 _IGNORED = -100
 
 #: From logits ``(P, V)`` and targets ``(P,)``: the gradient of the summed loss with respect to
-#: the logits, and ``[loss, hits, entropy]``, each summed over the positions.
+#: the logits, which may take their place, and ``[loss, hits, entropy]``, each summed over the
+#: positions.
 SoftmaxStep = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 

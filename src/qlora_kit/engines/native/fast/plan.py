@@ -123,7 +123,7 @@ class ResolvedPlan:
         layers: Number of decoder layers.
         caches_weights: Whether dequantized weights are kept.
         loss_chunk_tokens: Tokens whose logits exist at the same time.
-        uses_cuda_graphs: Whether micro-batches are replayed as CUDA graphs.
+        graph_tokens: Micro-batches of up to this size are replayed as CUDA graphs; 0 for none.
         predicted_bytes: Predicted peak beyond the loaded model.
         usable_bytes: Memory that was thought usable when deciding.
     """
@@ -133,9 +133,14 @@ class ResolvedPlan:
     layers: int
     caches_weights: bool
     loss_chunk_tokens: int
-    uses_cuda_graphs: bool
+    graph_tokens: int
     predicted_bytes: int
     usable_bytes: int
+
+    @property
+    def uses_cuda_graphs(self) -> bool:
+        """Whether micro-batches are replayed as CUDA graphs."""
+        return self.graph_tokens > 0
 
     @property
     def checkpointing(self) -> str:
@@ -202,6 +207,7 @@ def resolve_plan(
     longest: int,
     is_quantized: bool,
     supports_graphs: bool,
+    usual_tokens: int | None = None,
 ) -> ResolvedPlan:
     """Decide what was left to ``"auto"``.
 
@@ -214,10 +220,13 @@ def resolve_plan(
         longest: Tokens of its longest example, which cannot be split.
         is_quantized: Whether the weights are quantized, so that there is something to cache.
         supports_graphs: Whether CUDA graphs work for this model on this device.
+        usual_tokens: Tokens of an average effective batch; the largest one's by default. Speed
+            is decided by it, memory by the largest.
     """
     usable = int(free_bytes * _USABLE_SHARE.get(device_type, _USABLE_SHARE_ELSEWHERE))
     chunk = asked.loss_chunk_tokens or _choose_loss_chunk(asked, device_type)
     layers = memory.layers
+    usual_tokens = min(usual_tokens or step_tokens, step_tokens)
 
     def predict(tokens: int, checkpointed: int, caches: bool) -> int:
         return memory.predict(tokens, checkpointed, caches=caches, loss_chunk=chunk)
@@ -225,8 +234,8 @@ def resolve_plan(
     pinned = _pinned_layers(asked, layers)
     caches = asked.weights == "cache" and is_quantized
     if asked.weights == "auto" and is_quantized and asked.checkpointing != "full":
-        whole = predict(min(step_tokens, _SMALL_STEP_TOKENS), pinned or 0, True)
-        is_small = device_type != "cuda" or step_tokens <= _SMALL_STEP_TOKENS
+        whole = predict(min(step_tokens, 2 * _SMALL_STEP_TOKENS), pinned or 0, True)
+        is_small = device_type != "cuda" or usual_tokens <= _SMALL_STEP_TOKENS
         caches = is_small and whole <= usable // 2
     tokens = asked.micro_batch_tokens
     if tokens is None:
@@ -243,16 +252,18 @@ def resolve_plan(
             checkpointed += 1
         if asked.checkpointing == "selective" and checkpointed == 0:
             checkpointed = (layers + 1) // 2
-    graphs = asked.cuda_graphs is True or (
-        asked.cuda_graphs == "auto" and min(tokens, step_tokens) <= _SMALL_STEP_TOKENS
-    )
+    graph_tokens = 0
+    if asked.cuda_graphs is True:
+        graph_tokens = tokens
+    elif asked.cuda_graphs == "auto" and min(tokens, usual_tokens) <= _SMALL_STEP_TOKENS:
+        graph_tokens = min(tokens, _SMALL_STEP_TOKENS)
     return ResolvedPlan(
         micro_batch_tokens=tokens,
         checkpointed_layers=checkpointed,
         layers=layers,
         caches_weights=caches,
         loss_chunk_tokens=chunk,
-        uses_cuda_graphs=bool(graphs and supports_graphs),
+        graph_tokens=graph_tokens if supports_graphs else 0,
         predicted_bytes=predict(max(min(tokens, step_tokens), longest), checkpointed, caches),
         usable_bytes=usable,
     )

@@ -107,12 +107,13 @@ def _lora_linear(
     up: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     weight = dequantize(weights, scales, rows, x.shape[1], blocksize, quant_type, x.dtype)
-    out = torch.nn.functional.linear(x, weight, bias)
     if down is None or up is None:
-        return out, x.new_empty((0, 0))
+        return torch.nn.functional.linear(x, weight, bias), x.new_empty((0, 0))
     low = x @ down.T
-    out.addmm_(low, up.T)
-    return out, low
+    # The small product first: it only writes, and the large one adds to it at no cost, while
+    # a small product added to a large one reads and writes everything once more.
+    out = low @ up.T if bias is None else torch.addmm(bias, low, up.T)
+    return out.addmm_(x, weight.T), low
 
 
 def _lora_linear_fake(
@@ -135,10 +136,9 @@ def _lora_linear_grad(
     down: Tensor | None,
 ) -> Tensor:
     weight = dequantize(weights, scales, rows, columns, blocksize, quant_type, grad.dtype)
-    out = grad @ weight
-    if low_grad is not None and down is not None:
-        out.addmm_(low_grad, down)
-    return out
+    if low_grad is None or down is None:
+        return grad @ weight
+    return (low_grad @ down).addmm_(grad, weight)  # in this order as in the forward pass
 
 
 def _lora_linear_grad_fake(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from qlora_kit.engines.native.fast.layer import (
 )
 from qlora_kit.engines.native.fast.layout import MicroBatch
 from qlora_kit.engines.native.fast.loss import (
+    SoftmaxStep,
     linear_cross_entropy,
     plain_softmax_step,
     softmax_step,
@@ -59,12 +60,14 @@ class FastRuntime:
         self.device: torch.device = self._embedding.weight.device
         config = base.config
         attention = self._decoder.layers[0].self_attn
+        self._layer_call = Compiled(decoder_layer, asked.compile, self.device, "decoder layers")
         self.shape = LayerShape(
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
             head_dim=attention.head_dim,
             intermediate=config.intermediate_size,
             epsilon=config.rms_norm_eps,
+            gated=self._choose_gated(),
         )
         self.attention: AttentionKind = (
             choose_attention(self.device, self.dtype, attention.head_dim)
@@ -81,10 +84,7 @@ class FastRuntime:
         self.is_quantized = any(group.scales for group in fused)
         self._layers: list[LayerTensors] = []
         self._plan: ResolvedPlan | None = None
-        self._layer_call = Compiled(decoder_layer, asked.compile, self.device, "decoder layers")
-        self._softmax_call = Compiled(
-            softmax_step, asked.compile, self.device, "the loss", otherwise=plain_softmax_step
-        )
+        self._softmax_call = self._choose_softmax(asked)
 
     @property
     def plan(self) -> ResolvedPlan:
@@ -192,6 +192,27 @@ class FastRuntime:
             else:
                 hidden = self._run_layer(*arguments)
         return hidden
+
+    @property
+    def _has_triton(self) -> bool:
+        """Whether compiling works on CUDA, hence Triton does."""
+        return self.device.type == "cuda" and self._layer_call.is_compiled
+
+    def _choose_gated(self) -> Callable[[Tensor], Tensor] | None:
+        if not self._has_triton:
+            return None
+        from qlora_kit.engines.native.fast.swiglu import swiglu
+
+        return swiglu
+
+    def _choose_softmax(self, asked: FastPlan) -> SoftmaxStep:
+        if self._has_triton:
+            from qlora_kit.engines.native.fast.softmax import fused_softmax_step
+
+            return fused_softmax_step
+        return Compiled(
+            softmax_step, asked.compile, self.device, "the loss", otherwise=plain_softmax_step
+        )
 
     def _run_layer(self, *arguments: Any) -> Tensor:
         layer: LayerTensors = arguments[6]

@@ -163,13 +163,14 @@ class FastSteps:
         args, dataset = self.args, self.train_dataset  # type: ignore[attr-defined]
         lengths = [len(example.input_ids) for example in examples]
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        longest, step_tokens = _measure_rows(dataset, rows, lengths)
+        longest, step_tokens, usual_tokens = _measure_rows(dataset, rows, lengths)
         plan = resolve_plan(
             self._asked,
             runtime.memory_model(),
             device_type=runtime.device.type,
             free_bytes=_free_bytes(runtime.device),
             step_tokens=step_tokens,
+            usual_tokens=usual_tokens,
             longest=longest,
             is_quantized=runtime.is_quantized,
             supports_graphs=self._runner.supports_graphs(),
@@ -207,17 +208,18 @@ def _as_sample(examples: list[Example]) -> dict[str, Any]:
     }
 
 
-def _measure_rows(dataset: Any, rows: int, lengths: list[int]) -> tuple[int, int]:
-    """The longest example, and the tokens of the largest effective batch to expect."""
+def _measure_rows(dataset: Any, rows: int, lengths: list[int]) -> tuple[int, int, int]:
+    """Tokens of the longest example, and of the largest and the average effective batch."""
     longest, step_tokens = max(lengths), sum(lengths)
     if not hasattr(dataset, "column_names") or "input_ids" not in (dataset.column_names or ()):
-        return longest, step_tokens
+        return longest, step_tokens, step_tokens
     sizes = sorted((len(ids) for ids in dataset["input_ids"]), reverse=True)
     if "seq_lengths" in dataset.column_names:
         longest = max(max(parts, default=0) for parts in dataset["seq_lengths"])
     else:
         longest = sizes[0]
-    return max(longest, *lengths), max(step_tokens, sum(sizes[:rows]))
+    usual = sum(sizes) * min(rows, len(sizes)) // max(len(sizes), 1)
+    return max(longest, *lengths), max(step_tokens, sum(sizes[:rows])), usual
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -1,0 +1,70 @@
+"""Loss, gradient and statistics of logits in two passes over memory, in place.
+
+``torch.compile`` makes three passes and a second buffer of it, 10 of 590 ms per step of a
+model with 152k tokens at 16,384 positions. Each program takes a row; running maxima and sums
+per lane (online softmax, Milakov and Gimelshein, arXiv:1805.02867) are reduced once at the
+end. Imported only where Triton runs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["fused_softmax_step"]
+
+_BLOCK = 4096
+
+
+def fused_softmax_step(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """A :data:`loss.SoftmaxStep` that overwrites the logits with their gradient.
+
+    Args:
+        logits: Contiguous, shape ``(P, V)``; holds the gradient afterwards.
+        targets: Shape ``(P,)``; rows of -100 count nothing.
+    """
+    rows, columns = logits.shape
+    sums = torch.empty((rows, 3), dtype=torch.float32, device=logits.device)
+    if rows:
+        _softmax_kernel[(rows,)](logits, targets, sums, columns, BLOCK=_BLOCK, num_warps=8)
+    return logits, sums.sum(0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _softmax_kernel(logits, targets, sums, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    row = tl.program_id(0).to(tl.int64)
+    base = logits + row * columns
+    target = tl.load(targets + row)
+    counts = target != -100
+    place = tl.where(counts, target, 0)
+    # Before the reductions, whose barriers keep it ahead of the second pass's writes.
+    chosen = tl.load(base + place).to(tl.float32)
+    lanes = tl.arange(0, BLOCK)
+    highest = tl.full((BLOCK,), -3.0e38, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    weighted = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, columns, BLOCK):
+        mask = start + lanes < columns
+        score = tl.load(base + start + lanes, mask, other=-3.0e38).to(tl.float32)
+        raised = tl.maximum(highest, score)
+        scale = tl.exp(highest - raised)
+        share = tl.where(mask, tl.exp(score - raised), 0.0)
+        total = total * scale + share
+        weighted = weighted * scale + share * score
+        highest = raised
+    top = tl.max(highest, 0)
+    factor = tl.exp(highest - top)
+    total_all = tl.sum(total * factor, 0)
+    mean = tl.sum(weighted * factor, 0) / total_all
+    normalizer = top + tl.log(total_all)
+    tl.store(sums + 3 * row, tl.where(counts, normalizer - chosen, 0.0))
+    tl.store(sums + 3 * row + 1, tl.where(counts & (chosen >= top), 1.0, 0.0))
+    tl.store(sums + 3 * row + 2, tl.where(counts, normalizer - mean, 0.0))
+    for start in range(0, columns, BLOCK):
+        mask = start + lanes < columns
+        score = tl.load(base + start + lanes, mask, other=0.0).to(tl.float32)
+        gradient = tl.exp(score - normalizer) - tl.where(start + lanes == place, 1.0, 0.0)
+        gradient = tl.where(counts, gradient, 0.0)
+        tl.store(base + start + lanes, gradient.to(logits.dtype.element_ty), mask)

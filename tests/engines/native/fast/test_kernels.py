@@ -1,0 +1,59 @@
+"""The Triton kernels, run by Triton's interpreter on the CPU."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+_SWIGLU = """
+import torch
+from qlora_kit.engines.native.fast.swiglu import swiglu
+
+generator = torch.Generator().manual_seed(0)
+gate_up = torch.randn((7, 2000), generator=generator).requires_grad_()
+probe = torch.randn((7, 1000), generator=generator)
+out = swiglu(gate_up)
+gate, up = gate_up.split(1000, dim=1)
+expected = torch.nn.functional.silu(gate) * up
+torch.testing.assert_close(out, expected)
+found, reference = (
+    torch.autograd.grad((value * probe).sum(), gate_up)[0] for value in (out, expected)
+)
+torch.testing.assert_close(found, reference)
+torch.library.opcheck(
+    torch.ops.qlora_kit.swiglu.default,
+    (gate_up,),
+    test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+)
+"""
+
+_SOFTMAX = """
+import torch
+from qlora_kit.engines.native.fast.loss import plain_softmax_step
+from qlora_kit.engines.native.fast.softmax import fused_softmax_step
+
+generator = torch.Generator().manual_seed(0)
+for columns in (30, 4096, 9001):
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        logits = (4 * torch.randn((11, columns), generator=generator)).to(dtype)
+        targets = torch.randint(0, columns, (11,), generator=generator)
+        targets[3] = targets[10] = -100
+        targets[0], targets[1] = logits[0].argmax(), columns - 1
+        expected, sums = plain_softmax_step(logits.clone(), targets)
+        gradient, found = fused_softmax_step(logits, targets)
+        assert gradient is logits
+        torch.testing.assert_close(gradient, expected, rtol=tolerance, atol=1e-4)
+        torch.testing.assert_close(found, sums, rtol=1e-4, atol=1e-4)
+"""
+
+
+@pytest.mark.parametrize("script", [_SWIGLU, _SOFTMAX], ids=["swiglu", "softmax"])
+def test_kernels_equal_the_plain_expressions(script):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed (torch brings it on Linux with CUDA)")
+    subprocess.run(
+        [sys.executable, "-c", script], check=True, timeout=120,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )  # fmt: skip
