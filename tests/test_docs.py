@@ -81,7 +81,7 @@ def test_broken_links_would_be_found(tmp_path):
 
 @every_page
 def test_files_that_pages_name_exist(page):
-    pattern = r"(?:src|docs|tests|examples|benchmarks)/[\w./-]*"
+    pattern = r"(?:src/qlora_kit|docs|tests|examples|benchmarks)/[\w./-]*"
     named = {
         match.rstrip("/.")
         for code in inline_code_of(read(page))
