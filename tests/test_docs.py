@@ -255,6 +255,14 @@ def test_architecture_page_draws_the_enforced_layers():
     assert drawn == enforced
 
 
+def test_index_lists_every_page_and_example():
+    text = read(REPOSITORY / "docs" / "README.md")
+    for page in (REPOSITORY / "docs").glob("*.md"):
+        assert page.name == "README.md" or f"]({page.name})" in text
+    for script in (REPOSITORY / "examples").glob("*.py"):
+        assert f"](../examples/{script.name})" in text
+
+
 def test_changelog_keeps_a_changelog():
     text = read(REPOSITORY / "CHANGELOG.md")
     assert re.search(r"^## \[Unreleased\]$", text, flags=re.MULTILINE)
