@@ -97,6 +97,11 @@ def test_skipped_blocks_carry_a_reason(page):
 
 
 @every_page
+def test_no_placeholder_was_left_behind(page):
+    assert re.findall(r"^[A-Z_]{4,}$|\bTODO\b|\bTBD\b|\bMACHINE\b", read(page), re.MULTILINE) == []
+
+
+@every_page
 def test_make_targets_that_pages_name_exist(page):
     for code in inline_code_of(read(page)):
         if code.startswith("make "):
