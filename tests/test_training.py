@@ -50,6 +50,15 @@ def test_training_lowers_the_loss_and_reports_what_it_did(model, alpaca_rows, tm
     assert "8 steps" in str(result)
 
 
+def test_the_result_says_how_steps_were_computed(model, alpaca_rows, tmp_path):
+    fast = _train(model, alpaca_rows, tmp_path, max_steps=1, plan={"compile": False})
+    assert fast.plan.startswith("micro-batches of up to ")
+    manifest = json.loads(fast.manifest_path.read_text(encoding="utf-8"))
+    assert manifest["result"]["plan"] == fast.plan
+    plain = _train(model, alpaca_rows, tmp_path, max_steps=1, plan=False)
+    assert plain.plan == "TRL and peft"
+
+
 def test_the_manifest_says_what_happened_and_holds_no_token(model, alpaca_rows, tmp_path):
     result = _train(model, alpaca_rows, tmp_path, hub_token="hf_secret")
     text = result.manifest_path.read_text(encoding="utf-8")
