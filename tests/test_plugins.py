@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -349,3 +351,18 @@ def test_what_is_missing_is_listed_even_when_the_question_fails(site, fresh):
         "find_missing() failed: ZeroDivisionError: division by zero"
     ]
     assert found["lora"]["is_available"]
+
+
+def test_the_plugin_of_the_documentation_is_found_as_its_pyproject_says(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text(encoding="utf-8")
+    source = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
+    project = tomllib.loads(re.search(r"```toml\n(.*?)```", page, re.DOTALL)[1])["project"]
+    entry_points = project["entry-points"]["qlora_kit"]
+    install(tmp_path, project["name"], None, entry_points=entry_points)
+    (module,) = entry_points.values()
+    (tmp_path / f"{module}.py").write_text(source, encoding="utf-8")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    added, found, errors = _names(PYTHONPATH=path)
+    assert added == {"adapter-npz"}
+    assert not found["broken"]
+    assert not errors

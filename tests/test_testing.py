@@ -343,3 +343,21 @@ def test_a_format_without_a_path_is_held_to_the_rest(tiny):
 def test_a_format_that_differs_each_time_may_say_so(tiny):
     with pytest.raises(ContractError, match="is_deterministic=False allows it"):
         check_exporter(Stamps(), model=tiny)
+
+
+def test_the_hub_keeps_the_promises_that_are_not_about_files(tiny, monkeypatch, tmp_path):
+    endpoint = pytest.importorskip("hub_endpoint")
+    from huggingface_hub import constants
+
+    from qlora_kit import export_model
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    with endpoint.HubEndpoint() as hub:
+        options = {"repo_id": "me/model", "token": endpoint.GOOD_TOKEN, "endpoint": hub.url}
+        check_exporter(get_exporter("hub"), options={**options, "format": "lora"}, model=tiny)
+        # Beside formats that need a folder, it takes none.
+        results = export_model(tiny, ["lora", "hub"], tmp_path, format="lora", **options)
+        results.raise_for_failures()
+        assert [path.name for path in tmp_path.iterdir()] == ["lora"]
+        assert results["hub"].path is None

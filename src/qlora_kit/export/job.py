@@ -31,7 +31,7 @@ from qlora_kit.errors import (
     VerificationError,
 )
 from qlora_kit.hookspecs import Exporter, ExportEstimate, ExportRequest
-from qlora_kit.manifest import describe_model, read_manifest, write_manifest
+from qlora_kit.manifest import MANIFEST_NAME, describe_model, read_manifest, write_manifest
 from qlora_kit.options import build_options
 from qlora_kit.results import Artifact, ArtifactFile, LoadedModel, Verification
 from qlora_kit.weights.sharing import SharedMerge
@@ -161,7 +161,13 @@ class ExportJob:
                 verification = self._call("verify", Verification, self.request, folder)
             with self._explained_errors("could not be finished"):
                 _raise_for_mismatch(self.name, verification)
-                files = list_files(folder, facts.pop("sha256", {}))
+                facts |= verification.facts
+                files = [
+                    file
+                    for file in list_files(folder, facts.pop("sha256", {}))
+                    # One that a nested export left; its own follows.
+                    if file.name != MANIFEST_NAME
+                ]
                 path = write_manifest(
                     folder, "artifact", self._describe(facts, verification, files)
                 )
