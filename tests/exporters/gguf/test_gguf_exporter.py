@@ -283,10 +283,10 @@ def test_a_trained_smollm2_answers_as_trained_in_llama_cpp(smollm2_folder, tmp_p
             assert llama.is_end(wanted[-1])
     lora = qlora_kit.export_model(adapted, "gguf-lora", tmp_path / "lora")
     assert lora.verification.passed
-    base = qlora_kit.export_model(
-        model, "gguf", tmp_path / "base", quantization="q8_0", verify=False
-    )
-    with Llama(
-        base.path / base.facts["files"]["q8_0"], lora=lora.path / lora.facts["file"]
-    ) as llama:
+    with SafetensorsSource(smollm2_folder) as source:
+        base = convert(source, model.model.config.to_dict(), model.tokenizer, tmp_path)
+    path = base.files["q8_0"]
+    with Llama(path, lora=lora.path / lora.facts["file"]) as llama:
         assert llama.greedy(ids, len(wanted)) == wanted
+    with Llama(path) as llama:
+        assert llama.greedy(ids, len(wanted)) != wanted
