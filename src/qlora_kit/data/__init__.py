@@ -18,6 +18,7 @@ from qlora_kit.data.rows import Rows
 from qlora_kit.data.segments import Prompt, Segment
 from qlora_kit.data.spec import formatter_from_spec
 from qlora_kit.data.templates import AlpacaTemplate
+from qlora_kit.data.text import TextFormatter
 
 __all__ = [
     "AlpacaFormatter",
@@ -33,6 +34,7 @@ __all__ = [
     "Prompt",
     "Rows",
     "Segment",
+    "TextFormatter",
     "formatter_from_spec",
     "pack_examples",
 ]

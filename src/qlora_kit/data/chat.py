@@ -26,8 +26,12 @@ _ROLES: Final = {
     "chatgpt": "assistant",
     "bot": "assistant",
     "model": "assistant",
+    "function_call": "assistant",
     "observation": "tool",
+    "function": "tool",
 }
+#: Roles whose words may be empty: a tool can return nothing.
+_MAY_BE_SILENT: Final = ("system", "tool")
 
 
 class ChatFormatter(FormatterBase):
@@ -242,12 +246,54 @@ def _parse_message(message: Any) -> tuple[dict[str, Any], str | None]:
         isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content
     ):
         content = "".join(part["text"] for part in content)
+    if role.lower() == "function_call" and isinstance(content, str):
+        rest["tool_calls"], content = _read_function_call(content)
     role = _ROLES.get(role.lower(), role.lower())
+    if rest.get("tool_calls"):
+        calls, reason = _parse_tool_calls(rest["tool_calls"])
+        if reason:
+            return {}, reason
+        rest["tool_calls"] = calls
     parsed = {**rest, "role": role, "content": content}
-    if content is None and rest.get("tool_calls"):
+    if not content and isinstance(content, str | None) and rest.get("tool_calls"):
         return {**parsed, "content": ""}, None
-    reason = check_text(content, may_be_empty=role == "system")
+    reason = check_text(content, may_be_empty=role in _MAY_BE_SILENT)
     return parsed, reason and f"has a content that {reason}"
+
+
+def _read_function_call(content: str) -> tuple[list[Any] | None, str]:
+    """A ShareGPT ``function_call`` turn as tool calls; as the text it is, if it is no JSON."""
+    try:
+        calls = json.loads(content)
+    except json.JSONDecodeError:
+        return None, content
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) and "name" in call for call in calls):
+        return None, content
+    return [{"type": "function", "function": call} for call in calls], ""
+
+
+def _parse_tool_calls(calls: Any) -> tuple[Any, str | None]:
+    """Tool calls with their arguments as objects.
+
+    OpenAI's API writes arguments as JSON text. Templates expect the object and write it as
+    JSON themselves, so that the text would be learned as JSON within JSON.
+    """
+    if not isinstance(calls, list | tuple) or not all(isinstance(c, Mapping) for c in calls):
+        return None, "has tool_calls that are not a list of objects"
+    parsed = []
+    for call in calls:
+        holder = call.get("function", call)
+        if not isinstance(holder, Mapping):
+            return None, "has a tool call whose 'function' is not an object"
+        if isinstance(holder.get("arguments"), str):
+            try:
+                arguments = json.loads(holder["arguments"] or "{}")
+            except json.JSONDecodeError as error:
+                return None, f"has a tool call whose arguments are not JSON ({error})"
+            holder = {**holder, "arguments": arguments}
+        parsed.append({**call, "function": holder} if "function" in call else dict(holder))
+    return parsed, None
 
 
 def _find_texts(value: Any) -> Iterator[str]:

@@ -39,24 +39,35 @@ __all__ = ["Formatter", "FormatterBase", "check_tokenizer"]
 
 @runtime_checkable
 class Formatter(Protocol):
-    """What training needs of a formatter. :class:`FormatterBase` gives all of it for ten lines.
+    """What training, generation and exports ask of a formatter.
+
+    A subclass of :class:`FormatterBase` has all of it for ten lines; a class of another origin
+    needs nothing but these members.
 
     Attributes:
         tokenizer: The tokenizer whose ids it makes.
-        fingerprint: Changes whenever the same rows would become other tokens or other loss.
     """
 
     tokenizer: Any
 
     @property
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Changes whenever the same rows would become other tokens or other loss."""
+        ...
 
-    def load(self, source: Any, split: str = "train") -> Rows:
+    def load(self, source: Any, split: str = "train") -> Sequence[Any]:
         """Read and check rows."""
         ...
 
-    def encode(self, rows: Any, *, max_length: int) -> EncodedExamples:
-        """Turn rows into ``input_ids`` and ``labels``."""
+    def encode(
+        self,
+        rows: Any,
+        *,
+        max_length: int,
+        truncation: str = "end",
+        num_proc: int | None = None,
+    ) -> EncodedExamples:
+        """Turn rows into ``input_ids`` and ``labels``, none longer than ``max_length`` tokens."""
         ...
 
     def prompt(self, *args: Any) -> Prompt:
@@ -64,7 +75,7 @@ class Formatter(Protocol):
         ...
 
     def template_spec(self) -> dict[str, Any]:
-        """Everything needed to rebuild the formatter, as JSON values."""
+        """The formatter as JSON values, for manifests; ``eos_token`` and ``stop`` among them."""
         ...
 
 

@@ -121,8 +121,8 @@ def train_sft(
         args=args,
         train_dataset=data.dataset,
         eval_dataset=eval_rows,
-        collator=make_collator(model, options, is_flat=options.packing or options.padding_free),
-        is_packed=options.packing,
+        collator=make_collator(model, options, is_flat=data.is_packed or options.padding_free),
+        is_packed=data.is_packed,
         callbacks=tuple(callbacks or ()),
         plan=plan,
         chooses_checkpointing=(
