@@ -1,4 +1,4 @@
-"""What the data package promises, seen through ``train_sft`` and both of the native engine's paths."""
+"""What the data package promises, seen through ``train_sft`` and both native training paths."""
 
 from __future__ import annotations
 
@@ -245,10 +245,10 @@ def test_conversations_are_recognized_by_their_column(make_model: Any, tmp_path:
         for n in range(4)
     ]
     rows = [{"messages": talk} for talk in talks]
-    by_column, weights = _step(make_model(), rows, tmp_path)
+    by_column, _ = _step(make_model(), rows, tmp_path)
     model = make_model()
     formatter = ChatFormatter(model.tokenizer)
-    by_name, other = _step(model, rows, tmp_path, formatter=formatter)
+    by_name, _ = _step(model, rows, tmp_path, formatter=formatter)
     assert by_column.losses == by_name.losses
     # Digit, "!" and the token that ends the turn.
     expected = sum(len(model.tokenizer(talk[1]["content"])["input_ids"]) + 1 for talk in talks)

@@ -89,7 +89,9 @@ def _take_packed(
     before = np.concatenate([[0], np.cumsum(sizes)])
     sums = before[size_offsets[1:]] - before[size_offsets[:-1]]
     lengths = np.diff(offsets)
-    for place in np.flatnonzero(sums != lengths)[:1]:
+    wrong = np.flatnonzero(sums != lengths)
+    if len(wrong):
+        place = int(wrong[0])
         raise DataError(
             f"Row {place + 1} has {lengths[place]} tokens, but its seq_lengths add up to "
             f"{sums[place]}."
@@ -136,10 +138,13 @@ def _read_beside(table: pa.Table, name: str, offsets: Any) -> Any:
     import numpy as np
 
     values, own = _read_column(table, name)
-    for place in np.flatnonzero(np.diff(own) != np.diff(offsets))[:1]:
+    lengths, expected = np.diff(own), np.diff(offsets)
+    wrong = np.flatnonzero(lengths != expected)
+    if len(wrong):
+        place = int(wrong[0])
         raise DataError(
-            f"Row {place + 1} has {np.diff(offsets)[place]} input_ids and "
-            f"{np.diff(own)[place]} {name}; each token needs one."
+            f"Row {place + 1} has {expected[place]} input_ids and {lengths[place]} {name}; each "
+            "token needs one."
         )
     return values
 
