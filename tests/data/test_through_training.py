@@ -11,7 +11,16 @@ import torch
 
 from checkpoints import randomize
 from qlora_kit import attach_lora, generate_stream, load_quantized, train_sft
-from qlora_kit.data import AlpacaFormatter, ChatFormatter, pack_examples
+from qlora_kit.data import (
+    AlpacaFormatter,
+    ChatFormatter,
+    Formatter,
+    FormatterBase,
+    Prompt,
+    Segment,
+    pack_examples,
+    take_tokenized,
+)
 from qlora_kit.errors import DataError
 
 ROWS = [
@@ -318,3 +327,68 @@ def test_chinese_rows_through_both_paths(
     result, _ = _step(model, chosen, tmp_path, plan=plan, packing=True)
     assert result.losses[0] == pytest.approx(loss, rel=1e-5)
     assert result.trained_tokens == trained
+
+
+class QuestionFormatter(FormatterBase):
+    """The ten lines of the documentation."""
+
+    name = "question"
+    roles = ("question", "answer")
+
+    def segments(self, row: Any) -> list[Segment]:
+        return [
+            Segment(f"Q: {row['question']}\nA: "),
+            Segment(row["answer"], is_trained=True),
+        ]
+
+
+class ForeignFormatter:
+    """The protocol by hand, nothing inherited."""
+
+    fingerprint = "foreign-1"
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def load(self, source: Any, split: str = "train") -> list[Any]:
+        return list(source)
+
+    def encode(
+        self, rows: Any, *, max_length: int, truncation: str = "end", num_proc: int | None = None
+    ) -> Any:
+        examples = []
+        for row in rows:
+            start = self.prompt(row["question"]).token_ids
+            answer = [*self.tokenizer(row["answer"])["input_ids"], self.tokenizer.eos_token_id]
+            labels = [-100] * len(start) + answer
+            examples.append({"input_ids": start + answer, "labels": labels})
+        return take_tokenized(examples, max_length=max_length, truncation=truncation)
+
+    def prompt(self, question: str) -> Prompt:
+        text = f"Q: {question}\nA: "
+        return Prompt(text, self.tokenizer(text)["input_ids"])
+
+    def template_spec(self) -> dict[str, Any]:
+        end = self.tokenizer.eos_token
+        return {"kind": "foreign", "eos_token": end, "stop": [end]}
+
+
+def test_a_formatter_from_elsewhere_trains_generates_and_is_recorded(
+    make_model: Any, tmp_path: Path
+) -> None:
+    questions = [{"question": f"{n}?", "answer": f"{n}!"} for n in range(8)]
+    losses = []
+    for kind in (QuestionFormatter, ForeignFormatter):
+        model = make_model()
+        options = {"response_only": True} if kind is QuestionFormatter else {}
+        formatter = kind(model.tokenizer, **options)
+        assert isinstance(formatter, Formatter)
+        result, _ = _step(model, questions, tmp_path, formatter=formatter, packing=True)
+        losses.append(result.losses[0])
+        manifest = json.loads(result.manifest_path.read_text(encoding="utf-8"))
+        assert manifest["formatter"]["kind"] == formatter.template_spec()["kind"]
+        assert manifest["data"]["template_fingerprint"] == formatter.fingerprint
+        assert manifest["data"]["report"]["examples"] == 8
+        prompt = formatter.prompt("3?")
+        assert list(generate_stream(model, prompt, max_new_tokens=2))[-1].token_count > 0
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

@@ -19,6 +19,7 @@ from qlora_kit.data.segments import Prompt, Segment
 from qlora_kit.data.spec import formatter_from_spec
 from qlora_kit.data.templates import AlpacaTemplate
 from qlora_kit.data.text import TextFormatter
+from qlora_kit.data.tokenized import take_tokenized
 
 __all__ = [
     "AlpacaFormatter",
@@ -37,4 +38,5 @@ __all__ = [
     "TextFormatter",
     "formatter_from_spec",
     "pack_examples",
+    "take_tokenized",
 ]
