@@ -1,12 +1,12 @@
 """Rows per second from text to packed token ids, here and in TRL, in one run.
 
-    python benchmarks/data.py --data alpaca_en_demo.json --tokenizer path/to/model \\
-        --output data.json
+    python benchmarks/data.py --data alpaca_en_demo.json --tokenizer FOLDER --output data.json
 
 Both sides start from the same 50,000 rows in memory and end with packed rows of token ids and
-completion-only labels, and nothing is in a cache when they start. TRL is given its prompts rendered, and
-runs once with one process and once with all cores; the better of the two is compared. Reported
-too: how full packed rows of the original data are, and what plain padding wastes.
+completion-only labels, and nothing is in a cache when they start. TRL is given its prompts
+rendered, and runs once with one process and once with all cores; the better of the two is
+compared. Reported too: how full packed rows of the original data are, and what plain padding
+wastes.
 """
 
 from __future__ import annotations
