@@ -221,12 +221,10 @@ def test_a_tokenizer_without_a_template_says_so() -> None:
 
 
 def test_tools_reach_the_template_from_a_list_or_from_json(tokenizer: Any) -> None:
-    template = "{% for tool in tools or [] %}tool {{ tool.name }}\n{% endfor %}" + (
-        tokenizer.chat_template
-    )
+    template = "{% for tool in tools or [] %}tool {{ tool.name }}\n{% endfor %}" + TOOLS
     formatter = ChatFormatter(tokenizer, chat_template=template)
     tools = [{"name": "add <|im_end|>"}]
-    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add", "arguments": {}}]}
     for given in (tools, json.dumps(tools)):
         rows = formatter.load([{"messages": [*TALK, call], "tools": given}])
         assert rows[0]["tools"] == tools
@@ -336,3 +334,27 @@ def test_a_preview_reports_what_the_template_refuses(tokenizer: Any) -> None:
     assert "1 rows (50.0%) left out because they cannot be formatted" in str(
         skipping.encode(rows, max_length=512).report
     )
+
+
+def test_a_template_without_tools_is_not_trained_on_empty_turns(tokenizer: Any) -> None:
+    call = {"function": {"name": "add", "arguments": {}}}
+    row = {"messages": [TALK[0], {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    with pytest.raises(DataError, match="does not write the tool calls of message 2"):
+        ChatFormatter(tokenizer).encode([row], max_length=512)
+
+
+def test_a_role_that_is_never_learned_is_said(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    ChatFormatter(tokenizer).load([{"messages": [{"role": "asistant", "content": "x"}, *TALK]}])
+    assert "1 messages of a list of 1 have the role 'asistant'" in caplog.text
+    assert "Did you mean 'assistant'" in caplog.text
+
+
+def test_messages_of_a_csv_file_are_json_text(tokenizer: Any, tmp_path: Any) -> None:
+    import csv
+
+    path = tmp_path / "rows.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["messages"], [json.dumps(TALK)]])
+    assert ChatFormatter(tokenizer).load(path)[0]["messages"] == TALK

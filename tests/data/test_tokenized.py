@@ -74,6 +74,8 @@ def test_truncation_is_the_formatters() -> None:
         ({"input_ids": IDS, "labels": IDS[:3]}, "Row 1 has 4 input_ids and 3 labels"),
         ({"input_ids": IDS, "attention_mask": [1]}, "1 attention_mask; each token needs one"),
         ({"input_ids": [5, -3]}, "-3, which is no token id"),
+        ({"labels": IDS}, "Row 1 is not a dictionary with input_ids"),
+        (5, "Row 1 is not a dictionary with input_ids: 5"),  # type: ignore[list-item]
         ({"input_ids": "text"}, "must hold lists of whole numbers"),
         ({"input_ids": 5}, "must hold lists of whole numbers"),
         ({"input_ids": [1.5, 2.0]}, "must hold lists of whole numbers"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.data.collators import IGNORED_LABEL
@@ -44,7 +45,7 @@ def take_tokenized(rows: Any, *, max_length: int, truncation: str = "end") -> En
     from datasets import Dataset
 
     check_limits(max_length, truncation)
-    dataset = rows if isinstance(rows, Dataset) else Dataset.from_list([dict(row) for row in rows])
+    dataset = rows if isinstance(rows, Dataset) else Dataset.from_list(_check_rows(rows))
     if not len(dataset):
         raise DataError("The dataset has no rows.")
     table = dataset.with_format("arrow")[:]
@@ -75,6 +76,14 @@ def take_tokenized(rows: Any, *, max_length: int, truncation: str = "end") -> En
     level = logging.WARNING if fitted.report.has_losses else logging.INFO
     logger.log(level, "%s.", fitted.report)
     return EncodedExamples(Dataset(pa.table(fitted.table)), fitted.report)
+
+
+def _check_rows(rows: Iterable[Any]) -> list[dict[str, Any]]:
+    checked = list(rows)
+    for place, row in enumerate(checked):
+        if not isinstance(row, Mapping) or "input_ids" not in row:
+            raise DataError(f"Row {place + 1} is not a dictionary with input_ids: {row!r:.80}.")
+    return [dict(row) for row in checked]
 
 
 def _take_packed(

@@ -117,12 +117,13 @@ def train_sft(
     )
     data = prepare_training_data(model, train_dataset, formatter, options, args.seed)
     eval_rows = _prepare_eval(model, eval_dataset, data, options)
+    is_flat = data.is_packed or options.padding_free
     job = TrainJob(
         args=args,
         train_dataset=data.dataset,
         eval_dataset=eval_rows,
-        collator=make_collator(model, options, is_flat=data.is_packed or options.padding_free),
-        is_packed=data.is_packed,
+        collator=make_collator(model, options, is_flat=is_flat),
+        is_packed=is_flat,
         callbacks=tuple(callbacks or ()),
         plan=plan,
         chooses_checkpointing=(
