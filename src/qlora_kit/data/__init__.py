@@ -10,9 +10,10 @@ from qlora_kit.data.alpaca import AlpacaFormatter
 from qlora_kit.data.chat import ChatFormatter
 from qlora_kit.data.collators import PackedCollator, PaddedCollator
 from qlora_kit.data.encoding import EncodedExamples
-from qlora_kit.data.formatter import Formatter, FormatterBase
+from qlora_kit.data.formatter import FormatterBase
 from qlora_kit.data.inspection import DataReport
 from qlora_kit.data.packing import pack_examples
+from qlora_kit.data.protocol import Formatter
 from qlora_kit.data.report import EncodingReport
 from qlora_kit.data.rows import Rows
 from qlora_kit.data.segments import Prompt, Segment

@@ -19,7 +19,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qlora_kit.data.encoding import EncodedExamples, encode_rows
 from qlora_kit.data.inspection import DataReport, describe_rows, render_preview
@@ -34,49 +34,7 @@ from qlora_kit.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Formatter", "FormatterBase", "check_tokenizer"]
-
-
-@runtime_checkable
-class Formatter(Protocol):
-    """What training, generation and exports ask of a formatter.
-
-    A subclass of :class:`FormatterBase` has all of it for ten lines; a class of another origin
-    needs nothing but these members.
-
-    Attributes:
-        tokenizer: The tokenizer whose ids it makes.
-    """
-
-    tokenizer: Any
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes whenever the same rows would become other tokens or other loss."""
-        ...
-
-    def load(self, source: Any, split: str = "train") -> Sequence[Any]:
-        """Read and check rows."""
-        ...
-
-    def encode(
-        self,
-        rows: Any,
-        *,
-        max_length: int,
-        truncation: str = "end",
-        num_proc: int | None = None,
-    ) -> EncodedExamples:
-        """Turn rows into ``input_ids`` and ``labels``, none longer than ``max_length`` tokens."""
-        ...
-
-    def prompt(self, *args: Any) -> Prompt:
-        """The text and ids a model is given before it answers."""
-        ...
-
-    def template_spec(self) -> dict[str, Any]:
-        """The formatter as JSON values, for manifests; ``eos_token`` and ``stop`` among them."""
-        ...
+__all__ = ["FormatterBase", "check_tokenizer"]
 
 
 class FormatterBase:
