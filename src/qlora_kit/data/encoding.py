@@ -103,15 +103,13 @@ def encode_rows(
 def _encode_all(
     formatter: FormatterBase, rows: Rows, max_length: int, truncation: str, num_proc: int | None
 ) -> Iterator[_Batch]:
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     work = (formatter, rows, max_length, truncation)
     starts = range(0, len(rows), _BATCH)
     processes = min(_choose_processes(formatter, len(rows), num_proc), len(starts))
-    # disable=None: only where someone watches.
-    with tqdm(
-        total=len(rows), desc="Tokenizing", unit="row", disable=None if len(starts) > 1 else True
-    ) as progress:
+    # What takes a moment only needs no progress bar.
+    with tqdm(total=len(rows), desc="Tokenizing", unit="row", disable=len(starts) == 1) as progress:
         if processes == 1:
             for start in starts:
                 yield (batch := _encode_batch(*work, start))

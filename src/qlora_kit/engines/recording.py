@@ -76,7 +76,7 @@ class StepRecorder:
             return own
         import torch
 
-        # Counts of tokens are exact in float64 only, which not every device has.
+        # float32 is exact up to 16 million tokens only.
         summed = accelerator.gather(
             torch.tensor([own], dtype=torch.float64, device=accelerator.device)
         ).sum(0)
