@@ -273,8 +273,8 @@ class FormatterBase:
         return describe_rows(self, rows, max_length=max_length)
 
     def _adopt(self, rows: Any) -> Rows:
-        """Rows of this kind of formatter as they are, anything else loaded."""
-        if isinstance(rows, Rows) and type(rows.formatter) is type(self):
+        """Rows that have this formatter's roles as they are, anything else loaded."""
+        if isinstance(rows, Rows) and rows.has_roles_of(self):
             return rows
         return self.load(rows)
 
