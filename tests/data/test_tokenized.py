@@ -71,9 +71,12 @@ def test_truncation_is_the_formatters() -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"input_ids": IDS, "labels": IDS[:3]}, "Row 1 has 4 input_ids and 3 labels"),
-        ({"input_ids": IDS, "attention_mask": [1]}, "1 attention_mask; each token needs one"),
-        ({"input_ids": [5, -3]}, "-3, which is no token id"),
+        ({"input_ids": IDS, "labels": IDS[:3]}, r"row 1 \(index 0\): 3 labels for 4 input_ids"),
+        ({"input_ids": IDS, "attention_mask": [1]}, "1 attention_mask for 4 input_ids"),
+        ({"input_ids": []}, "input_ids is empty"),
+        ({"input_ids": [5, -3]}, "token id -3, where the model has 0 to 399"),
+        ({"input_ids": [5, 400]}, "token id 400, where the model has 0 to 399"),
+        ({"input_ids": [5, 6], "labels": [-100, -1]}, "label -1, where"),
         ({"labels": IDS}, "Row 1 is not a dictionary with input_ids"),
         (5, "Row 1 is not a dictionary with input_ids: 5"),  # type: ignore[list-item]
         ({"input_ids": "text"}, "must hold lists of whole numbers"),
@@ -86,7 +89,16 @@ def test_truncation_is_the_formatters() -> None:
 )
 def test_what_is_no_token_ids_is_refused(row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        _take(row)
+        _take(row, vocabulary_size=400)
+
+
+def test_all_bad_rows_are_named_at_once() -> None:
+    rows = [{"input_ids": [1, n]} for n in (3, 500, 4, -1)]
+    with pytest.raises(DataError) as caught:
+        _take(*rows, vocabulary_size=400)
+    assert "2 of 4 rows" in str(caught.value)
+    assert "row 2 (index 1): token id 500" in str(caught.value)
+    assert "row 4 (index 3): token id -1" in str(caught.value)
 
 
 def test_packed_rows_stay_packed(tokenizer: Any) -> None:

@@ -25,7 +25,9 @@ _SOURCE: Final = "the tokenized dataset"
 _LOSS_MASKS: Final = ("completion_mask", "assistant_masks")
 
 
-def take_tokenized(rows: Any, *, max_length: int, truncation: str = "end") -> EncodedExamples:
+def take_tokenized(
+    rows: Any, *, max_length: int, truncation: str = "end", vocabulary_size: int | None = None
+) -> EncodedExamples:
     """Check token ids of the user's own making, and fit them into ``max_length``.
 
     Args:
@@ -35,13 +37,13 @@ def take_tokenized(rows: Any, *, max_length: int, truncation: str = "end") -> En
             :func:`pack_examples` made keep their ``seq_lengths``.
         max_length: Most tokens of a row.
         truncation: ``"end"``, ``"drop"`` or ``"error"``, as in :meth:`FormatterBase.encode`.
+        vocabulary_size: How many token ids the model knows; not checked if ``None``.
 
     Raises:
         DataError: When ids or labels are malformed, packed rows are too long, or no row has a
             token to learn.
     """
     import numpy as np
-    import pyarrow as pa
     from datasets import Dataset
 
     check_limits(max_length, truncation)
@@ -50,20 +52,25 @@ def take_tokenized(rows: Any, *, max_length: int, truncation: str = "end") -> En
         raise DataError("The dataset has no rows.")
     table = dataset.with_format("arrow")[:]
     ids, offsets = _read_column(table, "input_ids")
-    if len(ids) and ids.min() < 0:
-        raise DataError(f"input_ids holds {ids.min()}, which is no token id.")
-    columns = {
-        name: _read_beside(table, name, offsets)
-        for name in ("labels", "attention_mask", *_LOSS_MASKS)
-        if name in table.column_names
-    }
+    lengths = np.diff(offsets)
+    problems = {int(place): "input_ids is empty" for place in np.flatnonzero(lengths == 0)}
+    columns = {}
+    for name in ("labels", "attention_mask", *_LOSS_MASKS):
+        if name in table.column_names:
+            columns[name], own = _read_column(table, name)
+            for place in np.flatnonzero(np.diff(own) != lengths):
+                problems[int(place)] = (
+                    f"{np.diff(own)[place]} {name} for {lengths[place]} input_ids"
+                )
+    _refuse(problems, len(dataset))
     labels = columns.get("labels")
     if labels is None:
         mask = next((columns[name] for name in _LOSS_MASKS if name in columns), None)
         labels = ids if mask is None else np.where(mask != 0, ids, np.int32(IGNORED_LABEL))
-    attention = columns.get("attention_mask")
+    _refuse(_find_strangers(ids, labels, offsets, vocabulary_size), len(dataset))
     if "seq_lengths" in table.column_names:
         return _take_packed(table, ids, labels, offsets, max_length, truncation)
+    attention = columns.get("attention_mask")
     if attention is not None and not attention.all():
         is_real = attention != 0
         offsets = np.concatenate([[0], np.cumsum(is_real)])[offsets]
@@ -75,7 +82,26 @@ def take_tokenized(rows: Any, *, max_length: int, truncation: str = "end") -> En
         raise DataError(explain_emptiness(fitted.report, _SOURCE))
     level = logging.WARNING if fitted.report.has_losses else logging.INFO
     logger.log(level, "%s.", fitted.report)
-    return EncodedExamples(Dataset(pa.table(fitted.table)), fitted.report)
+    return EncodedExamples(Dataset(fitted.table), fitted.report)
+
+
+def _find_strangers(
+    ids: Any, labels: Any, offsets: Any, vocabulary_size: int | None
+) -> dict[int, str]:
+    """Rows with ids that the model does not know, which would fail in the middle of training."""
+    import numpy as np
+
+    limit = np.iinfo(np.int32).max if vocabulary_size is None else vocabulary_size
+    known = "" if vocabulary_size is None else f", where the model has 0 to {limit - 1}"
+    problems: dict[int, str] = {}
+    for name, values in (("label", labels), ("token id", ids)):
+        is_strange = (values < 0) | (values >= limit)
+        if name == "label":
+            is_strange &= values != IGNORED_LABEL
+        for position in np.flatnonzero(is_strange)[::-1]:
+            place = int(np.searchsorted(offsets, position, side="right")) - 1
+            problems[place] = f"{name} {values[position]}{known}"
+    return problems
 
 
 def _check_rows(rows: Iterable[Any]) -> list[dict[str, Any]]:
@@ -98,13 +124,13 @@ def _take_packed(
     before = np.concatenate([[0], np.cumsum(sizes)])
     sums = before[size_offsets[1:]] - before[size_offsets[:-1]]
     lengths = np.diff(offsets)
-    wrong = np.flatnonzero(sums != lengths)
-    if len(wrong):
-        place = int(wrong[0])
-        raise DataError(
-            f"Row {place + 1} has {lengths[place]} tokens, but its seq_lengths add up to "
-            f"{sums[place]}."
-        )
+    _refuse(
+        {
+            int(place): f"{lengths[place]} input_ids, but seq_lengths that add up to {sums[place]}"
+            for place in np.flatnonzero(sums != lengths)
+        },
+        len(lengths),
+    )
     _refuse_long(
         [(int(place), int(lengths[place])) for place in np.flatnonzero(lengths > max_length)],
         len(lengths),
@@ -142,20 +168,15 @@ def _read_column(table: pa.Table, name: str) -> tuple[Any, Any]:
     return values, offsets
 
 
-def _read_beside(table: pa.Table, name: str, offsets: Any) -> Any:
-    """The values of a column that has one for each of ``input_ids``."""
-    import numpy as np
-
-    values, own = _read_column(table, name)
-    lengths, expected = np.diff(own), np.diff(offsets)
-    wrong = np.flatnonzero(lengths != expected)
-    if len(wrong):
-        place = int(wrong[0])
-        raise DataError(
-            f"Row {place + 1} has {expected[place]} input_ids and {lengths[place]} {name}; each "
-            "token needs one."
-        )
-    return values
+def _refuse(problems: Mapping[int, str], total: int) -> None:
+    settle_problems(
+        [RowProblem(Location(place), problems[place]) for place in sorted(problems)],
+        total=total,
+        source=_SOURCE,
+        policy="raise",
+        limit=10,
+        advice="Correct them, or leave them out.",
+    )
 
 
 def _refuse_long(

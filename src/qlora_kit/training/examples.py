@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.errors import DataError
+from qlora_kit.errors import ConfigError, DataError
 from qlora_kit.results import AdaptedModel
 from qlora_kit.training.arguments import DataOptions
 
@@ -75,7 +75,7 @@ def prepare_examples(
     model: AdaptedModel, rows: Any, formatter: Any, options: DataOptions
 ) -> TrainingData:
     """Token ids and labels, one row an example."""
-    from qlora_kit.data import Rows
+    from qlora_kit.data import Formatter, Rows
     from qlora_kit.data.tokenized import take_tokenized
 
     if isinstance(rows, os.PathLike):
@@ -87,10 +87,20 @@ def prepare_examples(
         )
     columns = _columns(rows)
     if "input_ids" in columns:
-        encoded = take_tokenized(rows, max_length=options.max_length, truncation=options.truncation)
+        encoded = take_tokenized(
+            rows,
+            max_length=options.max_length,
+            truncation=options.truncation,
+            vocabulary_size=model.model.get_input_embeddings().num_embeddings,
+        )
         return _describe("tokenized", encoded, formatter)
     if isinstance(rows, Rows):
         formatter = formatter or rows.formatter
+    if formatter is not None and not isinstance(formatter, Formatter):
+        raise ConfigError(
+            "formatter must be an AlpacaFormatter, a ChatFormatter or another Formatter; got "
+            f"{type(formatter).__name__}."
+        )
     is_text = formatter is None and "text" in columns and not columns & _STRUCTURED
     if formatter is None:
         formatter = _choose_formatter(model, columns)
