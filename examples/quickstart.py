@@ -11,6 +11,7 @@ Everything runs offline. The base model is a GGUF file in the package ``llm-smol
 
 import argparse
 import importlib.util
+import json
 import logging
 import sys
 import time
@@ -24,9 +25,10 @@ from qlora_kit import (
     load_quantized,
     train_sft,
 )
+from qlora_kit.cli import quiet_dependencies
 from qlora_kit.errors import QloraKitError
 
-HERE = Path(__file__).resolve().parent
+DATA = Path(__file__).resolve().parent / "field_guide.json"
 QUESTION = ("Write a field guide entry.", "Snow leopard")
 
 
@@ -37,15 +39,13 @@ def find_base_model() -> Path:
     return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def answer(model, prompt) -> str:
-    text = ""
-    print("   ", end="")
-    for chunk in generate_stream(model, prompt, max_new_tokens=60):
-        text += chunk.text
-        print(chunk.text.replace("\n", "\n   "), end="", flush=True)
-    print(f"\n   [{chunk.token_count} tokens, {chunk.tokens_per_second:.0f} per second, "
-          f"ended by {chunk.finish_reason}]")  # fmt: skip
-    return text
+def ask(model, formatter) -> None:
+    """Stream an answer to the screen as it is produced."""
+    print(f"   you    {QUESTION[0]} {QUESTION[1]}")
+    print("   model  ", end="", flush=True)
+    for chunk in generate_stream(model, formatter.prompt(*QUESTION), max_new_tokens=60):
+        print(chunk.text.replace("\n", "\n          "), end="", flush=True)
+    print(f"\n          ({chunk.token_count} tokens, {chunk.tokens_per_second:.0f} a second)")
 
 
 def main() -> None:
@@ -54,48 +54,58 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps")
     parser.add_argument("--output", default="quickstart_output", help="folder for everything")
     args = parser.parse_args()
-    output = Path(args.output)
-    began = time.perf_counter()
+    output, began = Path(args.output), time.perf_counter()
 
-    print("1. Loading the base model in 4 bits")
-    model = load_quantized(args.model or find_base_model(), max_seq_length=512, load_in_4bit=True)
-    print(f"   {model}")
+    base = Path(args.model or find_base_model())
+    print(f"1. Load {base.name} in 4 bits (half a minute the first time)")
+    model = load_quantized(base, max_seq_length=512, load_in_4bit=True)
+    print(f"   {model.base.quantization} weights, computing in {model.base.compute_dtype}, "
+          f"engine {model.engine.name}, {time.perf_counter() - began:.0f} s")  # fmt: skip
 
     formatter = AlpacaFormatter(model.tokenizer, response_only=True)
-    rows = formatter.load(HERE / "field_guide.json")
-    prompt = formatter.prompt(*QUESTION)
-    print(f"\n2. Before training: {QUESTION[0]} {QUESTION[1]}")
-    answer(model, prompt)
+    rows = formatter.load(DATA)
+    first = json.loads(DATA.read_text(encoding="utf-8"))[0]
 
-    print("\n3. Training a LoRA adapter")
+    print("\n2. Ask it, before training")
+    ask(model, formatter)
+
+    print(f"\n3. Train it on {len(rows)} rows such as")
+    print(f"   {first['instruction']} {first['input']}\n     -> {first['output']}")
     model = attach_lora(model, r=16, lora_alpha=16)
-    print(f"   {model.trainable_parameters:,} of {model.total_parameters:,} parameters train, "
-          f"on {len(rows)} rows")  # fmt: skip
+    print(f"   {model.trainable_parameters:,} of {model.total_parameters:,} parameters train")
     result = train_sft(model, rows, max_steps=args.steps, output_dir=output / "training")
-    print(f"   {result}")
-    if result.optimizer_note:
-        print(f"   optimizer: {result.optimizer_note}")
     if result.was_interrupted:
-        sys.exit(f"   Stopped. Go on with resume_from_checkpoint={str(result.checkpoint)!r}.")
+        sys.exit(f"   Stopped after {result.steps} steps. To go on, call train_sft with "
+                 f"resume_from_checkpoint={str(result.checkpoint)!r}.")  # fmt: skip
+    print(f"   {result.steps} steps in {result.seconds:.0f} s: loss {result.losses[0]:.2f} -> "
+          f"{result.losses[-1]:.2f}, {result.tokens_per_second:,.0f} tokens a second, "
+          f"{result.peak_memory_gib:.1f} GiB at most")  # fmt: skip
 
-    print(f"\n4. After training: {QUESTION[0]} {QUESTION[1]}")
-    answer(model, prompt)
+    print("\n4. Ask again, about an animal that was not in the data")
+    ask(model, formatter)
 
-    print("\n5. Exporting")
+    print("\n5. Export, each checked against the model in memory")
     for name in ("lora", "merged_16bit"):
         artifact = export_model(model, name, output / name, overwrite=True)
-        checked = "checked" if artifact.verification.passed else "NOT as trained"
-        print(f"   {name}: {artifact.path}, {len(artifact.files)} files, "
-              f"{artifact.size / 1e6:.1f} MB, {checked}")  # fmt: skip
+        print(f"   {name:<13}{artifact.size / 1e6:6.1f} MB  {artifact.path}  "
+              f"({len(artifact.verification.checks)} checks passed)")  # fmt: skip
 
-    print("\n6. The exported model, loaded back")
-    exported = load_quantized(output / "merged_16bit", max_seq_length=512, load_in_4bit=False)
-    answer(exported, formatter.prompt(*QUESTION))
-    print(f"\nDone in {time.perf_counter() - began:.0f} s. Next: docs/quickstart.md")
+    print("\n6. Load the merged export, as any other tool would, and ask once more")
+    ask(load_quantized(output / "merged_16bit", max_seq_length=512, load_in_4bit=False), formatter)
+
+    print(f"\nDone in {time.perf_counter() - began:.0f} s. Ask it about another animal:")
+    print(f"   {Path(sys.executable).parent / 'qlora-kit'} generate {output / 'lora'} "
+          '"Write a field guide entry." --input Walrus')  # fmt: skip
+    print("More examples are beside this file; the guide is docs/quickstart.md.")
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="   %(message)s")
+    quiet_dependencies()
+    from transformers.utils import logging as transformers_logging
+
+    # The steps above say what is being loaded.
+    transformers_logging.disable_progress_bar()
     try:
         main()
     except QloraKitError as error:

@@ -10,8 +10,17 @@ from pathlib import Path
 
 import pytest
 
-import qlora_kit.export
-from qlora_kit import available_exporters, export_model, get_exporter
+import qlora_kit.export.job
+from checkpoints import randomize
+from qlora_kit import (
+    Check,
+    ExportEstimate,
+    available_exporters,
+    export_model,
+    get_exporter,
+    hookimpl,
+    plugins,
+)
 from qlora_kit.checkpoint import staging
 from qlora_kit.errors import (
     ConfigError,
@@ -22,7 +31,9 @@ from qlora_kit.errors import (
     VerificationError,
 )
 from qlora_kit.exporters.lora import Lora
+from qlora_kit.exporters.merged_16bit import Merged16bit, Merged16bitOptions
 from qlora_kit.results import Verification
+from qlora_kit.weights.sharing import SharedMerge
 
 
 def test_formats_are_listed_and_unknown_ones_get_the_nearest_name(adapted, tmp_path):
@@ -177,7 +188,7 @@ def test_killed_at_any_moment_the_destination_is_absent_old_or_whole(tmp_path):
 
 def test_a_full_disk_is_seen_before_anything_is_written(adapted, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 10_000_000})
-    monkeypatch.setattr(qlora_kit.export.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(qlora_kit.export.job.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(DiskSpaceError, match=r"needs 32\.\d MiB in .* which has 9\.5 MiB free"):
         export_model(adapted, "merged_16bit", tmp_path / "a" / "b")
     assert list(tmp_path.iterdir()) == []
@@ -217,6 +228,20 @@ def test_verify_false_compares_nothing_and_says_so(adapted, tmp_path):
     assert artifact.manifest["verification"]["level"] == "none"
 
 
+@pytest.fixture
+def merges(monkeypatch):
+    """How often each call merged."""
+    made = []
+
+    class Counting(SharedMerge):
+        def __init__(self):
+            super().__init__()
+            made.append(self)
+
+    monkeypatch.setattr(qlora_kit.export, "SharedMerge", Counting)
+    return made
+
+
 def test_several_formats_merge_once_and_give_the_same_files_as_alone(adapted, tmp_path):
     from qlora_kit.weights import merged
 
@@ -239,7 +264,7 @@ def test_several_formats_merge_once_and_give_the_same_files_as_alone(adapted, tm
                 assert one == other
 
 
-def test_one_failing_format_does_not_lose_the_others(adapted, tmp_path, monkeypatch):
+def test_one_failing_format_does_not_lose_the_others(adapted, tmp_path, monkeypatch, caplog):
     def fail(self, request, folder):
         raise VerificationError("broken on purpose")
 
@@ -249,6 +274,77 @@ def test_one_failing_format_does_not_lose_the_others(adapted, tmp_path, monkeypa
     assert list(results.failures) == ["lora"]
     assert isinstance(results.failures["lora"], VerificationError)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["merged_16bit"]
+    # The failure is hard to miss.
+    assert "Export 'lora' failed: broken on purpose" in caplog.text
+    assert repr(results).splitlines() == [
+        "1 of 2 formats exported",
+        f"  merged_16bit: {tmp_path / 'out' / 'merged_16bit'}",
+        "  lora FAILED: VerificationError: broken on purpose",
+    ]
+    with pytest.raises(ExportError, match="1 of 2 formats exported") as caught:
+        results.raise_for_failures()
+    assert caught.value.__cause__ is results.failures["lora"]
+    with pytest.raises(KeyError, match="format 'lora' failed: broken on purpose"):
+        results["lora"]
+    with pytest.raises(KeyError, match="'gguf'"):
+        results["gguf"]
+    assert "lora" not in results
+    assert results.get("lora") is None
+    export_model(adapted, ["merged_16bit"], tmp_path / "ok", verify=False).raise_for_failures()
+
+
+def test_the_command_line_shows_failures_in_its_exit_status(
+    tiny_llama, tmp_path, monkeypatch, capsys
+):
+    from qlora_kit.cli import main
+
+    # This base has no adapter, which one of the two formats needs.
+    arguments = ["export", str(tiny_llama), "lora,merged_16bit", str(tmp_path / "out")]
+    assert main(arguments) == 1
+    shown = capsys.readouterr()
+    assert shown.out.startswith(f"merged_16bit: {tmp_path / 'out' / 'merged_16bit'}, ")
+    assert shown.err.splitlines()[-1].startswith(
+        "lora FAILED: UnsupportedModelError: Format 'lora'"
+    )
+    assert main(["export", str(tiny_llama), "merged_16bit", str(tmp_path / "one")]) == 0
+    # A wrong name is said before the model is loaded.
+    monkeypatch.setattr("qlora_kit.load_quantized", None)
+    assert main(["export", str(tiny_llama), "merged_16bit,lore", str(tmp_path / "two")]) == 1
+    assert "Did you mean 'lora'?" in capsys.readouterr().err
+
+
+def test_everything_is_checked_before_anything_is_written(adapted, tmp_path, monkeypatch):
+    def refuse(self, request, folder=None):
+        raise AssertionError("no format may be touched")
+
+    monkeypatch.setattr(Merged16bit, "check", refuse)
+    monkeypatch.setattr(Merged16bit, "write", refuse)
+    out = tmp_path / "out"
+
+    def fails(error, match, formats, path=out, **options):
+        with pytest.raises(error, match=match):
+            export_model(adapted, formats, path, **options)
+        assert list(tmp_path.iterdir()) == []
+
+    both = ["merged_16bit", "lora"]
+    fails(ConfigError, "named 'lorra'. Did you mean 'lora'", ["merged_16bit", "lorra"])
+    fails(
+        UnknownOptionError,
+        r"None of the formats merged_16bit, lora has an option 'dtyp'\. Did you mean 'dtype'\?",
+        both, dtyp="float16",
+    )  # fmt: skip
+    fails(UnknownOptionError, r"'lora' has no option 'x'", {"merged_16bit": {}, "lora": {"x": 1}})
+    fails(ConfigError, r"merged_16bit.: dtype must be .*, got 'int4'", both, dtype="int4")
+    fails(ConfigError, "need a path", both, path=None)
+    fails(ConfigError, "No format given", [])
+    fails(ConfigError, "'lora' has None", {"lora": None})
+    fails(ConfigError, "format must be a name, a list", None)
+    out.mkdir()
+    (out / "lora").mkdir()
+    (out / "lora" / "mine").write_text("")
+    with pytest.raises(DestinationExistsError):
+        export_model(adapted, both, out)
+    assert [path.name for path in out.iterdir()] == ["lora"]
 
 
 def test_options_of_several_formats(adapted, tmp_path):
@@ -257,14 +353,87 @@ def test_options_of_several_formats(adapted, tmp_path):
         {"lora": {}, "merged_16bit": {"base": "dequantized"}},
         tmp_path / "out",
         dtype="float16",
+        base="original",
         verify=False,
     )
+    # A format's own options come before those given for all.
     assert results["merged_16bit"].facts["base"] == "dequantized"
     assert results["merged_16bit"].facts["dtype"] == "float16"
-    with pytest.raises(UnknownOptionError, match="no option 'dtyp'"):
-        export_model(adapted, ["merged_16bit", "lora"], tmp_path / "x", dtyp="float16")
-    with pytest.raises(DestinationExistsError):
-        export_model(adapted, ["lora"], tmp_path / "out")
-    with pytest.raises(ConfigError, match="No format given"):
-        export_model(adapted, [], tmp_path / "x")
-    assert not (tmp_path / "x").exists()
+
+
+def test_formats_that_fit_alone_but_not_together(adapted, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 50 * 1024**2})
+    monkeypatch.setattr(qlora_kit.export.job.shutil, "disk_usage", lambda path: usage)
+    results = export_model(adapted, ["lora", "merged_16bit"], tmp_path / "out", verify=False)
+    assert list(results) == ["merged_16bit"]
+    with pytest.raises(DiskSpaceError, match=r"which has 17\.. MiB free after the formats before"):
+        raise results.failures["lora"]
+
+
+class Reading:
+    """Reads the merge that the formats of one call share."""
+
+    name = "reading"
+    summary = "The first merged tensor."
+    options_type = Merged16bitOptions
+
+    def check(self, request):
+        return ExportEstimate(1000)
+
+    def write(self, request, folder):
+        import torch
+
+        with request.shared.open(request.model, "original", torch.bfloat16) as merged:
+            tensor = merged.load("model.layers.0.self_attn.q_proj.weight")
+        torch.save(tensor, folder / "tensor.pt")
+        return {}
+
+    def verify(self, request, folder):
+        return Verification("none")
+
+
+@pytest.fixture
+def reading():
+    registry = plugins.get_registry()
+
+    class Plugin:
+        @hookimpl
+        def qlora_kit_register_exporters(self):
+            return [Reading()]
+
+    name = registry.register(Plugin())
+    yield
+    registry.unregister(name)
+
+
+def test_a_shared_merge_is_read_back_and_never_from_an_older_export(
+    make_adapted, tmp_path, monkeypatch, merges, reading
+):
+    import torch
+
+    model = make_adapted()
+    formats = ["reading", "merged_16bit"]
+
+    def export():
+        return export_model(model, formats, tmp_path, base="original", overwrite=True)
+
+    def read():
+        return torch.load(tmp_path / "reading" / "tensor.pt")
+
+    export().raise_for_failures()
+    assert [shared.merges for shared in merges] == [1]
+    first = read()
+
+    # Another adapter, and a merged export that does not pass: the old one stays where it was.
+    randomize(model, std=1.0, seed=5)
+    failed = Verification("standard", (Check("x", False, "broken on purpose"),))
+    monkeypatch.setattr(Merged16bit, "verify", lambda *_: failed)
+    results = export()
+    assert list(results.failures) == ["merged_16bit"]
+    assert (tmp_path / "merged_16bit" / "config.json").exists()
+    assert [shared.merges for shared in merges] == [1, 2]
+    second = read()
+    assert not torch.equal(first, second)
+    monkeypatch.undo()
+    export().raise_for_failures()
+    assert torch.equal(read(), second)

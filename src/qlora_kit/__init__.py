@@ -20,6 +20,7 @@ __all__ = [
     "Check",
     "ExportEstimate",
     "ExportRequest",
+    "ExportResults",
     "Exporter",
     "Formatter",
     "FormatterBase",
@@ -33,6 +34,7 @@ __all__ = [
     "__version__",
     "attach_lora",
     "available_exporters",
+    "describe_exporters",
     "errors",
     "export_model",
     "formatter_from_spec",
@@ -41,6 +43,7 @@ __all__ = [
     "hookimpl",
     "hookspec",
     "load_quantized",
+    "nest_export",
     "pack_examples",
     "train_sft",
 ]
@@ -54,6 +57,7 @@ _HOME_OF: Final = {
     "Check": "results",
     "ExportEstimate": "hookspecs",
     "ExportRequest": "hookspecs",
+    "ExportResults": "results",
     "Exporter": "hookspecs",
     "Formatter": "data",
     "FormatterBase": "data",
@@ -66,6 +70,7 @@ _HOME_OF: Final = {
     "Verification": "results",
     "attach_lora": "adapters",
     "available_exporters": "export",
+    "describe_exporters": "export",
     "export_model": "export",
     "formatter_from_spec": "data",
     "generate_stream": "generation",
@@ -73,6 +78,7 @@ _HOME_OF: Final = {
     "hookimpl": "hookspecs",
     "hookspec": "hookspecs",
     "load_quantized": "model",
+    "nest_export": "export",
     "pack_examples": "data",
     "train_sft": "training",
 }
@@ -91,7 +97,13 @@ if TYPE_CHECKING:
         pack_examples,
     )
     from qlora_kit.errors import QloraKitError
-    from qlora_kit.export import available_exporters, export_model, get_exporter
+    from qlora_kit.export import (
+        available_exporters,
+        describe_exporters,
+        export_model,
+        get_exporter,
+        nest_export,
+    )
     from qlora_kit.generation import generate_stream
     from qlora_kit.hookspecs import Exporter, ExportEstimate, ExportRequest, hookimpl, hookspec
     from qlora_kit.model import load_quantized
@@ -99,6 +111,7 @@ if TYPE_CHECKING:
         AdaptedModel,
         Artifact,
         Check,
+        ExportResults,
         LoadedModel,
         TextChunk,
         TrainResult,

@@ -90,7 +90,16 @@ def attach_lora(
             "training this one."
         )
     targets = _resolve_targets(target_modules, model.model)
-    _check_names(modules_to_save or (), "modules_to_save", _leaf_names(model.model))
+    if isinstance(modules_to_save, str):
+        modules_to_save = (modules_to_save,)
+    _check_names(modules_to_save or (), "modules_to_save", model.model)
+    _check_layers(layers_to_transform, model.model)
+    for pattern, parameter in ((rank_pattern, "rank_pattern"), (alpha_pattern, "alpha_pattern")):
+        _check_pattern(pattern, parameter, targets)
+    if loftq_config is not None and not isinstance(loftq_config, Mapping):
+        raise ConfigError(
+            f"loftq_config must be a dictionary such as {{'loftq_bits': 4}}, got {loftq_config!r}."
+        )
     config = AdapterConfig(
         r=r,
         target_modules=targets,
@@ -138,19 +147,30 @@ def _resolve_targets(asked: str | Sequence[str], model: Any) -> tuple[str, ...]:
                 )
             return found
         asked = (asked,)
+    if not isinstance(asked, Iterable):
+        raise ConfigError(
+            f"target_modules must be module names or one of {', '.join(TARGET_PRESETS)}; "
+            f"got {asked!r}. This model has: {', '.join(available)}."
+        )
     names = tuple(dict.fromkeys(asked))
     if not names:
         raise ConfigError(f"target_modules is empty. This model has: {', '.join(available)}.")
-    _check_names(names, "target_modules", available)
+    _check_names(names, "target_modules", model, kinds=(torch.nn.Linear, torch.nn.Embedding))
     return names
 
 
-def _check_names(names: Iterable[str], parameter: str, available: Sequence[str]) -> None:
-    # "layers.0.self_attn.q_proj" is as good a name as "q_proj": peft matches by suffix.
+def _check_names(
+    names: Iterable[str], parameter: str, model: Any, *, kinds: tuple[type, ...] = (object,)
+) -> None:
+    # As peft matches them: "q_proj" and "layers.0.self_attn.q_proj" are both suffixes of a name.
+    whole = [f".{name}" for name, module in model.named_modules() if isinstance(module, kinds)]
     unknown = [
-        name for name in names if not isinstance(name, str) or name.split(".")[-1] not in available
+        name
+        for name in names
+        if not isinstance(name, str) or not any(known.endswith(f".{name}") for known in whole)
     ]
     if unknown:
+        available = _names_of(model, kinds)
         presets = f" Presets: {', '.join(TARGET_PRESETS)}." if parameter == "target_modules" else ""
         hints = "".join(did_you_mean(str(name), (*available, *TARGET_PRESETS)) for name in unknown)
         raise ConfigError(
@@ -159,16 +179,36 @@ def _check_names(names: Iterable[str], parameter: str, available: Sequence[str])
         )
 
 
+def _check_layers(layers: Sequence[int] | int | None, model: Any) -> None:
+    if layers is None:
+        return
+    count = model.config.get_text_config().num_hidden_layers
+    asked = [layers] if isinstance(layers, int) else list(layers)
+    wrong = [layer for layer in asked if not isinstance(layer, int) or not 0 <= layer < count]
+    if wrong or not asked:
+        raise ConfigError(
+            f"layers_to_transform: this model has layers 0 to {count - 1}, got {layers!r}."
+        )
+
+
+def _check_pattern(
+    pattern: Mapping[str, int] | None, parameter: str, targets: Sequence[str]
+) -> None:
+    # Keys may be regular expressions, which end like the names they match.
+    for key in pattern or {}:
+        if not any(str(key).endswith(name.split(".")[-1]) for name in targets):
+            raise ConfigError(
+                f"{parameter}: {key!r} is none of the modules that get an adapter: "
+                f"{', '.join(targets)}.{did_you_mean(str(key), targets)}"
+            )
+
+
 def _names_of(model: Any, kinds: type | tuple[type, ...], *, leave_out: Any = None) -> list[str]:
     """Last parts of the names of modules of some kinds, the usual seven projections first."""
     names = {
         name.split(".")[-1]
         for name, module in model.named_modules()
         if isinstance(module, kinds) and module is not leave_out
-    }
+    } - {"", *(str(index) for index in range(len(list(model.modules()))))}
     ordered = [name for name in DEFAULT_TARGET_MODULES if name in names]
     return ordered + sorted(names - set(ordered))
-
-
-def _leaf_names(model: Any) -> list[str]:
-    return sorted({name.split(".")[-1] for name, _ in model.named_modules() if name})

@@ -6,11 +6,12 @@ tensors or any training library.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from qlora_kit.errors import ConfigError
+from qlora_kit.errors import ConfigError, did_you_mean
 
 __all__ = [
     "ATTENTION_MODULES",
@@ -63,7 +64,7 @@ class LoadConfig:
     is_trainable: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.max_seq_length, int) or isinstance(self.max_seq_length, bool):
+        if not _is_whole(self.max_seq_length):
             raise ConfigError(
                 f"max_seq_length must be a whole number of tokens, got {self.max_seq_length!r}."
             )
@@ -72,6 +73,9 @@ class LoadConfig:
                 f"max_seq_length must be at least 1 token, got {self.max_seq_length}; "
                 "2048 is the usual choice."
             )
+        for name in ("load_in_4bit", "load_in_8bit", "local_files_only", "is_trainable"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         if self.load_in_4bit and self.load_in_8bit:
             raise ConfigError(
                 "load_in_4bit and load_in_8bit are both True; choose one "
@@ -100,11 +104,11 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
+        if not _is_whole(self.r) or self.r < 1:
             raise ConfigError(f"r is the LoRA rank, a whole number of at least 1; got {self.r!r}.")
-        if not self.lora_alpha > 0:
-            raise ConfigError(f"lora_alpha must be above 0, got {self.lora_alpha!r}.")
-        if not 0.0 <= self.lora_dropout < 1.0:
+        if not _is_number(self.lora_alpha) or not self.lora_alpha > 0:
+            raise ConfigError(f"lora_alpha must be a number above 0, got {self.lora_alpha!r}.")
+        if not _is_number(self.lora_dropout) or not 0.0 <= self.lora_dropout < 1.0:
             raise ConfigError(
                 f"lora_dropout is a probability from 0 up to (not including) 1, "
                 f"got {self.lora_dropout!r}."
@@ -116,3 +120,30 @@ class AdapterConfig:
                 "use_gradient_checkpointing must be True, False, 'auto' or 'unsloth', "
                 f"got {self.use_gradient_checkpointing!r}."
             )
+        if not _is_whole(self.random_state):
+            raise ConfigError(f"random_state must be a whole number, got {self.random_state!r}.")
+        if isinstance(self.init_lora_weights, str) and not _STARTS.fullmatch(
+            self.init_lora_weights
+        ):
+            raise ConfigError(
+                f"init_lora_weights={self.init_lora_weights!r} is none of True, False, "
+                "'gaussian', 'orthogonal', 'olora', 'pissa', 'pissa_niter_N' and 'loftq'."
+                f"{did_you_mean(self.init_lora_weights, _START_NAMES)}"
+            )
+        for name, pattern in (("rank", self.rank_pattern), ("alpha", self.alpha_pattern)):
+            for key, value in (pattern or {}).items():
+                if not _is_number(value) or value <= 0 or (name == "rank" and not _is_whole(value)):
+                    raise ConfigError(f"{name}_pattern[{key!r}] must be above 0, got {value!r}.")
+
+
+# Those of peft's starts that need nothing but the weights; the others look at data first.
+_START_NAMES: Final = ("gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "loftq")
+_STARTS: Final = re.compile(r"gaussian|orthogonal|olora|pissa(_niter_\d+)?|loftq")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -18,10 +18,12 @@ This module knows what an exporter looks like. It does not know any exporter.
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, runtime_checkable
 
 import pluggy
 
@@ -32,15 +34,22 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PROJECT_NAME",
+    "RESERVED_OPTIONS",
     "ExportEstimate",
     "ExportRequest",
     "Exporter",
+    "describe_exporter_faults",
     "hookimpl",
     "hookspec",
     "qlora_kit_register_exporters",
 ]
 
-PROJECT_NAME = "qlora_kit"
+PROJECT_NAME: Final = "qlora_kit"
+
+#: Keywords of ``export_model`` itself, which a format's option cannot be called.
+RESERVED_OPTIONS: Final = ("path", "overwrite", "verify", "progress")
+
+_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 hookspec = pluggy.HookspecMarker(PROJECT_NAME)
 hookimpl = pluggy.HookimplMarker(PROJECT_NAME)
@@ -139,3 +148,34 @@ class Exporter(Protocol):
 @hookspec
 def qlora_kit_register_exporters() -> Iterable[Exporter]:  # type: ignore[empty-body]
     """Return the exporters this plugin adds; called once per process, on first use."""
+
+
+def describe_exporter_faults(exporter: Any) -> list[str]:
+    """What keeps an object from being an exporter, one phrase each; empty when nothing does."""
+    if inspect.isclass(exporter):
+        return ["is a class; the hook returns instances"]
+    faults = []
+    name = _read(exporter, "name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        faults.append(f"has no usable name (got {name!r}; lower case, digits, '_' and '-')")
+    if not isinstance(_read(exporter, "summary"), str):
+        faults.append("has no summary")
+    options_type = _read(exporter, "options_type")
+    if not (isinstance(options_type, type) and is_dataclass(options_type)):
+        faults.append("has no options_type that is a dataclass")
+    else:
+        taken = sorted({field.name for field in fields(options_type)} & set(RESERVED_OPTIONS))
+        faults.extend(f"has an option {name!r}, which is export_model's own" for name in taken)
+    faults.extend(
+        f"has no method {method}()"
+        for method in ("check", "write", "verify")
+        if not callable(_read(exporter, method))
+    )
+    return faults
+
+
+def _read(exporter: Any, attribute: str) -> Any:
+    try:
+        return getattr(exporter, attribute, None)
+    except Exception:  # noqa: BLE001 - a property of a stranger's class
+        return None

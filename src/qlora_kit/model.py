@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import LoadConfig
 from qlora_kit.engines.selection import resolve_engine
-from qlora_kit.errors import ConfigError, ModelNotFoundError, OfflineError, did_you_mean
+from qlora_kit.errors import (
+    ConfigError,
+    ModelNotFoundError,
+    OfflineError,
+    UnsupportedModelError,
+    did_you_mean,
+)
 from qlora_kit.manifest import read_manifest
 from qlora_kit.results import AdaptedModel, LoadedModel
 
@@ -31,6 +37,7 @@ logger = logging.getLogger(__name__)
 CACHE_VARIABLE = "QLORA_KIT_CACHE"
 
 _ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 _HUB_PATTERNS = [
     "*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py",
@@ -88,6 +95,10 @@ def load_quantized(
     """
     if load_in_4bit is None:
         load_in_4bit = not load_in_8bit
+    if not isinstance(model_name, str | os.PathLike):
+        raise ConfigError(
+            f"model_name must be a folder, a .gguf file or a hub name; got {model_name!r}."
+        )
     name = os.fspath(model_name)
     config = LoadConfig(
         model_name=name,
@@ -121,14 +132,15 @@ def _load_base(path: Path, config: LoadConfig, engine: Engine) -> LoadedModel:
     loaded = engine.load(dataclasses.replace(config, model_name=str(folder)))
     base = dataclasses.replace(
         loaded.base,
-        name_or_path=config.model_name,
+        # Absolute for what is on disk, so that an adapter finds its base from any folder.
+        name_or_path=str(path.absolute()) if _exists(config.model_name) else config.model_name,
         source="gguf" if is_gguf else "checkpoint",
     )
     return dataclasses.replace(loaded, base=base, config=config)
 
 
 def _load_adapter(path: Path, config: LoadConfig, engine: Engine) -> AdaptedModel:
-    saved = json.loads((path / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    saved = _read_adapter_config(path)
     manifest = read_manifest(path)
     base_name = _find_base_of(path, saved, manifest)
     logger.info("%s is an adapter; its base is %s.", path, base_name)
@@ -141,6 +153,21 @@ def _load_adapter(path: Path, config: LoadConfig, engine: Engine) -> AdaptedMode
 
         adapted.record.formatter = formatter_from_spec(spec, adapted.tokenizer)
     return adapted
+
+
+def _read_adapter_config(path: Path) -> dict[str, Any]:
+    saved: dict[str, Any] = _read_json(path / _ADAPTER_CONFIG)
+    kind = saved.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise UnsupportedModelError(
+            f"{path} holds a {kind} adapter; LoRA adapters can be loaded here. Load it with peft."
+        )
+    if not any((path / name).is_file() for name in _ADAPTER_WEIGHTS):
+        raise ModelNotFoundError(
+            f"{path} has an {_ADAPTER_CONFIG} but no {_ADAPTER_WEIGHTS[0]}. Copy the adapter's "
+            "weights into it."
+        )
+    return saved
 
 
 def _find_base_of(path: Path, saved: dict[str, Any], manifest: dict[str, Any]) -> str:
@@ -169,7 +196,7 @@ def _find(name: str, config: LoadConfig) -> Path:
     if not name.strip():
         raise ConfigError("model_name is empty; give a folder, a .gguf file or a hub name.")
     path = Path(name).expanduser()
-    if path.exists():
+    if _exists(path):
         if path.is_file() and path.suffix != ".gguf":
             raise ModelNotFoundError(
                 f"{path} is a file. Give the folder it is in, or a .gguf file."
@@ -233,11 +260,40 @@ def _check_checkpoint(folder: Path) -> None:
             else f" It holds: {', '.join(inside[:8]) or 'nothing'}."
         )
         raise ModelNotFoundError(f"{folder} is not a model: it has no config.json.{hint}")
+    _read_json(folder / "config.json")
     if not any(any(folder.glob(pattern)) for pattern in _WEIGHT_PATTERNS):
         raise ModelNotFoundError(
             f"{folder} has a config.json but no *.safetensors weights. Download the model's "
             "safetensors files into it."
         )
+    for index in folder.glob("*.safetensors.index.json"):
+        shards = set(_read_json(index).get("weight_map", {}).values())
+        missing = sorted(name for name in shards if not (folder / name).is_file())
+        if missing:
+            raise ModelNotFoundError(
+                f"{folder} lacks {len(missing)} of the {len(shards)} weight files that "
+                f"{index.name} lists, such as {missing[0]}. Download them into it."
+            )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"{path} is damaged: it is not JSON ({error}). Download it again."
+        ) from error
+    if not isinstance(content, dict):
+        raise UnsupportedModelError(f"{path} is damaged: it holds no JSON object.")
+    return content
+
+
+def _exists(path: str | Path) -> bool:
+    try:
+        return Path(path).expanduser().exists()
+    # A name that no file system can hold: too long, or with a zero byte.
+    except (OSError, ValueError):
+        return False
 
 
 def _cache_folder(config: LoadConfig) -> Path:

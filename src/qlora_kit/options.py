@@ -9,12 +9,19 @@ import dataclasses
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
+from pathlib import PurePath
 from typing import Any, Final, Literal, Union, get_args, get_origin
 
-from qlora_kit.errors import ConfigError, UnknownOptionError, did_you_mean
+from qlora_kit.errors import ConfigError, QloraKitError, UnknownOptionError, did_you_mean
 
-__all__ = ["COLLECTS_UNKNOWN", "OptionInfo", "build_options", "describe_option_fields"]
+__all__ = [
+    "COLLECTS_UNKNOWN",
+    "OptionInfo",
+    "build_options",
+    "collects_unknown",
+    "describe_option_fields",
+]
 
 #: Key in a field's metadata: keywords that are no field of the dataclass go into this one.
 COLLECTS_UNKNOWN: Final = "qlora_kit.collects_unknown"
@@ -28,11 +35,13 @@ class OptionInfo:
         name: The keyword.
         type: Its annotation as written.
         default: The default as Python shows it, or ``None`` when the option must be given.
+        is_secret: Whether it is kept out of manifests and messages.
     """
 
     name: str
     type: str
     default: str | None
+    is_secret: bool = False
 
 
 def build_options(options_type: type, given: Mapping[str, Any], *, owner: str) -> Any:
@@ -67,9 +76,22 @@ def build_options(options_type: type, given: Mapping[str, Any], *, owner: str) -
     for name, value in known.items():
         if name in hints and not _matches(value, hints[name]):
             raise ConfigError(
-                f"Format {owner!r}: {name} must be {_spell(hints[name])}, got {value!r}."
+                f"Format {owner!r}: {name} must be {_spell(hints[name])}, got "
+                f"{repr(value) if fields[name].repr else type(value).__name__}."
             )
-    return options_type(**known)
+    try:
+        return options_type(
+            **{name: _convert(value, hints.get(name, Any)) for name, value in known.items()}
+        )
+    except QloraKitError:
+        raise
+    except Exception as error:  # __post_init__ of a stranger's dataclass
+        raise ConfigError(f"Format {owner!r}: {error}") from error
+
+
+def collects_unknown(options_type: type) -> bool:
+    """Whether a dataclass takes keywords that are no field of it."""
+    return any(f.metadata.get(COLLECTS_UNKNOWN) for f in dataclasses.fields(options_type))
 
 
 def describe_option_fields(options_type: type) -> list[OptionInfo]:
@@ -80,12 +102,14 @@ def describe_option_fields(options_type: type) -> list[OptionInfo]:
         if field.init and not field.metadata.get(COLLECTS_UNKNOWN):
             if _is_required(field):
                 default = None
+            elif not field.repr and field.default is not None:
+                default = "..."
             elif field.default_factory is not dataclasses.MISSING:
                 default = repr(field.default_factory())
             else:
                 default = repr(field.default)
             spelled = _spell(hints[field.name]) if field.name in hints else str(field.type)
-            described.append(OptionInfo(field.name, spelled, default))
+            described.append(OptionInfo(field.name, spelled, default, not field.repr))
     return described
 
 
@@ -118,9 +142,37 @@ def _matches(value: Any, hint: Any) -> bool:
         return isinstance(value, hint)
     if isinstance(hint, type) and issubclass(hint, os.PathLike):
         return isinstance(value, str | os.PathLike)
-    if isinstance(origin, type) and origin is not type and not isinstance(value, str):
-        return isinstance(value, origin)
-    return not isinstance(origin, type)
+    try:
+        is_instance = isinstance(value, hint if origin is None else origin)
+    except TypeError:  # Any, a TypedDict, a plain protocol
+        return True
+    kind = hint if origin is None else origin
+    # JSON and command lines have lists only.
+    if kind is tuple and isinstance(value, list):
+        is_instance = True
+    # A str is a sequence too, and never what a list of names means.
+    if isinstance(value, str) and issubclass(kind, Iterable) and not issubclass(kind, str):
+        return False
+    return is_instance and _items_match(value, get_args(hint))
+
+
+def _items_match(value: Any, parts: tuple[Any, ...]) -> bool:
+    if not isinstance(value, Sequence | Set):
+        return True
+    if len(parts) == 1 or (len(parts) == 2 and parts[1] is Ellipsis):
+        return all(_matches(item, parts[0]) for item in value)
+    return True
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """A path given as text, and a tuple given as a list, as the annotation has them."""
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    for part in parts:
+        if isinstance(value, str) and isinstance(part, type) and issubclass(part, PurePath):
+            return value if str in parts else part(value)
+        if isinstance(value, list) and (part is tuple or get_origin(part) is tuple):
+            return tuple(value)
+    return value
 
 
 def _spell(hint: Any) -> str:
@@ -132,4 +184,6 @@ def _spell(hint: Any) -> str:
         return " or ".join(_spell(part) for part in get_args(hint))
     if hint is type(None):
         return "None"
-    return hint.__name__ if isinstance(hint, type) and origin is None else str(hint)
+    if isinstance(hint, type) and origin is None:
+        return hint.__name__
+    return str(hint).replace("collections.abc.", "").replace("typing.", "")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qlora_kit.config import AdapterConfig, LoadConfig
+from qlora_kit.errors import ExportError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -262,9 +263,11 @@ class Artifact:
         return sum(file.size for file in self.files)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExportResults(Mapping[str, Artifact]):
     """Several formats from one call: artifacts by format name, and what failed.
+
+    Asking for a format that failed raises ``KeyError`` from its error.
 
     Attributes:
         artifacts: The exports that were made.
@@ -274,7 +277,20 @@ class ExportResults(Mapping[str, Artifact]):
     artifacts: Mapping[str, Artifact]
     failures: Mapping[str, Exception] = field(default_factory=dict)
 
+    def raise_for_failures(self) -> None:
+        """Do nothing when every format was made.
+
+        Raises:
+            ExportError: When one was not; names each, from the first one's error.
+        """
+        if self.failures:
+            raise ExportError(str(self)) from next(iter(self.failures.values()))
+
     def __getitem__(self, name: str) -> Artifact:
+        if name in self.failures:
+            raise KeyError(f"format {name!r} failed: {self.failures[name]}") from self.failures[
+                name
+            ]
         return self.artifacts[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -282,3 +298,15 @@ class ExportResults(Mapping[str, Artifact]):
 
     def __len__(self) -> int:
         return len(self.artifacts)
+
+    def __str__(self) -> str:
+        total = len(self.artifacts) + len(self.failures)
+        lines = [f"{len(self.artifacts)} of {total} formats exported"]
+        lines += [f"  {name}: {made.path or made.url}" for name, made in self.artifacts.items()]
+        lines += [
+            f"  {name} FAILED: {type(error).__name__}: {error}"
+            for name, error in self.failures.items()
+        ]
+        return "\n".join(lines)
+
+    __repr__ = __str__

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
+import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import AdapterConfig
+from qlora_kit.errors import UnsupportedModelError
 from qlora_kit.results import AdaptedModel, LoadedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
+    "attach_saved_adapter",
     "collect_stop_token_ids",
     "keep_weights_unpacked",
     "make_adapted",
-    "read_adapter_config",
     "warn_beyond_positions",
 ]
 
@@ -38,8 +41,31 @@ def make_adapted(loaded: LoadedModel, model: Any, config: AdapterConfig) -> Adap
     )
 
 
-def read_adapter_config(model: Any) -> AdapterConfig:
-    """The configuration of an adapter that peft loaded."""
+def attach_saved_adapter(loaded: LoadedModel, folder: Path, *, is_trainable: bool) -> AdaptedModel:
+    """Attach an adapter that peft saved, all of it.
+
+    Raises:
+        UnsupportedModelError: When it does not fit the base, or lacks tensors.
+    """
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    try:
+        with warnings.catch_warnings():
+            # peft would go on with random weights for what is missing.
+            warnings.filterwarnings("error", message=".*missing adapter keys")
+            model = PeftModel.from_pretrained(
+                loaded.model, str(folder), is_trainable=is_trainable, local_files_only=True
+            )
+    except (ValueError, TypeError, KeyError, RuntimeError, UserWarning, SafetensorError) as error:
+        raise UnsupportedModelError(
+            f"The adapter in {folder} does not fit {loaded.base.name_or_path}, or is damaged: "
+            f"{error}"
+        ) from error
+    return make_adapted(loaded, model, _read_adapter_config(model))
+
+
+def _read_adapter_config(model: Any) -> AdapterConfig:
     saved = model.peft_config["default"]
     targets = saved.target_modules
     return AdapterConfig(

@@ -21,10 +21,10 @@ from qlora_kit.engines.offline import NoTelemetry
 from qlora_kit.engines.portable_loss import PortableLoss
 from qlora_kit.engines.recording import StepRecorder
 from qlora_kit.engines.shared import (
+    attach_saved_adapter,
     collect_stop_token_ids,
     keep_weights_unpacked,
     make_adapted,
-    read_adapter_config,
     warn_beyond_positions,
 )
 from qlora_kit.errors import ConfigError, EngineError, MissingDependencyError, UnsupportedModelError
@@ -152,12 +152,7 @@ class UnslothEngine:
         self, loaded: LoadedModel, folder: Path, *, is_trainable: bool
     ) -> AdaptedModel:
         """Attach an adapter that peft saved."""
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(
-            loaded.model, str(folder), is_trainable=is_trainable, local_files_only=True
-        )
-        return make_adapted(loaded, model, read_adapter_config(model))
+        return attach_saved_adapter(loaded, folder, is_trainable=is_trainable)
 
     def make_trainer(self, model: AdaptedModel, job: TrainJob) -> SFTTrainer:
         """TRL's trainer as unsloth left it.

@@ -6,44 +6,39 @@ It does not know how a model is laid out or how a training step is computed.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import logging
 import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit import device as device_module
 from qlora_kit.engines.base import TrainJob
-from qlora_kit.errors import ConfigError, DataError, MissingDependencyError, TrainingError
-from qlora_kit.manifest import describe_model, to_jsonable, write_manifest
+from qlora_kit.errors import ConfigError, DataError
 from qlora_kit.results import AdaptedModel, LoadedModel, TrainResult
 from qlora_kit.training.arguments import (
     DataOptions,
-    Optimizer,
     build_arguments,
+    check_output_folder,
+    check_values,
     choose_optimizer,
     take_data_options,
 )
+from qlora_kit.training.checkpoints import find_checkpoint
 from qlora_kit.training.examples import (
     TrainingData,
     make_collator,
     prepare_examples,
     prepare_training_data,
 )
+from qlora_kit.training.run import run_training
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-    from qlora_kit.training.monitoring import InterruptCallback
 
 __all__ = ["train_sft"]
 
 logger = logging.getLogger(__name__)
-
-_CHECKPOINT_PREFIX = "checkpoint-"
 
 
 def train_sft(
@@ -100,13 +95,15 @@ def train_sft(
     """
     _check_model(model)
     fields = {**sft_config, "packing": packing}
+    check_values(fields, has_eval=eval_dataset is not None)
+    callbacks = _check_callbacks(callbacks)
     options = take_data_options(model, fields, truncation)
-    folder = Path(output_dir)
+    folder = check_output_folder(output_dir)
     device = device_module.get_device()
     optimizer = choose_optimizer(fields.pop("optim", None), device)
     if optimizer.note:
         logger.info("Optimizer: %s.", optimizer.note)
-    resume = _find_checkpoint(resume_from_checkpoint, folder)
+    resume = find_checkpoint(resume_from_checkpoint, folder, model)
     args = build_arguments(
         model,
         fields,
@@ -124,7 +121,7 @@ def train_sft(
         eval_dataset=eval_rows,
         collator=make_collator(model, options, is_flat=is_flat),
         is_packed=is_flat,
-        callbacks=tuple(callbacks or ()),
+        callbacks=callbacks,
         plan=plan,
         chooses_checkpointing=(
             "gradient_checkpointing" not in sft_config
@@ -133,68 +130,7 @@ def train_sft(
     )
     if data.formatter is not None:
         model.record.formatter = data.formatter
-    return _run(model, job, data, optimizer, device, folder, resume, options)
-
-
-def _run(
-    model: AdaptedModel,
-    job: TrainJob,
-    data: TrainingData,
-    optimizer: Optimizer,
-    device: Any,
-    folder: Path,
-    resume: str | None,
-    options: DataOptions,
-) -> TrainResult:
-    from qlora_kit.training.monitoring import (
-        InterruptCallback,
-        ProgressLine,
-        replace_progress_callbacks,
-    )
-
-    interrupts, line = InterruptCallback(), ProgressLine()
-    device_module.reset_peak_memory(device)
-    memory_before = device_module.measure_memory_gib(device)
-    with _released_afterwards(model) as release:
-        try:
-            trainer = model.engine.make_trainer(model, job)
-        except RuntimeError as error:
-            if "requires" in str(error) and "installed" in str(error):
-                raise MissingDependencyError(f"report_to={job.args.report_to}: {error}") from error
-            raise
-        release.append(trainer)
-        replace_progress_callbacks(trainer, line)
-        trainer.add_callback(interrupts)
-        started = time.perf_counter()
-        try:
-            with interrupts.listening():
-                trainer.train(resume_from_checkpoint=resume)
-        except KeyboardInterrupt:
-            interrupts.was_requested = True
-            _save_checkpoint(trainer)
-        # CUDA's out-of-memory error is a RuntimeError of its own class in every torch we support.
-        except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":
-                raise
-            raise TrainingError(
-                f"Out of memory: {str(error).splitlines()[0]} The batch was not changed. Lower "
-                "per_device_train_batch_size (and raise gradient_accumulation_steps alike, which "
-                "keeps the maths), lower max_length, or set gradient_checkpointing=True."
-            ) from error
-        finally:
-            line.close()
-        seconds = time.perf_counter() - started
-    peak = device_module.measure_peak_memory_gib(device)
-    result = _make_result(
-        model, trainer, interrupts, optimizer, device, folder,
-        seconds=seconds, memory_before=memory_before, peak_memory=max(peak, memory_before),
-        resumed=resume,
-    )  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    write_manifest(folder, "training", _describe_run(model, job, data, options, result))
-    model.record.training = result
-    logger.info("%s", result)
-    return result
+    return run_training(model, job, data, optimizer, device, folder, resume, options)
 
 
 def _check_model(model: Any) -> None:
@@ -211,6 +147,22 @@ def _check_model(model: Any) -> None:
         )
 
 
+def _check_callbacks(callbacks: Any) -> tuple[Any, ...]:
+    from transformers import TrainerCallback
+
+    given = () if callbacks is None else callbacks
+    if not isinstance(given, Sequence) or not all(
+        isinstance(one, TrainerCallback)
+        or (isinstance(one, type) and issubclass(one, TrainerCallback))
+        for one in given
+    ):
+        raise ConfigError(
+            f"callbacks must be a list of transformers.TrainerCallback objects or classes, "
+            f"got {callbacks!r}."
+        )
+    return tuple(given)
+
+
 def _prepare_eval(model: AdaptedModel, rows: Any, data: TrainingData, options: DataOptions) -> Any:
     """Evaluation rows are formatted like the training rows and never packed."""
     if rows is None:
@@ -221,131 +173,3 @@ def _prepare_eval(model: AdaptedModel, rows: Any, data: TrainingData, options: D
         return prepare_examples(model, rows, data.formatter, options).dataset
     except DataError as error:
         raise DataError(f"eval_dataset: {error}") from error
-
-
-def _find_checkpoint(asked: bool | str | os.PathLike[str] | None, folder: Path) -> str | None:
-    if asked is None or asked is False:
-        return None
-    found = sorted(
-        (path for path in folder.glob(f"{_CHECKPOINT_PREFIX}*") if path.is_dir()),
-        key=lambda path: (
-            int(path.name.removeprefix(_CHECKPOINT_PREFIX) or 0)
-            if path.name.removeprefix(_CHECKPOINT_PREFIX).isdigit()
-            else -1
-        ),
-    )
-    names = ", ".join(path.name for path in found) or "none"
-    if asked is True:
-        if not found:
-            raise ConfigError(
-                f"resume_from_checkpoint=True, but {folder} holds no {_CHECKPOINT_PREFIX}N folder."
-            )
-        return str(found[-1])
-    path = Path(asked)
-    if not (path / "trainer_state.json").is_file():
-        raise ConfigError(
-            f"resume_from_checkpoint={str(path)!r} is not a checkpoint folder (it has no "
-            f"trainer_state.json). Checkpoints in {folder}: {names}."
-        )
-    return str(path)
-
-
-@contextlib.contextmanager
-def _released_afterwards(model: AdaptedModel) -> Iterator[list[Any]]:
-    """Leave the model as it was found, but for what it learned, however training ends."""
-    module = model.model
-    was_training, use_cache = module.training, module.config.use_cache
-    had_checkpointing = module.is_gradient_checkpointing
-    embeddings = module.get_input_embeddings()
-    hooks_before = set(embeddings._forward_hooks)
-    trainers: list[Any] = []
-    try:
-        yield trainers
-    finally:
-        for trainer in trainers:
-            # accelerate wraps forward in autocast and never takes it off by itself.
-            trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-            if hasattr(trainer, "release"):
-                trainer.release()
-            if trainer.args.gradient_checkpointing and not had_checkpointing:
-                module.gradient_checkpointing_disable()
-        # TRL and transformers both ask for input gradients; only one of the hooks is kept track of.
-        for key in set(embeddings._forward_hooks) - hooks_before:
-            del embeddings._forward_hooks[key]
-        module.config.use_cache = use_cache
-        module.train(was_training)
-
-
-def _save_checkpoint(trainer: Any) -> None:
-    """Save after a hard interrupt, unless no step was done yet."""
-    if trainer.state.global_step > 0 and trainer.optimizer is not None:
-        trainer._save_checkpoint(trainer.model, trial=None)
-
-
-def _make_result(
-    model: AdaptedModel,
-    trainer: Any,
-    interrupts: InterruptCallback,
-    optimizer: Optimizer,
-    device: Any,
-    folder: Path,
-    *,
-    seconds: float,
-    memory_before: float,
-    peak_memory: float,
-    resumed: str | None,
-) -> TrainResult:
-    steps = trainer.state.global_step
-    begun = trainer.step_losses
-    first = 0
-    if resumed is not None:
-        first = int(Path(resumed).name.removeprefix(_CHECKPOINT_PREFIX))
-    checkpoint = folder / f"{_CHECKPOINT_PREFIX}{steps}"
-    history = tuple(dict(entry) for entry in trainer.state.log_history)
-    # A hard interrupt can leave a step that was begun and not finished.
-    losses = tuple(begun[: max(0, steps - first)])
-    return TrainResult(
-        steps=steps,
-        losses=losses,
-        eval_losses=tuple(
-            (int(entry["step"]), float(entry["eval_loss"]))
-            for entry in history
-            if "eval_loss" in entry
-        ),
-        tokens_seen=trainer.tokens_seen,
-        trained_tokens=trainer.trained_tokens,
-        tokens_per_second=trainer.tokens_seen / seconds if seconds > 0 else 0.0,
-        seconds=seconds,
-        device=device_module.get_device_name(device),
-        memory_before_gib=memory_before,
-        peak_memory_gib=peak_memory,
-        trainable_parameters=model.trainable_parameters,
-        total_parameters=model.total_parameters,
-        optimizer=optimizer.name,
-        optimizer_note=optimizer.note,
-        was_interrupted=interrupts.was_requested,
-        checkpoint=checkpoint if checkpoint.is_dir() else None,
-        output_dir=folder,
-        manifest_path=folder / "qlora_kit_manifest.json",
-        versions=device_module.get_versions(),
-        log_history=history,
-        plan=str(getattr(trainer, "fast_plan", None) or "TRL and peft"),
-    )
-
-
-def _describe_run(
-    model: AdaptedModel,
-    job: TrainJob,
-    data: TrainingData,
-    options: DataOptions,
-    result: TrainResult,
-) -> dict[str, Any]:
-    return {
-        **describe_model(model),
-        "data": data.summary,
-        "data_options": dataclasses.asdict(options),
-        "seeds": {"training": job.args.seed, "adapter": model.adapter.random_state},
-        # Sanitized: without tokens.
-        "arguments": to_jsonable(job.args.to_sanitized_dict()),
-        "result": to_jsonable(result),
-    }

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
+import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -22,7 +24,15 @@ if TYPE_CHECKING:
     import torch
     from trl import SFTConfig
 
-__all__ = ["DataOptions", "Optimizer", "build_arguments", "choose_optimizer", "take_data_options"]
+__all__ = [
+    "DataOptions",
+    "Optimizer",
+    "build_arguments",
+    "check_output_folder",
+    "check_values",
+    "choose_optimizer",
+    "take_data_options",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +51,10 @@ _REFUSED: Final[Mapping[str, str]] = {
     "trust_remote_code": "Give it to load_quantized.",
     "do_train": "train_sft trains.",
 }
+
+_AT_LEAST_ONE: Final = (
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+)  # fmt: skip
 
 _EIGHT_BIT: Final = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
 
@@ -113,6 +127,70 @@ def take_data_options(model: AdaptedModel, fields: dict[str, Any], truncation: s
     return options
 
 
+def check_values(fields: Mapping[str, Any], *, has_eval: bool) -> None:
+    """Refuse values that the trainer would stumble over later, or take for something else.
+
+    Raises:
+        ConfigError: At the first of them.
+    """
+    for name in _AT_LEAST_ONE:
+        if name in fields and not _is_whole(fields[name], at_least=1):
+            raise ConfigError(f"{name} must be a whole number of at least 1, got {fields[name]!r}.")
+    for name in ("seed", "data_seed"):
+        if fields.get(name) is not None and not _is_whole(fields[name], at_least=0):
+            raise ConfigError(f"{name} must be a whole number of at least 0, got {fields[name]!r}.")
+    for name in ("packing", "padding_free", "shuffle_dataset"):
+        if name in fields and not isinstance(fields[name], bool):
+            raise ConfigError(f"{name} must be True or False, got {fields[name]!r}.")
+    steps = fields.get("max_steps", -1)
+    if steps != -1 and not _is_whole(steps, at_least=1):
+        raise ConfigError(
+            f"max_steps must be at least 1, or -1 to count epochs instead; got {steps!r}."
+        )
+    for name in ("num_train_epochs", "learning_rate", "max_grad_norm", "weight_decay"):
+        if name in fields and not _is_finite(fields[name], at_least=0):
+            raise ConfigError(f"{name} must be a number of at least 0, got {fields[name]!r}.")
+    if fields.get("num_train_epochs") == 0:
+        raise ConfigError("num_train_epochs=0 would train nothing.")
+    if (
+        not has_eval
+        and str(getattr(value := fields.get("eval_strategy", "no"), "value", value)) != "no"
+    ):
+        raise ConfigError(f"eval_strategy={value!r} needs rows to evaluate on: give eval_dataset.")
+
+
+def check_output_folder(output_dir: object) -> Path:
+    """The folder of a run, if it can be written.
+
+    Raises:
+        ConfigError: When it is a file, or lies where nothing can be written.
+    """
+    if not isinstance(output_dir, str | os.PathLike) or not os.fspath(output_dir):
+        raise ConfigError(f"output_dir must be the path of a folder, got {output_dir!r}.")
+    folder = Path(output_dir).expanduser()
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ConfigError(f"output_dir={str(folder)!r}: {existing} is a file, not a folder.")
+    if not os.access(existing, os.W_OK):
+        raise ConfigError(f"output_dir={str(folder)!r}: {existing} cannot be written to.")
+    return folder
+
+
+def _is_whole(value: object, *, at_least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+
+
+def _is_finite(value: object, *, at_least: float) -> bool:
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and value >= at_least
+    )
+
+
 def choose_optimizer(asked: str | None, device: torch.device) -> Optimizer:
     """8-bit Adam where it runs, PyTorch's AdamW elsewhere.
 
@@ -157,9 +235,6 @@ def build_arguments(
         merged.update(_evaluation_defaults({**merged, **fields}))
     merged.update(fields)
     merged["optim"] = optimizer.name
-    rate = merged["learning_rate"]
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or rate < 0:
-        raise ConfigError(f"learning_rate must be a number of at least 0, got {rate!r}.")
     if merged.get("loss_type", "nll") != "nll" and not has_triton_loss(device.type):
         raise ConfigError(
             f"loss_type={merged['loss_type']!r} is computed by TRL's triton kernel, which does "

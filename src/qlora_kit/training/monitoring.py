@@ -41,7 +41,8 @@ class InterruptCallback(TrainerCallback):
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            # None: installed by something other than Python, which cannot be put back.
+            signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.was_requested:

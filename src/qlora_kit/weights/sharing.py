@@ -37,6 +37,10 @@ class SharedMerge:
         """Say that a finished merged checkpoint will stand in ``folder``."""
         self._folders[base, str(dtype)] = folder
 
+    def withdraw(self, folder: Path) -> None:
+        """Say that the checkpoint offered for ``folder`` was not finished after all."""
+        self._folders = {key: path for key, path in self._folders.items() if path != folder}
+
     def open(self, model: LoadedModel, base: MergeBase, dtype: torch.dtype) -> Any:
         """The merged tensors: from a finished checkpoint if there is one, else from the model.
 

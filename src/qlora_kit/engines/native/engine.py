@@ -14,10 +14,10 @@ from qlora_kit.engines.base import TrainJob
 from qlora_kit.engines.native import loftq, quantization
 from qlora_kit.engines.native.tokenizer import load_tokenizer
 from qlora_kit.engines.shared import (
+    attach_saved_adapter,
     collect_stop_token_ids,
     keep_weights_unpacked,
     make_adapted,
-    read_adapter_config,
     warn_beyond_positions,
 )
 from qlora_kit.errors import ConfigError, UnsupportedModelError
@@ -38,7 +38,8 @@ class NativeEngine:
 
     def load(self, config: LoadConfig) -> LoadedModel:
         """Put the checkpoint in ``config.model_name``, a local folder, into memory."""
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from safetensors import SafetensorError
+        from transformers import AutoModelForCausalLM
 
         folder = Path(config.model_name)
         device = get_device()
@@ -52,14 +53,13 @@ class NativeEngine:
         active = stored or wanted
         if active is not None:
             quantization.check_bitsandbytes(device, active)
-        model_config = AutoConfig.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=config.trust_remote_code
-        )
+        model_config = _read_model_config(folder, config)
         warn_beyond_positions(config.max_seq_length, model_config)
         tokenizer = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model, loading = AutoModelForCausalLM.from_pretrained(
                 str(folder),
+                output_loading_info=True,
                 config=model_config,
                 dtype=to_torch_dtype(dtype),
                 quantization_config=(
@@ -74,6 +74,17 @@ class NativeEngine:
             raise UnsupportedModelError(
                 f"transformers cannot load {folder} as a causal language model: {error}"
             ) from error
+        except SafetensorError as error:
+            raise UnsupportedModelError(
+                f"A weight file in {folder} is damaged or cut short ({error}). Download it again."
+            ) from error
+        # transformers would leave these at random values and go on.
+        if loading["missing_keys"]:
+            missing = sorted(loading["missing_keys"])
+            raise UnsupportedModelError(
+                f"{folder} lacks {len(missing)} of the model's tensors, such as {missing[0]}. "
+                "Download the model again."
+            )
         if active in ("nf4", "fp4"):
             keep_weights_unpacked(model)
             if stored:
@@ -100,11 +111,14 @@ class NativeEngine:
         use_loftq = loftq.is_requested(config)
         if use_loftq:
             loftq.check(loaded.base, config)
-        _check_pissa(loaded, config)
+        _check_start(loaded, config)
         # peft draws the initial weights from the global generators; they are put back after.
         with torch.random.fork_rng():
             torch.manual_seed(config.random_state)
-            model = get_peft_model(loaded.model, _make_lora_config(config, use_loftq=use_loftq))
+            try:
+                model = get_peft_model(loaded.model, _make_lora_config(config, use_loftq=use_loftq))
+            except (ValueError, TypeError) as error:
+                raise ConfigError(f"peft refuses this adapter: {error}") from error
             if use_loftq:
                 loftq.initialize(model, loaded.base.path)
         model.config.use_cache = True
@@ -114,12 +128,7 @@ class NativeEngine:
         self, loaded: LoadedModel, folder: Path, *, is_trainable: bool
     ) -> AdaptedModel:
         """Attach an adapter that peft saved."""
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(
-            loaded.model, str(folder), is_trainable=is_trainable, local_files_only=True
-        )
-        return make_adapted(loaded, model, read_adapter_config(model))
+        return attach_saved_adapter(loaded, folder, is_trainable=is_trainable)
 
     def make_trainer(self, model: AdaptedModel, job: TrainJob) -> SFTTrainer:
         """TRL's trainer, with adapters kept in float32."""
@@ -181,9 +190,23 @@ def _make_lora_config(config: AdapterConfig, *, use_loftq: bool) -> Any:
     )
 
 
-def _check_pissa(loaded: LoadedModel, config: AdapterConfig) -> None:
+def _read_model_config(folder: Path, config: LoadConfig) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=config.trust_remote_code
+        )
+    except (ValueError, KeyError, OSError) as error:
+        raise UnsupportedModelError(
+            f"transformers does not know the model in {folder}: {error}"
+        ) from error
+
+
+def _check_start(loaded: LoadedModel, config: AdapterConfig) -> None:
+    """Refuse a start that changes the base where the base cannot hold the change."""
     init = config.init_lora_weights
-    if isinstance(init, str) and init.startswith("pissa") and loaded.base.quantization:
+    if isinstance(init, str) and init.startswith(("pissa", "olora")) and loaded.base.quantization:
         raise ConfigError(
             f"init_lora_weights={init!r} changes the base weights, which a "
             f"{loaded.base.quantization} base cannot hold. Load with load_in_4bit=False, or use "

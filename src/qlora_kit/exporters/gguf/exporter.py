@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 
 from qlora_kit.errors import ConfigError
 from qlora_kit.exporters.gguf.convert import convert, plan_conversion
+from qlora_kit.exporters.gguf.ggml import find_missing_encoder
 from qlora_kit.exporters.gguf.modelfile import describe_prompt, write_modelfile
 from qlora_kit.exporters.gguf.recipes import resolve_recipes
 from qlora_kit.exporters.gguf.running import check_runner
@@ -71,6 +72,10 @@ class GgufExporter:
     name = "gguf"
     summary = "Adapter merged in, files for llama.cpp and Ollama in any quantization."
     options_type: type = GgufOptions
+
+    def find_missing(self) -> list[str]:
+        """The package that writes the files, where it is not installed."""
+        return find_missing_encoder()
 
     def check(self, request: ExportRequest) -> ExportEstimate:
         """Plan every tensor, compare the tokenizers and count the bytes."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["check_encoder", "encode_rows", "row_size", "type_number"]
+__all__ = ["check_encoder", "encode_rows", "find_missing_encoder", "row_size", "type_number"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,15 @@ def check_encoder(type_names: set[str]) -> None:
     if wanted <= set(_NUMPY_TYPES):
         return
     _load_library()
+
+
+def find_missing_encoder() -> list[str]:
+    """What keeps every type from being written here, one phrase each."""
+    try:
+        check_encoder(set())
+    except MissingDependencyError as error:
+        return [str(error)]
+    return []
 
 
 def encode_rows(rows: NDArray[np.float32], type_name: str) -> NDArray[np.uint8]:

@@ -12,7 +12,7 @@ from qlora_kit.errors import ConfigError, UnsupportedModelError
 from qlora_kit.exporters.gguf.convert import convert
 from qlora_kit.exporters.gguf.exporter import choose_name
 from qlora_kit.exporters.gguf.families import Config, Family, find_family
-from qlora_kit.exporters.gguf.ggml import check_encoder
+from qlora_kit.exporters.gguf.ggml import check_encoder, find_missing_encoder
 from qlora_kit.exporters.gguf.reading import GgufFile
 from qlora_kit.exporters.gguf.recipes import RECIPES
 from qlora_kit.exporters.gguf.running import check_runner
@@ -77,6 +77,10 @@ class GgufLoraExporter:
     name = "gguf-lora"
     summary = "The adapter alone, for llama.cpp's --lora."
     options_type: type = GgufLoraOptions
+
+    def find_missing(self) -> list[str]:
+        """The package that writes the files, where it is not installed."""
+        return find_missing_encoder()
 
     def check(self, request: ExportRequest) -> ExportEstimate:
         """Refuse what llama.cpp cannot apply, and count the bytes."""

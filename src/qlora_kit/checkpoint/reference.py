@@ -1,0 +1,49 @@
+"""What a merge into the original weights should compute: that base, with the live adapter.
+
+The live model answers through its 4-bit weights, so it says how far a merge into the 16-bit
+original moved away, and not whether the merge is right.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from qlora_kit.results import LoadedModel
+
+__all__ = ["attach_live_adapters"]
+
+
+def attach_live_adapters(model: LoadedModel, original: Any) -> Any:
+    """Put copies of the live model's active adapters on its unquantized base.
+
+    Args:
+        model: The live model.
+        original: Its base from ``model.base.path``, unquantized. Changed in place.
+
+    Returns:
+        The base with every active adapter, in eval mode; the base itself if there is none.
+    """
+    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+
+    live = model.model
+    if not isinstance(live, PeftModel):
+        return original
+    names = list(live.active_adapters)
+    reference: Any = None
+    for name in names:
+        config = copy.deepcopy(live.peft_config[name])
+        # Its weights come from the live one; some starts would change the base.
+        config.init_lora_weights = True
+        config.inference_mode = True
+        if reference is None:
+            reference = PeftModel(original, config, adapter_name=name)
+        else:
+            reference.add_adapter(name, config)
+        weights = {
+            key: value.cpu()
+            for key, value in get_peft_model_state_dict(live, adapter_name=name).items()
+        }
+        set_peft_model_state_dict(reference, weights, adapter_name=name)
+    reference.base_model.set_adapter(names)
+    return reference.eval()

@@ -1,0 +1,172 @@
+"""Exporting: one call that writes a format, checks it, and leaves it whole or not at all.
+
+This stage finds exporters and hands them jobs. Exporters write and compare; this package
+does not know any of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from qlora_kit import plugins
+from qlora_kit.errors import ConfigError
+from qlora_kit.export.job import ExportJob, Progress, Settings, Verify
+from qlora_kit.export.nesting import NestedExport, nest_export
+from qlora_kit.export.several import export_several
+from qlora_kit.hookspecs import Exporter
+from qlora_kit.options import describe_option_fields
+from qlora_kit.results import Artifact, ExportResults, LoadedModel
+from qlora_kit.weights.sharing import SharedMerge
+
+__all__ = [
+    "NestedExport",
+    "available_exporters",
+    "describe_exporters",
+    "export_model",
+    "get_exporter",
+    "nest_export",
+]
+
+
+@overload
+def export_model(
+    model: LoadedModel, format: str, /, path: str | os.PathLike[str] | None = None, *,
+    overwrite: bool = False, verify: Verify = True, progress: Progress | None = None,
+    **options: Any,
+) -> Artifact: ...  # fmt: skip
+
+
+@overload
+def export_model(
+    model: LoadedModel, format: Sequence[str] | Mapping[str, Mapping[str, Any]], /,
+    path: str | os.PathLike[str], *,
+    overwrite: bool = False, verify: Verify = True, progress: Progress | None = None,
+    **options: Any,
+) -> ExportResults: ...  # fmt: skip
+
+
+def export_model(
+    model: LoadedModel,
+    format: str | Sequence[str] | Mapping[str, Mapping[str, Any]],
+    /,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    overwrite: bool = False,
+    verify: Verify = True,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Artifact | ExportResults:
+    """Write a trained model in a format, checked against the model in memory.
+
+    Args:
+        model: What ``load_quantized``, ``attach_lora`` or a training left. It is only read.
+        format: An exporter's name, see :func:`available_exporters`; or several, which share
+            one merge and go into ``path/<format>`` each: a list, or a mapping of names to
+            options. (Positional, so that a format may have an option of that name.)
+        path: The folder to write. It appears complete or not at all.
+        overwrite: Replace an existing folder, all of it.
+        verify: ``True`` compares what was written with the live model where that is cheap,
+            ``"full"`` compares everything, ``False`` nothing.
+        progress: Called as ``progress(what, done, total)``.
+        **options: The format's own options. Given with several formats, an option goes to
+            every one that has it.
+
+    Returns:
+        The artifact; for several formats, artifacts by name and what failed (call
+        ``raise_for_failures()`` on it, or look at ``failures``).
+
+    Raises:
+        ConfigError: When there is no such format, or an option is wrong; for several formats,
+            before any of them is written.
+        PluginError: When two plugins claim the format, or one returned nonsense.
+        DestinationExistsError: When ``path`` holds files and ``overwrite`` is off.
+        DiskSpaceError: When the disk is too full; says how much is needed.
+        VerificationError: When what was written is not the model in memory. Nothing is left.
+        ExportError: When the exporter failed; names its plugin. Nothing is left.
+    """
+    if not isinstance(model, LoadedModel):
+        raise ConfigError(
+            f"export_model takes what load_quantized or attach_lora returned, got "
+            f"{type(model).__name__}."
+        )
+    if verify not in (True, False, "full"):
+        raise ConfigError(f"verify must be True, False or 'full', got {verify!r}.")
+    settings = Settings(SharedMerge(), overwrite, verify, progress)
+    registry = plugins.get_registry()
+    if not isinstance(format, str):
+        parent = None if path is None else Path(path)
+        return export_several(registry, model, format, parent, options, settings)
+    exporter, origin = registry.get(format), registry.get_origin(format)
+    job = ExportJob.make(exporter, origin, model, path, options, settings)
+    job.check()
+    return job.run()
+
+
+def available_exporters() -> list[str]:
+    """Names of every export format that can be asked for, sorted."""
+    return plugins.get_registry().names()
+
+
+def describe_exporters() -> dict[str, list[Any]]:
+    """Every export format, where it comes from, and whether it runs on this machine.
+
+    Returns:
+        What JSON can hold:
+
+        * ``exporters``: for each, ``name``, ``summary``, ``plugin``, ``distribution``,
+          ``version``, ``options`` (``name``, ``type``, ``default``, ``is_secret``; a default of
+          ``None`` means that the option must be given), ``missing`` (what keeps the format from
+          running here, one phrase each) and ``is_available``.
+        * ``broken``: plugins that cannot be used, and why, one sentence each.
+        * ``switched_off``: installed plugins that an environment variable keeps out.
+    """
+    registry = plugins.get_registry()
+    described = []
+    for name in registry.names():
+        exporter, origin = registry.get(name), registry.get_origin(name)
+        missing = _find_missing(exporter)
+        described.append(
+            {
+                "name": name,
+                "summary": exporter.summary,
+                **dataclasses.asdict(origin),
+                "is_available": not missing,
+                "missing": missing,
+                "options": [
+                    dataclasses.asdict(option)
+                    for option in describe_option_fields(exporter.options_type)
+                ],
+            }
+        )
+    return {
+        "exporters": described,
+        "broken": [str(plugin) for plugin in registry.broken],
+        "switched_off": [str(origin) for origin in registry.switched_off],
+    }
+
+
+def get_exporter(name: str) -> Exporter:
+    """The exporter of that name.
+
+    Args:
+        name: As in :func:`available_exporters`.
+
+    Raises:
+        ConfigError: When there is none; names the nearest, and plugins that are broken.
+        PluginError: When two plugins claim the name.
+    """
+    return plugins.get_registry().get(name)
+
+
+def _find_missing(exporter: Exporter) -> list[str]:
+    find_missing = getattr(exporter, "find_missing", None)
+    if find_missing is None:
+        return []
+    try:
+        return [str(phrase) for phrase in find_missing()]
+    except Exception as error:  # noqa: BLE001 - a stranger's code; the other formats are listed
+        return [f"find_missing() failed: {type(error).__name__}: {error}"]

@@ -1,0 +1,264 @@
+"""One export from its checks to its artifact.
+
+Checks options, destination and disk, calls the exporter's three methods, and moves the
+finished folder into place. This module does not know how an exporter was found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from qlora_kit.checkpoint.files import describe_file, list_files
+from qlora_kit.checkpoint.staging import check_destination, stage_folder
+from qlora_kit.device import get_versions
+from qlora_kit.errors import (
+    ConfigError,
+    DiskSpaceError,
+    ExportError,
+    PluginError,
+    QloraKitError,
+    VerificationError,
+)
+from qlora_kit.hookspecs import Exporter, ExportEstimate, ExportRequest
+from qlora_kit.manifest import describe_model, read_manifest, write_manifest
+from qlora_kit.options import build_options
+from qlora_kit.results import Artifact, ArtifactFile, LoadedModel, Verification
+from qlora_kit.weights.sharing import SharedMerge
+
+__all__ = ["ExportJob", "Progress", "Settings", "Verify"]
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+Verify = bool | Literal["full"]
+
+_FULL_DISK: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: Tokenizer, configuration, manifest and file-system blocks, beside what an exporter counts.
+_OVERHEAD_BYTES: Final = 32 * 1024 * 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What every export of one call has in common.
+
+    Attributes:
+        shared: What the exports of one call share.
+        overwrite: Whether an existing folder is replaced.
+        verify: ``False``, ``True`` or ``"full"``.
+        progress: Called as ``progress(what, done, total)``.
+    """
+
+    shared: SharedMerge
+    overwrite: bool = False
+    verify: Verify = True
+    progress: Progress | None = None
+
+
+@dataclasses.dataclass
+class ExportJob:
+    """One export.
+
+    Attributes:
+        exporter: Who writes it.
+        origin: Whom to name when the exporter fails.
+        request: What it is asked for.
+        overwrite: Whether an existing folder is replaced.
+        needed_bytes: What it will write, known after :meth:`check`.
+    """
+
+    exporter: Exporter
+    origin: object
+    request: ExportRequest
+    overwrite: bool
+    needed_bytes: int = 0
+
+    @classmethod
+    def make(
+        cls,
+        exporter: Exporter,
+        origin: object,
+        model: LoadedModel,
+        path: str | os.PathLike[str] | None,
+        options: Mapping[str, Any],
+        settings: Settings,
+    ) -> ExportJob:
+        """Check everything that can be checked without looking at the model.
+
+        Raises:
+            ConfigError: When an option is wrong, or the path is missing, unneeded or unusable.
+            DestinationExistsError: When the path holds files and may not be overwritten.
+        """
+        name = exporter.name
+        built = build_options(exporter.options_type, options, owner=name)
+        destination = None if path is None else Path(os.path.abspath(Path(path).expanduser()))
+        needs_path = getattr(exporter, "needs_path", True)
+        if needs_path and destination is None:
+            raise ConfigError(
+                f"Format {name!r} needs a path: export_model(model, {name!r}, 'out')."
+            )
+        if not needs_path and destination is not None:
+            raise ConfigError(f"Format {name!r} leaves nothing on this disk and takes no path.")
+        if destination is not None:
+            check_destination(
+                destination, overwrite=settings.overwrite, protected=(model.base.path,)
+            )
+        request = ExportRequest(model, built, destination, settings.verify, shared=settings.shared)
+        if settings.progress is not None:
+            request = dataclasses.replace(request, progress=settings.progress)
+        return cls(exporter, origin, request, settings.overwrite)
+
+    @property
+    def name(self) -> str:
+        """The format's name."""
+        return self.exporter.name
+
+    def check(self, reserved_bytes: int = 0) -> None:
+        """Let the exporter refuse, and see that the disk has room.
+
+        Args:
+            reserved_bytes: What other exports will have written there before this one.
+
+        Raises:
+            QloraKitError: With what is wrong and what to do instead.
+        """
+        estimate: ExportEstimate = self._call("check", ExportEstimate, self.request)
+        for note in estimate.notes:
+            logger.info("%s: %s", self.name, note)
+        self.needed_bytes = estimate.disk_bytes + _OVERHEAD_BYTES
+        parent = self._existing_parent()
+        free = shutil.disk_usage(parent).free - reserved_bytes
+        if free < self.needed_bytes:
+            after = " after the formats before it" if reserved_bytes else ""
+            raise DiskSpaceError(
+                f"Format {self.name!r} needs {_format_size(self.needed_bytes)} in {parent}, which "
+                f"has {_format_size(max(free, 0))} free{after}. Free some, or give a path on "
+                "another disk."
+            )
+
+    def run(self) -> Artifact:
+        """Write, verify, and move into place; on any exception nothing is left.
+
+        Raises:
+            QloraKitError: When any of it failed.
+        """
+        started = time.perf_counter()
+        with self._folder() as (folder, commit):
+            facts = dict(self._call("write", Mapping, self.request, folder))
+            known_sha256 = facts.pop("sha256", {})
+            verification = Verification("none")
+            if self.request.verify:
+                verification = self._call("verify", Verification, self.request, folder)
+            if not verification.passed:
+                failed = [check for check in verification.checks if not check.passed]
+                raise VerificationError(
+                    f"The {self.name} export does not match the model in memory, and was removed: "
+                    + "; ".join(f"{check.name}: {check.detail}" for check in failed)
+                )
+            with self._explained_os_errors(f"Writing {self.name!r} failed"):
+                files = list_files(folder, known_sha256)
+                path = write_manifest(
+                    folder, "artifact", self._describe(facts, verification, files)
+                )
+                files.append(describe_file(path, folder))
+                manifest = read_manifest(folder)
+                commit()
+        artifact = Artifact(
+            format=self.name,
+            path=self.request.destination,
+            files=tuple(sorted(files, key=lambda file: file.name)),
+            verification=verification,
+            facts=facts,
+            manifest=manifest,
+            seconds=time.perf_counter() - started,
+            url=facts.get("url"),
+        )
+        logger.info(
+            "Exported %s to %s: %s in %.1f s",
+            self.name, artifact.path or artifact.url, _format_size(artifact.size), artifact.seconds,
+        )  # fmt: skip
+        return artifact
+
+    def _describe(
+        self, facts: Mapping[str, Any], verification: Verification, files: list[ArtifactFile]
+    ) -> dict[str, Any]:
+        """What the manifest says about this export."""
+        return {
+            "format": self.name,
+            "origin": str(self.origin),
+            **describe_model(self.request.model),
+            "training": self.request.model.record.training,
+            "options": self.request.options,
+            "facts": facts,
+            "verification": {
+                "level": verification.level,
+                "passed": verification.passed,
+                "checks": verification.checks,
+            },
+            "versions": get_versions(),
+            "files": files,
+        }
+
+    @contextmanager
+    def _folder(self) -> Iterator[tuple[Path, Callable[[], None]]]:
+        if self.request.destination is None:
+            with tempfile.TemporaryDirectory(prefix="qlora_kit-") as folder:
+                yield Path(folder), lambda: None
+            return
+        with stage_folder(self.request.destination, overwrite=self.overwrite) as staged:
+            yield staged.folder, staged.commit
+
+    def _existing_parent(self) -> Path:
+        if self.request.destination is None:
+            return Path(tempfile.gettempdir())
+        parent = self.request.destination.parent
+        while not parent.exists():
+            parent = parent.parent
+        return parent
+
+    def _call(self, step: str, expected: type, *args: Any) -> Any:
+        """Run a step of the exporter; whatever a stranger's code raises names its owner."""
+        failure = f"Exporter {self.name!r} ({self.origin}) failed in {step}()"
+        try:
+            with self._explained_os_errors(failure):
+                result = getattr(self.exporter, step)(*args)
+        except QloraKitError:
+            raise
+        except Exception as error:  # a plugin may raise anything
+            raise ExportError(f"{failure}: {type(error).__name__}: {error}") from error
+        if not isinstance(result, expected):
+            raise PluginError(
+                f"Exporter {self.name!r} ({self.origin}) returned {type(result).__name__} from "
+                f"{step}(), not a {expected.__name__}."
+            )
+        return result
+
+    @contextmanager
+    def _explained_os_errors(self, failure: str) -> Iterator[None]:
+        try:
+            yield
+        except QloraKitError:
+            raise
+        except OSError as error:
+            if error.errno not in _FULL_DISK:
+                raise ExportError(f"{failure}: {type(error).__name__}: {error}") from error
+            where = self._existing_parent()
+            raise DiskSpaceError(
+                f"The disk became full while writing {self.name!r}: it needs "
+                f"{_format_size(self.needed_bytes)} in {where}, which has "
+                f"{_format_size(shutil.disk_usage(where).free)} free now. "
+                f"{self.request.destination or 'Nothing'} is as it was before."
+            ) from error
+
+
+def _format_size(size: int) -> str:
+    return f"{size / 1024**3:.2f} GiB" if size >= 1024**3 else f"{size / 1024**2:.1f} MiB"

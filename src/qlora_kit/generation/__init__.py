@@ -1,0 +1,173 @@
+"""Streaming an answer: text as it is produced, and an end that is named.
+
+transformers generates in a worker thread; this stage turns token ids into text, watches for
+stop strings and ends the worker when the consumer stops reading. It does not know templates.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.errors import ConfigError
+from qlora_kit.generation.settings import check_sampling, make_config, read_stops
+from qlora_kit.generation.text import TextAssembler
+from qlora_kit.generation.worker import Worker
+from qlora_kit.results import FinishReason, LoadedModel, TextChunk
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+__all__ = ["generate_stream"]
+
+logger = logging.getLogger(__name__)
+
+
+def generate_stream(
+    model: LoadedModel,
+    prompt: str | Sequence[int] | Sequence[Mapping[str, str]],
+    *,
+    max_new_tokens: int = 256,
+    do_sample: bool | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    stop: str | Sequence[str] | None = None,
+    seed: int | None = None,
+    **generation_config: Any,
+) -> Iterator[TextChunk]:
+    """Yield the answer to a prompt piece by piece.
+
+    Args:
+        model: A loaded or adapted model; left in the mode it was found in.
+        prompt: What ``formatter.prompt(...)`` returned, any text, token ids, or a list of chat
+            messages (``{"role": ..., "content": ...}``) for the tokenizer's chat template.
+        max_new_tokens: Most tokens to generate, the stop token included.
+        do_sample: ``False`` for the most likely token each time. By default, sampled when
+            ``temperature``, ``top_p``, ``top_k`` or ``min_p`` is given and greedy otherwise.
+        temperature: Above 1 flattens the distribution, below 1 sharpens it.
+        top_p: Sample from the smallest set of tokens with this much probability.
+        top_k: Sample from this many most likely tokens.
+        min_p: Sample from tokens at least this likely relative to the best (arXiv:2407.01082).
+        repetition_penalty: Above 1 makes tokens that were already used less likely.
+        stop: Strings that end the answer; they are not part of it.
+        seed: Makes sampling repeatable, and leaves torch's generators as they were.
+        **generation_config: Any further field of transformers' ``GenerationConfig``.
+
+    Yields:
+        :class:`~qlora_kit.results.TextChunk` objects. The last one has a ``finish_reason``.
+        Closing the iterator early, or just leaving the loop, ends generation within one token.
+
+    Raises:
+        ConfigError: When an argument cannot work; before anything is computed.
+    """
+    if not isinstance(model, LoadedModel):
+        raise ConfigError(
+            f"generate_stream takes what load_quantized or attach_lora returned, "
+            f"got {type(model).__name__}."
+        )
+    filters = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+    check_sampling(max_new_tokens, filters, repetition_penalty, seed)
+    given = {name: value for name, value in filters.items() if value is not None}
+    config = make_config(
+        model,
+        {
+            **generation_config,
+            **given,
+            **({} if repetition_penalty is None else {"repetition_penalty": repetition_penalty}),
+            "do_sample": bool(given) if do_sample is None else do_sample,
+            "max_new_tokens": max_new_tokens,
+        },
+    )
+    stops = read_stops(stop)
+    ids = _encode(model, prompt)
+    if len(ids) + max_new_tokens > model.max_seq_length:
+        logger.info(
+            "%d prompt tokens and up to %d new ones go beyond max_seq_length=%d.",
+            len(ids), max_new_tokens, model.max_seq_length,
+        )  # fmt: skip
+    # The checks above run at the call, not when the first chunk is read.
+    return _stream(model, ids, config, stops, seed)
+
+
+def _stream(
+    model: LoadedModel,
+    ids: list[int],
+    config: GenerationConfig,
+    stops: tuple[str, ...],
+    seed: int | None,
+) -> Iterator[TextChunk]:
+    with model.engine.inference(model) as module:
+        worker = Worker(module, ids, config, seed)
+        text = TextAssembler(model.tokenizer, stops)
+        ends = set(config.eos_token_id)
+        started = time.perf_counter()
+        worker.start()
+        try:
+            count = 0
+            reason: FinishReason = "length"
+            for token in worker.tokens():
+                count += 1
+                if token in ends:
+                    reason = "eos"
+                    break
+                piece, was_stopped = text.add(token)
+                if was_stopped:
+                    reason = "stop"
+                    yield _chunk(piece, count, started, reason)
+                    return
+                if piece:
+                    yield _chunk(piece, count, started, None)
+            rest, was_stopped = text.finish()
+            yield _chunk(rest, count, started, "stop" if was_stopped else reason)
+        finally:
+            worker.stop()
+
+
+def _chunk(text: str, count: int, started: float, reason: FinishReason | None) -> TextChunk:
+    seconds = time.perf_counter() - started
+    return TextChunk(text, count, count / seconds if seconds > 0 else 0.0, reason)
+
+
+def _encode(model: LoadedModel, prompt: Any) -> list[int]:
+    tokenizer: Any = model.tokenizer
+    exact = getattr(prompt, "token_ids", None)
+    if exact is not None:
+        ids = [int(token) for token in exact]
+    elif isinstance(prompt, str):
+        ids = list(tokenizer(prompt)["input_ids"])
+    elif not isinstance(prompt, Sequence) or not prompt:
+        raise ConfigError(
+            f"prompt must be text, formatter.prompt(...), token ids or chat messages; "
+            f"got {prompt!r}."
+        )
+    elif all(isinstance(part, Mapping) for part in prompt):
+        if tokenizer.chat_template is None:
+            raise ConfigError(
+                "This tokenizer has no chat template, so chat messages cannot be turned into a "
+                "prompt. Give text, or formatter.prompt(...)."
+            )
+        if any(not {"role", "content"} <= set(message) for message in prompt):
+            raise ConfigError(
+                f"Chat messages are {{'role': ..., 'content': ...}} dictionaries, got {prompt!r}."
+            )
+        ids = list(
+            tokenizer.apply_chat_template(
+                list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        )
+    else:
+        ids = [part for part in prompt if isinstance(part, int)]
+        if len(ids) != len(prompt):
+            raise ConfigError(f"Token ids must be whole numbers, got {prompt!r}.")
+    if not ids:
+        raise ConfigError("The prompt is empty: it has no tokens.")
+    vocabulary = model.model.get_input_embeddings().weight.shape[0]
+    if min(ids) < 0 or max(ids) >= vocabulary:
+        bad = next(token for token in ids if not 0 <= token < vocabulary)
+        raise ConfigError(f"Token id {bad} does not exist: this model has 0 to {vocabulary - 1}.")
+    return ids

@@ -1,0 +1,129 @@
+"""What ``generate_stream`` was asked for, as transformers' ``GenerationConfig``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from qlora_kit.errors import ConfigError, UnknownOptionError, did_you_mean
+from qlora_kit.results import LoadedModel
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+__all__ = ["check_sampling", "make_config", "read_stops"]
+
+# Values that mean "no filtering"; anything else warns when decoding greedily.
+_NEUTRAL: Final = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": 1.0}
+
+#: Ways of generating that do not yield one answer token by token, and what to use instead.
+_REFUSED: Final[Mapping[str, str]] = {
+    "num_beams": "Beam search knows its answer only at the end; sample or decode greedily.",
+    "num_return_sequences": "One stream is one answer; call generate_stream once for each.",
+    "penalty_alpha": "Contrastive search is not streamed; sample or decode greedily.",
+    "max_length": "It would count the prompt as well; use max_new_tokens.",
+    "return_dict_in_generate": "Chunks are what is returned.",
+}
+
+
+def check_sampling(
+    max_new_tokens: Any, filters: Mapping[str, Any], repetition_penalty: Any, seed: Any
+) -> None:
+    """Refuse values that cannot work.
+
+    Raises:
+        ConfigError: At the first of them.
+    """
+    if not _is_whole(max_new_tokens) or max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens!r}.")
+    for name, value in {**filters, "repetition_penalty": repetition_penalty}.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ConfigError(f"{name} must be a number, got {value!r}.")
+    for name in ("top_p", "min_p"):
+        if filters[name] is not None and not 0 <= filters[name] <= 1:
+            raise ConfigError(f"{name} is a probability from 0 to 1, got {filters[name]!r}.")
+    if filters["temperature"] is not None and filters["temperature"] <= 0:
+        raise ConfigError(
+            f"temperature must be above 0, got {filters['temperature']!r}; do_sample=False is "
+            "greedy."
+        )
+    if filters["top_k"] is not None and (not _is_whole(filters["top_k"]) or filters["top_k"] < 0):
+        raise ConfigError(f"top_k must be a whole number of tokens, got {filters['top_k']!r}.")
+    if repetition_penalty is not None and repetition_penalty <= 0:
+        raise ConfigError(f"repetition_penalty must be above 0, got {repetition_penalty!r}.")
+    if seed is not None and not _is_whole(seed):
+        raise ConfigError(f"seed must be a whole number, got {seed!r}.")
+
+
+def read_stops(stop: Any) -> tuple[str, ...]:
+    """Stop strings, however they were given.
+
+    Raises:
+        ConfigError: When one of them is empty or no text.
+    """
+    given = () if stop is None else (stop,) if isinstance(stop, str) else stop
+    if not isinstance(given, Sequence) or any(not isinstance(s, str) or not s for s in given):
+        raise ConfigError(f"stop must be non-empty strings, got {stop!r}.")
+    return tuple(given)
+
+
+def make_config(model: LoadedModel, fields: Mapping[str, Any]) -> GenerationConfig:
+    """The model's own generation configuration with ``fields`` on top.
+
+    Raises:
+        UnknownOptionError: For names that are no field, all of them at once.
+        ConfigError: When transformers refuses a value, or it cannot be streamed.
+    """
+    import copy
+
+    from transformers import GenerationConfig
+
+    config: GenerationConfig = copy.deepcopy(model.model.generation_config)
+    known = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
+    unknown = [name for name in fields if name not in known]
+    if unknown:
+        hints = "".join(did_you_mean(name, known) for name in unknown)
+        raise UnknownOptionError(
+            f"generate_stream and GenerationConfig have no {', '.join(map(repr, unknown))}.{hints}"
+        )
+    for name, advice in _REFUSED.items():
+        if fields.get(name) not in (None, False, 1):
+            raise ConfigError(f"{name}={fields[name]!r} cannot be streamed. {advice}")
+    if not fields["do_sample"]:
+        ignored = [name for name in _NEUTRAL if fields.get(name) is not None]
+        if ignored:
+            raise ConfigError(
+                f"do_sample=False takes the most likely token, whatever {ignored[0]} is. Drop one "
+                "of the two."
+            )
+        for name, value in _NEUTRAL.items():
+            setattr(config, name, value)
+    config.max_length = None
+    for name, value in fields.items():
+        setattr(config, name, value)
+    config.eos_token_id = _stop_token_ids(model, fields.get("eos_token_id"))
+    config.pad_token_id = model.tokenizer.pad_token_id
+    try:
+        config.validate()
+    except ValueError as error:
+        raise ConfigError(f"transformers refuses these settings: {error}") from error
+    return config
+
+
+def _stop_token_ids(model: LoadedModel, given: Any) -> list[int]:
+    """What ends an answer: what the model was loaded with, and what it was trained to end with."""
+    if given is not None:
+        ids = [given] if isinstance(given, int) else list(given)
+        if not ids or not all(_is_whole(token) for token in ids):
+            raise ConfigError(f"eos_token_id must be token ids, got {given!r}.")
+        return ids
+    ids = list(model.base.stop_token_ids)
+    formatter = model.record.formatter
+    trained = None if formatter is None else formatter.template_spec().get("eos_token")
+    if trained is not None:
+        ids.insert(0, model.tokenizer.convert_tokens_to_ids(trained))
+    return list(dict.fromkeys(ids))
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
