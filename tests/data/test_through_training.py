@@ -118,6 +118,7 @@ def test_a_step_is_the_mean_over_all_trained_tokens_in_every_layout(
             case = f"{plan_name}, {name}"
             assert result.losses[0] == pytest.approx(loss, rel=2e-6), case
             assert result.trained_tokens == trained, case
+            assert (result.plan == "TRL and peft") is (plan_name == "trl"), case
             reference = reference or weights
             for parameter, value in reference.items():
                 moved = (value - start[parameter]).abs().max().item()
