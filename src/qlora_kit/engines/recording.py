@@ -14,7 +14,8 @@ class StepRecorder:
     """Mixin for ``transformers.Trainer``: tokens taken and the loss of each optimizer step.
 
     Counting in the collator would include evaluation and prefetched batches; the trainer's
-    own log rounds losses and averages them over ``logging_steps``.
+    own log rounds losses and averages them over ``logging_steps``. In a distributed run the
+    properties speak of all ranks, so every rank has to read them.
     """
 
     _tokens_seen: Any = 0
@@ -54,18 +55,34 @@ class StepRecorder:
     @property
     def tokens_seen(self) -> int:
         """Tokens of the micro-batches taken so far, padding excluded."""
-        return int(self._tokens_seen)
+        return int(self._sum_over_ranks([self._tokens_seen])[0])
 
     @property
     def trained_tokens(self) -> int:
         """Of those, the tokens whose prediction carried loss."""
-        return int(self._trained_tokens)
+        return int(self._sum_over_ranks([self._trained_tokens])[0])
 
     @property
     def step_losses(self) -> list[float]:
         """Mean loss per trained token of each step begun so far, in order."""
         self._flush()
-        return list(self.__dict__.get("_done_losses", ()))
+        own = list(self.__dict__.get("_done_losses", ()))
+        # Each rank's loss is its share times the number of ranks, whose mean the gradients are.
+        ranks = self.accelerator.num_processes  # type: ignore[attr-defined]
+        return [total / ranks for total in self._sum_over_ranks(own)]
+
+    def _sum_over_ranks(self, values: list[Any]) -> list[float]:
+        accelerator = self.accelerator  # type: ignore[attr-defined]
+        own = [float(value) for value in values]
+        if accelerator.num_processes == 1 or not own:
+            return own
+        import torch
+
+        # float32 is exact up to 16 million tokens only.
+        summed = accelerator.gather(
+            torch.tensor([own], dtype=torch.float64, device=accelerator.device)
+        ).sum(0)
+        return [float(value) for value in summed]
 
     def _flush(self) -> None:
         pending = self.__dict__.setdefault("_pending_losses", [])
