@@ -261,6 +261,7 @@ class _Job:
             verification: Verification = Verification("none")
             if self.request.verify:
                 verification = self._call("verify", Verification, self.request, folder)
+            facts |= verification.facts
             if not verification.passed:
                 failed = [check for check in verification.checks if not check.passed]
                 raise VerificationError(

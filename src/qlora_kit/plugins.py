@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 BUILTINS: Final = (
     "qlora_kit.exporters.lora",
     "qlora_kit.exporters.merged_16bit",
+    "qlora_kit.exporters.merged_4bit",
     "qlora_kit.exporters.gguf",
 )
 

@@ -212,10 +212,12 @@ class Verification:
     Attributes:
         level: ``"none"``, ``"standard"`` or ``"full"``.
         checks: The comparisons made.
+        facts: What comparing measured that belongs among the artifact's facts.
     """
 
     level: Literal["none", "standard", "full"]
     checks: tuple[Check, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:

@@ -41,7 +41,8 @@ def test_plain_transformers_gives_the_live_logits(
     )
     assert artifact.verification.level == "full"
     assert [check.name for check in artifact.verification.checks] == [
-        "tensors", "merged values", "stop tokens", "tokenizer", "logits", "generation stops",
+        "tensors", "merged values", "configuration", "stop tokens", "tokenizer", "logits",
+        "generation stops",
     ]  # fmt: skip
     again = load_plain(tmp_path / "out")
     # float16 keeps 11 bits: 2^-11 of logits around 1.
@@ -153,6 +154,8 @@ def _break(folder, damage, request):
         tensors["model.norm.weight"][5] *= 1.05
     elif damage == "nan":
         tensors[name][0, 0] = float("nan")
+    elif damage == "one value between the samples":
+        tensors[name][20, 20] = 1e4
     elif damage == "one value, full":
         tensors[name][20, 20] += 1.0
     save_file(tensors, path, metadata={"format": "pt"})
@@ -170,7 +173,8 @@ def _break(folder, damage, request):
         ("one value, full", "merged values"),
         ("eos", r"stop tokens.*\[1\], the live model at \[2\]"),
         ("tokenizer", "tokenizer: the end token"),
-        ("config", "logits: mean KL"),
+        ("config", "configuration: rope_parameters"),
+        ("one value between the samples", "logits: mean KL"),
     ],
 )
 def test_a_broken_export_is_caught_and_removed(

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from qlora_kit.checkpoint.comparing import (
+    check_config,
     check_generation_config,
     check_stops,
     check_tokenizer,
@@ -21,18 +22,27 @@ from qlora_kit.checkpoint.comparing import (
     measure_logits_distance,
 )
 from qlora_kit.device import to_torch_dtype
+from qlora_kit.engines.native.quantization import set_compute_dtype
+from qlora_kit.engines.shared import keep_weights_unpacked
 from qlora_kit.errors import QloraKitError
 from qlora_kit.results import Check, LoadedModel, Verification
 from qlora_kit.weights.adapter import AdapterTensors
 from qlora_kit.weights.live import get_hf_model
 from qlora_kit.weights.merged import MergedWeights
+from qlora_kit.weights.nf4 import Nf4Weights
+from qlora_kit.weights.nf4_checking import compare_quantized_tensors
 from qlora_kit.weights.recompute import compare_merged_tensors
 from qlora_kit.weights.source import SafetensorsSource
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["load_exported", "verify_adapter", "verify_merged"]
+__all__ = [
+    "load_exported",
+    "verify_adapter",
+    "verify_merged",
+    "verify_quantized",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +55,7 @@ _MEMORY_SHARE: Final = 0.25
 #: back what quantization took, which the second leaves room for.
 KL_LIMIT_SAME_BASE: Final = 0.01
 KL_LIMIT_ORIGINAL: Final = 0.5
+KL_LIMIT_4BIT: Final = 0.5
 _KL_LIMIT_ADAPTER: Final = 1e-3
 
 # Longer than any probe; a model that is only compared needs no more.
@@ -62,19 +73,83 @@ def verify_merged(
         merged: The same merge, for computing tensors again.
         verify: ``True`` or ``"full"``.
     """
+    is_original = merged.base == "original" and model.base.quantization is not None
+    return _verify_checkpoint(
+        model,
+        folder,
+        lambda files, whole: compare_merged_tensors(files, merged, whole=whole),
+        lambda: check_config(model, folder, merged.config_updates()),
+        KL_LIMIT_ORIGINAL if is_original else KL_LIMIT_SAME_BASE,
+        verify,
+        lambda size: _is_cheap(size, model),
+    )
+
+
+def verify_quantized(
+    model: LoadedModel,
+    folder: Path,
+    quantized: Nf4Weights,
+    config: Any,
+    verify: bool | Literal["full"],
+) -> Verification:
+    """Compare a merged 4-bit checkpoint with the live model.
+
+    Args:
+        model: The live model.
+        folder: What was written.
+        quantized: The same tensors, for computing them again.
+        config: The configuration it should have, with its quantization.
+        verify: ``True`` or ``"full"``.
+
+    Returns:
+        The checks, and the mean KL divergence from the live model among the facts.
+    """
+    verification = _verify_checkpoint(
+        model,
+        folder,
+        lambda files, whole: compare_quantized_tensors(files, quantized, whole=whole),
+        lambda: check_config(
+            model, folder, quantized.merged.config_updates(), config.quantization_config
+        ),
+        KL_LIMIT_4BIT,
+        verify,
+        # A quarter of the model in size, and the user is told what quantizing again cost.
+        lambda size: size <= _measure_free_memory(model) / 2,
+    )
+    if not any(check.name == "logits" for check in verification.checks):
+        note = "not measured: too little memory for a second model; verify='full' does it"
+        return dataclasses.replace(verification, facts={"kl": None, "kl_note": note})
+    return verification
+
+
+def _verify_checkpoint(
+    model: LoadedModel,
+    folder: Path,
+    compare: Callable[[SafetensorsSource, bool], list[Check]],
+    check_configuration: Callable[[], Check],
+    kl_limit: float,
+    verify: bool | Literal["full"],
+    may_reload: Callable[[int], bool],
+) -> Verification:
     level: Literal["standard", "full"] = "full" if verify == "full" else "standard"
     try:
         with SafetensorsSource(folder) as files:
-            checks = compare_merged_tensors(files, merged, whole=level == "full")
+            checks = compare(files, level == "full")
             size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     except (QloraKitError, OSError) as error:
         return Verification(level, (Check("tensors", False, str(error)),))
-    checks += [check_generation_config(model, folder), check_tokenizer(model, folder)]
-    if all(check.passed for check in checks) and (level == "full" or _is_cheap(size, model)):
-        is_original = merged.base == "original" and model.base.quantization is not None
-        limit = KL_LIMIT_ORIGINAL if is_original else KL_LIMIT_SAME_BASE
-        checks += _reload_and_compare(model, folder, limit)
-    return Verification(level, tuple(checks))
+    checks += [
+        check_configuration(),
+        check_generation_config(model, folder),
+        check_tokenizer(model, folder),
+    ]
+    facts: dict[str, Any] = {}
+    if all(check.passed for check in checks) and (level == "full" or may_reload(size)):
+        exported = load_exported(model, folder)
+        distance = measure_logits_distance(model, exported, make_probes(model))
+        checks += [distance.as_check(kl_limit), check_stops(model, exported)]
+        facts = distance.as_facts()
+    return Verification(level, tuple(checks), facts)
 
 
 def verify_adapter(
@@ -120,6 +195,9 @@ def load_exported(model: LoadedModel, folder: Path) -> Any:
             local_files_only=True,
             trust_remote_code=model.config.trust_remote_code,
         )
+    if getattr(exported, "is_loaded_in_4bit", False):
+        keep_weights_unpacked(exported)
+        set_compute_dtype(exported, to_torch_dtype(model.base.compute_dtype))
     return exported.eval()
 
 
@@ -135,12 +213,6 @@ def _quiet_loading() -> Iterator[None]:
     finally:
         if was_enabled:
             hf_logging.enable_progress_bar()
-
-
-def _reload_and_compare(model: LoadedModel, folder: Path, limit: float) -> list[Check]:
-    exported = load_exported(model, folder)
-    distance = measure_logits_distance(model, exported, make_probes(model))
-    return [distance.as_check(limit), check_stops(model, exported)]
 
 
 def _compare_adapter_tensors(folder: Path, tensors: AdapterTensors) -> Check:
@@ -196,19 +268,21 @@ def _comparable(value: Any) -> Any:
 
 
 def _is_cheap(size: int, model: LoadedModel) -> bool:
+    cheap = size <= _CHEAP_BYTES and size <= _measure_free_memory(model) * _MEMORY_SHARE
+    if not cheap:
+        logger.info("Not reloading %.1f GiB to compare logits; verify='full' does.", size / 1024**3)
+    return cheap
+
+
+def _measure_free_memory(model: LoadedModel) -> int:
+    """Bytes free on the live model's device."""
     import psutil
     import torch
 
     device = _device_of(get_hf_model(model.model))
-    free = (
-        torch.cuda.mem_get_info(device)[0]
-        if device.type == "cuda"
-        else psutil.virtual_memory().available
-    )
-    cheap = size <= _CHEAP_BYTES and size <= free * _MEMORY_SHARE
-    if not cheap:
-        logger.info("Not reloading %.1f GiB to compare logits; verify='full' does.", size / 1024**3)
-    return cheap
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def _device_of(model: Any) -> torch.device:

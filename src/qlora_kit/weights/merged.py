@@ -11,10 +11,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Final, Self, get_args
 
 from qlora_kit.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
 from qlora_kit.results import LoadedModel
+from qlora_kit.weights.choosing import MergeBase, choose_merge_base, is_loftq
 from qlora_kit.weights.dequantize import dequantize
 from qlora_kit.weights.live import (
     LiveTensor,
@@ -27,12 +28,9 @@ from qlora_kit.weights.source import SafetensorsSource
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MergeBase", "MergedWeights", "choose_merge_base", "is_loftq"]
+__all__ = ["MergeBase", "MergedWeights", "choose_merge_base"]
 
 logger = logging.getLogger(__name__)
-
-MergeBase = Literal["original", "dequantized"]
-_BASES: Final = get_args(MergeBase)
 
 
 class MergedWeights:
@@ -59,7 +57,7 @@ class MergedWeights:
         *,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if base not in _BASES:
+        if base not in get_args(MergeBase):
             raise ConfigError(f"base must be 'original' or 'dequantized', got {base!r}.")
         self.model = model
         self.base: MergeBase = base
@@ -255,27 +253,6 @@ class MergedWeights:
                 "Export with dtype='bfloat16'."
             )
         return rounded
-
-
-def choose_merge_base(model: LoadedModel, asked: str) -> MergeBase:
-    """Settle ``"auto"``: the original weights where they exist and make sense.
-
-    Raises:
-        ConfigError: When ``asked`` is none of ``"auto"``, ``"original"``, ``"dequantized"``.
-    """
-    if asked in _BASES:
-        return asked  # type: ignore[return-value]
-    if asked != "auto":
-        raise ConfigError(f"base must be 'auto', 'original' or 'dequantized', got {asked!r}.")
-    return "dequantized" if model.base.is_prequantized or is_loftq(model) else "original"
-
-
-def is_loftq(model: LoadedModel) -> bool:
-    """Whether the adapter was started by LoftQ."""
-    adapter = getattr(model, "adapter", None)
-    return adapter is not None and (
-        bool(adapter.loftq_config) or adapter.init_lora_weights == "loftq"
-    )
 
 
 def _open_original(model: LoadedModel, *, needed: bool) -> SafetensorsSource | None:
