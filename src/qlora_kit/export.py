@@ -31,7 +31,7 @@ from qlora_kit.errors import (
     VerificationError,
 )
 from qlora_kit.hookspecs import Exporter, ExportEstimate, ExportRequest
-from qlora_kit.manifest import describe_model, read_manifest, write_manifest
+from qlora_kit.manifest import MANIFEST_NAME, describe_model, read_manifest, write_manifest
 from qlora_kit.options import build_options
 from qlora_kit.results import Artifact, ArtifactFile, ExportResults, LoadedModel, Verification
 from qlora_kit.weights.sharing import SharedMerge
@@ -269,7 +269,12 @@ class _Job:
                     + "; ".join(f"{check.name}: {check.detail}" for check in failed)
                 )
             with self._disk_errors():
-                files = list_files(folder, known_sha256)
+                files = [
+                    file
+                    for file in list_files(folder, known_sha256)
+                    # One that a nested export left; its own follows.
+                    if file.name != MANIFEST_NAME
+                ]
                 content = self._describe(facts, verification, files)
                 path = write_manifest(folder, "artifact", content)
                 files.append(describe_file(path, folder))

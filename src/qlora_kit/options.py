@@ -66,8 +66,10 @@ def build_options(options_type: type, given: Mapping[str, Any], *, owner: str) -
     hints = _get_hints(options_type)
     for name, value in known.items():
         if name in hints and not _matches(value, hints[name]):
+            # A field without repr is a secret.
+            shown = repr(value) if fields[name].repr else f"a {type(value).__name__}"
             raise ConfigError(
-                f"Format {owner!r}: {name} must be {_spell(hints[name])}, got {value!r}."
+                f"Format {owner!r}: {name} must be {_spell(hints[name])}, got {shown}."
             )
     return options_type(**known)
 

@@ -41,6 +41,7 @@ BUILTINS: Final = (
     "qlora_kit.exporters.merged_16bit",
     "qlora_kit.exporters.merged_4bit",
     "qlora_kit.exporters.gguf",
+    "qlora_kit.exporters.hub",
 )
 
 #: ``""`` or ``"0"`` loads no third-party plugin; entry-point names separated by commas load

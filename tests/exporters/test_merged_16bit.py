@@ -154,8 +154,8 @@ def _break(folder, damage, request):
         tensors["model.norm.weight"][5] *= 1.05
     elif damage == "nan":
         tensors[name][0, 0] = float("nan")
-    elif damage == "one value between the samples":
-        tensors[name][20, 20] = 1e4
+    elif damage == "rows between the samples":
+        tensors["lm_head.weight"][20:180] *= -20
     elif damage == "one value, full":
         tensors[name][20, 20] += 1.0
     save_file(tensors, path, metadata={"format": "pt"})
@@ -174,7 +174,7 @@ def _break(folder, damage, request):
         ("eos", r"stop tokens.*\[1\], the live model at \[2\]"),
         ("tokenizer", "tokenizer: the end token"),
         ("config", "configuration: rope_parameters"),
-        ("one value between the samples", "logits: mean KL"),
+        ("rows between the samples", "logits: mean KL"),
     ],
 )
 def test_a_broken_export_is_caught_and_removed(
