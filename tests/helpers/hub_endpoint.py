@@ -79,7 +79,8 @@ class _Handler(BaseHTTPRequestHandler):
             if part in path and times > 0:
                 self.hub.drop[part] -= 1
                 # Some of the body, then nothing: what a lost connection looks like.
-                self.rfile.read1(100)
+                if self.command in ("POST", "PUT"):
+                    self.rfile.read1(100)
                 self.connection.shutdown(socket.SHUT_RDWR)
                 self.close_connection = True
                 return
@@ -88,7 +89,7 @@ class _Handler(BaseHTTPRequestHandler):
             body = self._read_chunks()
         for part, (status, text) in self.hub.fail.items():
             if part in path:
-                self._answer(status, {"error": text.format(**self.headers)})
+                self._answer(status, {"error": text.format(sent=self.headers["Authorization"])})
                 return
         if path.startswith("/lfs/"):
             self._put_object(path, body)
