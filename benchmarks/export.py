@@ -15,8 +15,9 @@ with random values, and writes the merged model in bfloat16.
 - ``unsloth``: ``save_pretrained_merged(save_method="merged_16bit")`` on an NF4 base.
 
 Memory is the peak of the resident set above what the process held before the export; pages of
-memory-mapped files, which the system drops at will, are counted apart. Ours are on the disk when
-the time is taken (fsync), the peers' may still be in the page cache; ``--no-fsync`` skips ours.
+memory-mapped files, which the system drops at will, are counted apart. Ours is on the disk when
+the call returns; the peers' files may still be in the page cache, so the seconds it takes to
+bring them to the disk are given as well.
 """
 
 from __future__ import annotations
@@ -169,12 +170,9 @@ def randomize(model: Any) -> None:
                 torch.nn.init.normal_(parameter, std=0.01)
 
 
-def prepare_ours(base: Path, *, load_in_4bit: bool, verify: bool, sync: bool) -> Any:
+def prepare_ours(base: Path, *, load_in_4bit: bool, verify: bool) -> Any:
     import qlora_kit
-    from qlora_kit.checkpoint import staging
 
-    if not sync:
-        staging.flush_tree = lambda folder: None
     model = qlora_kit.load_quantized(base, 512, "bfloat16", load_in_4bit, engine="native")
     model = qlora_kit.attach_lora(model, r=16)
     randomize(model.model)
@@ -212,23 +210,26 @@ def prepare_unsloth(base: Path) -> Any:
     return lambda out: model.save_pretrained_merged(str(out), tokenizer, save_method="merged_16bit")
 
 
-def run_one(way: str, base: Path, out: Path, *, sync: bool) -> dict[str, Any]:
+def run_one(way: str, base: Path, out: Path) -> dict[str, Any]:
     if way == "peft":
         export = prepare_peft(base)
     elif way == "unsloth":
         export = prepare_unsloth(base)
     else:
-        export = prepare_ours(
-            base, load_in_4bit=way == "ours-4bit", verify=way == "ours-verified", sync=sync
-        )
+        export = prepare_ours(base, load_in_4bit=way == "ours-4bit", verify=way == "ours-verified")
     gc.collect()
     processor = time.process_time()
     started = time.perf_counter()
     with PeakMemory() as memory:
         export(out)
         seconds = time.perf_counter() - started
+    for file in out.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
     return {
         "seconds": seconds,
+        "seconds_until_on_disk": time.perf_counter() - started,
         "processor_seconds": time.process_time() - processor,
         "idle_gib": memory.idle[0] / GIB,
         "peak_above_idle_gib": (memory.peak[0] - memory.idle[0]) / GIB,
@@ -267,30 +268,31 @@ def describe_machine() -> dict[str, Any]:
 
 def format_table(results: dict[str, dict[str, Any]], reference: str) -> str:
     lines = [
-        "| export | seconds | times the first | peak RSS above idle, GiB | of it not mapped files "
-        "| GiB written | GB/s |",
+        "| export | seconds | until on disk | times the first | peak RSS above idle, GiB "
+        "| of it not mapped files | GiB written |",
         "|---|---|---|---|---|---|---|",
     ]
-    first = results.get(reference, {}).get("seconds")
+    first = results.get(reference, {}).get("seconds_until_on_disk")
     for way, result in results.items():
         if "error" in result:
             lines.append(f"| {LABELS[way]} | failed: {result['error']} | | | | | |")
             continue
-        ratio = f"{result['seconds'] / first:.2f}" if first else ""
+        durable = result["seconds_until_on_disk"]
+        ratio = f"{durable / first:.2f}" if first else ""
         lines.append(
-            f"| {LABELS[way]} | {result['seconds']:.1f} | {ratio} "
+            f"| {LABELS[way]} | {result['seconds']:.1f} | {durable:.1f} | {ratio} "
             f"| {result['peak_above_idle_gib']:.2f} | {result['unmapped_above_idle_gib']:.2f} "
-            f"| {result['bytes'] / GIB:.2f} | {result['bytes'] / result['seconds'] / 1e9:.2f} |"
+            f"| {result['bytes'] / GIB:.2f} |"
         )
     return "\n".join(lines)
 
 
-def spawn(way: str, base: Path, work: Path, *, sync: bool, timeout: int) -> dict[str, Any]:
+def spawn(way: str, base: Path, work: Path, *, timeout: int) -> dict[str, Any]:
     out, report = work / f"out-{way}", work / f"{way}.json"
     command = [sys.executable, __file__, "--one", way, str(base), str(out), str(report)]
     try:
         done = subprocess.run(
-            [*command, *([] if sync else ["--no-fsync"])],
+            command,
             capture_output=True, text=True, check=False, timeout=timeout,
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
@@ -310,14 +312,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--repeats", type=int, default=1, help="the fastest of these is reported")
     parser.add_argument("--folder", type=Path, help="where to write (a fast disk), else TMPDIR")
-    parser.add_argument("--no-fsync", action="store_true", help="leave ours in the page cache too")
     parser.add_argument("--timeout", type=int, default=1800, help="seconds per export")
     parser.add_argument("--json", type=Path, help="also write everything measured there")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         way, base, out, report = options.one
-        result = run_one(way, Path(base), Path(out), sync=not options.no_fsync)
+        result = run_one(way, Path(base), Path(out))
         Path(report).write_text(json.dumps(result))
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -329,11 +330,9 @@ def main() -> None:
         # In turn, so that a machine that changes speed does so for everyone.
         for _ in range(options.repeats):
             for way in options.only:
-                runs[way].append(
-                    spawn(way, base, work, sync=not options.no_fsync, timeout=options.timeout)
-                )
+                runs[way].append(spawn(way, base, work, timeout=options.timeout))
     results = {
-        way: min(done, key=lambda run: run.get("seconds", float("inf")))
+        way: min(done, key=lambda run: run.get("seconds_until_on_disk", float("inf")))
         for way, done in runs.items()
     }
     machine = describe_machine()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, get_args
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 from qlora_kit.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
 from qlora_kit.results import LoadedModel
@@ -23,6 +23,7 @@ from qlora_kit.weights.live import (
     drop_tied_copies,
     get_hf_model,
 )
+from qlora_kit.weights.mapped_file import TORCH_DTYPES
 from qlora_kit.weights.source import SafetensorsSource
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class MergedWeights:
 
         live = self._entries[name]
         if live is None:
-            stored = _TORCH_OF_SAFETENSORS[self._original.dtype(name)]
+            stored = TORCH_DTYPES[self._original.dtype(name)]
             source = getattr(torch, stored)
         elif live.adapters or live.is_quantized:
             source = torch.float32
@@ -280,11 +281,3 @@ def _rescale_dora(weight: torch.Tensor, live: LiveTensor) -> None:
     inputs = 0 if live.is_transposed else 1
     norm = torch.linalg.vector_norm(weight, dim=inputs)
     weight.mul_((magnitude.reshape(-1).to(weight) / norm).unsqueeze(inputs))
-
-
-#: Spelling in safetensors headers -> name in torch.
-_TORCH_OF_SAFETENSORS: Final = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-}  # fmt: skip

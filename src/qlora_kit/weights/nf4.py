@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -119,6 +120,8 @@ class Nf4Weights:
             else:
                 self._owner[name] = name
         self._ready: dict[str, torch.Tensor] = {}
+        # Two shards are written at a time, and a weight's pieces may lie in both.
+        self._lock = threading.Lock()
 
     def names(self) -> Sequence[str]:
         return list(self._owner)
@@ -149,9 +152,10 @@ class Nf4Weights:
         owner = self._owner[name]
         if owner not in self._pieces:
             return self.merged.load(name)
-        if name not in self._ready:
-            self._ready.update(self._quantize(owner))
-        return self._ready.pop(name)
+        with self._lock:
+            if name not in self._ready:
+                self._ready.update(self._quantize(owner))
+            return self._ready.pop(name)
 
     def _plan(self, name: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Names, shapes and dtypes of one weight's pieces."""
