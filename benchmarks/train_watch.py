@@ -28,6 +28,9 @@ class Watch:
         self.processor_seconds: list[float] = []
         self.losses: list[float] = []
         self.tokens: Any = 0
+        #: Tokens so far as the trainer logs them, where nobody counts them here.
+        self.logged_tokens = 0
+        self.plan: str | None = None
         self._last = self._last_processor = 0.0
         self.callback = _Callback(self)
 
@@ -44,6 +47,13 @@ class Watch:
         self.processor_seconds.append(processor - self._last_processor)
         self._last_processor = processor
 
+    def take_logged_tokens(self, total: int) -> None:
+        """Fill in the last step's tokens from the trainer's running total."""
+        seconds, tokens = self.steps[-1]
+        if tokens == 0:
+            self.steps[-1] = (seconds, total - self.logged_tokens)
+        self.logged_tokens = total
+
 
 class _Callback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, watch: Watch) -> None:
@@ -55,6 +65,7 @@ class _Callback(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if logs and "loss" in logs:
             self._watch.losses.append(float(logs["loss"]))
+            self._watch.take_logged_tokens(int(logs.get("num_tokens", 0)))
 
 
 def count_tokens(trainer: Any, watch: Watch) -> None:
@@ -72,7 +83,7 @@ def count_tokens(trainer: Any, watch: Watch) -> None:
     trainer.training_step = training_step
 
 
-def profile_steps(trainer: Any, watch: Watch, job: dict[str, Any]) -> dict[str, Any]:
+def profile_steps(run: Any, watch: Watch, job: dict[str, Any]) -> dict[str, Any]:
     """Train with the last steps under torch's profiler; milliseconds per step by kernel group."""
     from torch.profiler import ProfilerActivity, profile, schedule
 
@@ -87,8 +98,7 @@ def profile_steps(trainer: Any, watch: Watch, job: dict[str, Any]) -> dict[str, 
             def on_step_end(self, *args: Any, **kwargs: Any) -> None:
                 profiler.step()
 
-        trainer.add_callback(Step())
-        trainer.train()
+        run(watch, [Step()])
     groups: dict[str, float] = {}
     kernels: list[tuple[float, int, str]] = []
     for event in profiler.key_averages():

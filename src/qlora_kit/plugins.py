@@ -39,7 +39,9 @@ logger = logging.getLogger(__name__)
 BUILTINS: Final = (
     "qlora_kit.exporters.lora",
     "qlora_kit.exporters.merged_16bit",
+    "qlora_kit.exporters.merged_4bit",
     "qlora_kit.exporters.gguf",
+    "qlora_kit.exporters.hub",
 )
 
 #: Any value but ``""``, ``"0"``, ``"false"``, ``"no"`` and ``"off"`` turns every third-party

@@ -134,6 +134,16 @@ def make_model(shape: str, vocabulary: int = 512, attention: str = "sdpa") -> An
     return model.float()
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a model computes: the CPU, and a GPU where there is one."""
+    import torch
+
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    return str(request.param)
+
+
 @pytest.fixture
 def shared_data() -> Path:
     """The folder of real Alpaca rows, or a skip that says where it was looked for."""

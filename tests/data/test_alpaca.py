@@ -10,6 +10,7 @@ import pytest
 from qlora_kit.data import (
     AlpacaFormatter,
     AlpacaTemplate,
+    ChatFormatter,
     Formatter,
     FormatterBase,
     PaddedCollator,
@@ -18,6 +19,8 @@ from qlora_kit.data import (
     formatter_from_spec,
 )
 from qlora_kit.errors import ConfigError, DataError
+
+from .conftest import make_tokenizer
 
 STANFORD = """Below is an instruction that describes a task, paired with an input that provides further context. Write a response that appropriately completes the request.
 
@@ -243,6 +246,13 @@ def test_the_fingerprint_follows_whatever_changes_the_tokens(tokenizers: dict[st
         AlpacaFormatter(tokenizers["bos"]).fingerprint,
     ]
     assert len(set(prints)) == len(prints)
+    # Chat templates write the beginning token by its role.
+    renamed = make_tokenizer("bytes")
+    before = ChatFormatter(renamed).fingerprint
+    renamed.pad_token = "<pad>"
+    assert ChatFormatter(renamed).fingerprint == before
+    renamed.bos_token = "<|end|>"
+    assert ChatFormatter(renamed).fingerprint != before
     tokenizer("some text", truncation=True, max_length=2, padding="max_length")
     assert AlpacaFormatter(tokenizer).fingerprint == prints[0]
 

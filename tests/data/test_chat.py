@@ -221,12 +221,10 @@ def test_a_tokenizer_without_a_template_says_so() -> None:
 
 
 def test_tools_reach_the_template_from_a_list_or_from_json(tokenizer: Any) -> None:
-    template = "{% for tool in tools or [] %}tool {{ tool.name }}\n{% endfor %}" + (
-        tokenizer.chat_template
-    )
+    template = "{% for tool in tools or [] %}tool {{ tool.name }}\n{% endfor %}" + TOOLS
     formatter = ChatFormatter(tokenizer, chat_template=template)
     tools = [{"name": "add <|im_end|>"}]
-    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add", "arguments": {}}]}
     for given in (tools, json.dumps(tools)):
         rows = formatter.load([{"messages": [*TALK, call], "tools": given}])
         assert rows[0]["tools"] == tools
@@ -248,3 +246,115 @@ def test_content_in_text_parts_is_joined(tokenizer: Any) -> None:
     assert rows[0]["messages"] == TALK[:2]
     with pytest.raises(DataError, match="a list of messages or a text"):
         ChatFormatter(tokenizer).prompt(None)  # type: ignore[arg-type]
+
+
+#: As Qwen 2.5 writes tool calls, and answers of tools as the user's.
+TOOLS = (
+    "{% for m in messages %}{% if m.role == 'tool' %}<|im_start|>user\n<tool_response>\n"
+    "{{ m.content }}\n</tool_response><|im_end|>\n{% else %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content }}{% for call in m.tool_calls or [] %}{% if call.function is defined %}"
+    "{% set call = call.function %}{% endif %}<tool_call>\n{\"name\": \"{{ call.name }}\", "
+    "\"arguments\": {{ call.arguments | tojson }}}\n</tool_call>{% endfor %}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)  # fmt: skip
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
+
+
+@pytest.mark.parametrize("content", [None, ""])
+@pytest.mark.parametrize("arguments", [{"a": 1}, '{"a": 1}'])
+def test_a_tool_call_is_learned_and_the_tools_answer_is_not(
+    tokenizer: Any, content: str | None, arguments: Any
+) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
+    talk = [
+        {"role": "user", "content": "Add."},
+        {"role": "assistant", "content": content, "tool_calls": [call]},
+        {"role": "tool", "content": ""},
+        {"role": "assistant", "content": "Done."},
+    ]
+    formatter = ChatFormatter(tokenizer, chat_template=TOOLS)
+    assert _trained(formatter, {"messages": talk}) == [CALL, "Done.<|im_end|>"]
+
+
+def test_sharegpts_function_calls_are_tool_calls(tokenizer: Any) -> None:
+    talk = [
+        {"from": "human", "value": "Add."},
+        {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+        {"from": "observation", "value": "2"},
+        {"from": "gpt", "value": "Two."},
+    ]
+    formatter = ChatFormatter(tokenizer, chat_template=TOOLS)
+    assert _trained(formatter, {"conversations": talk}) == [CALL, "Two.<|im_end|>"]
+    # What is no JSON is what the assistant said.
+    talk[1]["value"] = "add(1)"
+    assert _trained(formatter, {"conversations": talk}) == ["add(1)<|im_end|>", "Two.<|im_end|>"]
+
+
+def test_arrow_adds_no_arguments_to_tool_calls(tokenizer: Any, tmp_path: Any) -> None:
+    """In an Arrow table every call has the arguments of all, null where it had none."""
+    from datasets import Dataset
+
+    def make(arguments: dict[str, int]) -> dict[str, Any]:
+        call = {"function": {"name": "add", "arguments": arguments}}
+        return {"messages": [TALK[0], {"role": "assistant", "content": "", "tool_calls": [call]}]}
+
+    dataset = Dataset.from_list([make({"a": 1}), make({"b": 2})])
+    assert dataset[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {
+        "a": 1, "b": None,
+    }  # fmt: skip
+    dataset.to_parquet(str(tmp_path / "rows.parquet"))
+    formatter = ChatFormatter(tokenizer, chat_template=TOOLS)
+    for source in (dataset, tmp_path / "rows.parquet"):
+        assert _trained(formatter, formatter.load(source)[0]) == [CALL]
+
+
+@pytest.mark.parametrize(
+    ("calls", "message"),
+    [
+        ("add", "tool_calls that are not a list of objects"),
+        ([{"function": "add"}], "'function' is not an object"),
+        ([{"function": {"name": "add", "arguments": "{a"}}], "arguments are not JSON"),
+    ],
+)
+def test_bad_tool_calls_are_named(tokenizer: Any, calls: Any, message: str) -> None:
+    row = {"messages": [TALK[0], {"role": "assistant", "content": "", "tool_calls": calls}]}
+    with pytest.raises(DataError, match=f"message 2 has .*{message}"):
+        ChatFormatter(tokenizer).load([row])
+
+
+def test_a_preview_reports_what_the_template_refuses(tokenizer: Any) -> None:
+    rows = [{"messages": TALK[1:]}, {"messages": TALK[:2]}]
+    with pytest.raises(DataError, match=r"row 1 \(index 0\): .*roles must alternate"):
+        ChatFormatter(tokenizer, chat_template=MISTRAL).preview(rows)
+    skipping = ChatFormatter(tokenizer, chat_template=MISTRAL, on_bad_rows="skip")
+    text = skipping.preview(rows)
+    assert "1 of 2 examples" in text
+    assert "── example 2" in text
+    assert skipping.describe(rows).rows == 1
+    assert "1 rows (50.0%) left out because they cannot be formatted" in str(
+        skipping.encode(rows, max_length=512).report
+    )
+
+
+def test_a_template_without_tools_is_not_trained_on_empty_turns(tokenizer: Any) -> None:
+    call = {"function": {"name": "add", "arguments": {}}}
+    row = {"messages": [TALK[0], {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    with pytest.raises(DataError, match="does not write the tool calls of message 2"):
+        ChatFormatter(tokenizer).encode([row], max_length=512)
+
+
+def test_a_role_that_is_never_learned_is_said(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    ChatFormatter(tokenizer).load([{"messages": [{"role": "asistant", "content": "x"}, *TALK]}])
+    assert "1 messages of a list of 1 have the role 'asistant'" in caplog.text
+    assert "Did you mean 'assistant'" in caplog.text
+
+
+def test_messages_of_a_csv_file_are_json_text(tokenizer: Any, tmp_path: Any) -> None:
+    import csv
+
+    path = tmp_path / "rows.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["messages"], [json.dumps(TALK)]])
+    assert ChatFormatter(tokenizer).load(path)[0]["messages"] == TALK

@@ -282,6 +282,13 @@ def test_rows_of_another_formatter_are_taken_or_refused(tokenizer: Any) -> None:
     chinese = AlpacaFormatter(tokenizer, "alpaca-zh", columns=columns)
     assert len(chinese.encode(rows, max_length=512)) == 1
     assert chinese.load(rows).formatter is chinese
+
+    class Shouting(AlpacaFormatter):
+        def segments(self, row: Any) -> Any:
+            return super().segments({**row, "output": row["output"].upper()})
+
+    (example,) = Shouting(tokenizer, columns=columns).encode(rows, max_length=512).dataset
+    assert tokenizer.decode(example["input_ids"]).endswith("B<|im_end|>")
     with pytest.raises(DataError, match="has a column 'messages'"):
         ChatFormatter(tokenizer).encode(rows, max_length=512)
 

@@ -32,6 +32,8 @@ def test_trained_tokens_are_marked_in_colour(tokenizer: Any) -> None:
     formatter = AlpacaFormatter(tokenizer, TEMPLATE, response_only=True)
     text = formatter.preview(ROWS, n=1, color=True)
     assert "\033[2mSay hello.|\033[0m\033[32mHello, world!\033[0m" in text
+    # A special token is underlined, and still says whether it is trained.
+    assert "\033[32m\033[4m<|im_end|>\033[0m" in text
     assert "⟦" not in text
     # Characters made of several tokens are not torn apart.
     assert "你好 你好" in formatter.preview(ROWS, n=4, color=True)

@@ -18,7 +18,7 @@ from qlora_kit.data import (
 from qlora_kit.data.packing import plan_packs
 from qlora_kit.errors import DataError
 
-from .conftest import SPECIALS
+from .conftest import SPECIALS, make_model
 
 KINDS = ("bytes", "bos", "metaspace", "words")
 many = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
@@ -35,6 +35,11 @@ filled = texts.filter(lambda text: bool(text.strip()))
 rows = st.fixed_dictionaries(
     {"instruction": filled, "input": st.one_of(st.just(""), texts), "output": filled}
 )
+
+
+@pytest.fixture(scope="module")
+def tiny_model() -> Any:
+    return make_model("qwen3").train()
 
 
 def _special_ids(tokenizer: Any) -> set[int]:
@@ -184,6 +189,60 @@ def test_every_layout_holds_the_same_tokens_and_labels(
     for batch in (padded, flat):
         assert int((batch["labels"][:, 1:] != -100).sum()) == trained
         assert multiple is None or batch["input_ids"].shape[1] % multiple == 0
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    rows=st.lists(rows, min_size=2, max_size=5),
+    splits=st.lists(st.integers(1, 3), min_size=5, max_size=5),
+    layout=st.sampled_from(["padded", "padding-free", "packed", "block mask"]),
+    response_only=st.booleans(),
+)
+def test_any_split_and_layout_of_any_rows_is_the_same_step(
+    tokenizer: Any,
+    tiny_model: Any,
+    rows: list[dict[str, str]],
+    splits: list[int],
+    layout: str,
+    response_only: bool,
+) -> None:
+    """The mean over all trained tokens, and its gradient, against one example at a time."""
+    formatter = AlpacaFormatter(
+        tokenizer, "{instruction}|{input}|{output}", response_only=response_only
+    )
+    keeper = {"instruction": "a", "input": "", "output": "b"}
+    dataset = formatter.encode([*rows, keeper], max_length=96).dataset
+    examples = list(dataset)
+    trained = sum(label != -100 for row in examples for label in row["labels"])
+    if layout == "packed":
+        examples = list(pack_examples(dataset, 128))
+    micro_batches, start = [], 0
+    while start < len(examples):
+        size = splits[len(micro_batches) % len(splits)]
+        micro_batches.append(examples[start : start + size])
+        start += size
+    collator = {
+        "padded": PaddedCollator(0),
+        "padding-free": PackedCollator(0),
+        "packed": PackedCollator(0, pad_to_multiple_of=8),
+        "block mask": PackedCollator(0, "block_mask"),
+    }[layout]
+
+    def step(batches: list[dict[str, Any]]) -> tuple[float, dict[str, Any]]:
+        tiny_model.zero_grad()
+        total = 0.0
+        for batch in batches:
+            loss = tiny_model(**batch, use_cache=False, num_items_in_batch=trained).loss
+            loss.backward()
+            total += loss.item()
+        return total, {n: p.grad.clone() for n, p in tiny_model.named_parameters()}
+
+    loss, gradients = step([PaddedCollator(0)([row]) for row in dataset])
+    other_loss, others = step([collator(batch) for batch in micro_batches])
+    assert other_loss == pytest.approx(loss, rel=2e-6)
+    for name, gradient in gradients.items():
+        difference = (others[name] - gradient).abs().max().item()
+        assert difference <= 1e-4 * gradient.abs().max().item() + 1e-9, name
 
 
 messages = st.lists(

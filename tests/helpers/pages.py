@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import json
@@ -17,6 +18,10 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+# Before a page imports them: nothing here may depend on a hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -43,8 +48,6 @@ def find_pages() -> list[Path]:
 
 def open_page(namespace: dict[str, Any]) -> None:
     """Go into a fresh folder that holds what pages name, and offer what they may ask."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
 
     stack = contextlib.ExitStack()
@@ -55,7 +58,6 @@ def open_page(namespace: dict[str, Any]) -> None:
     _furnish(folder)
     namespace["_page"] = stack
     namespace["has_exporter"] = has_exporter
-    namespace["lists_exporters"] = lists_exporters
 
 
 def close_page(namespace: dict[str, Any]) -> None:
@@ -70,13 +72,6 @@ def has_exporter(name: str) -> bool:
     from qlora_kit import available_exporters
 
     return name in available_exporters()
-
-
-def lists_exporters() -> bool:
-    """Whether ``qlora-kit exporters`` can run."""
-    from qlora_kit import export
-
-    return hasattr(export, "describe_exporters")
 
 
 def _furnish(folder: Path) -> None:
@@ -102,11 +97,19 @@ def _furnish(folder: Path) -> None:
 
 
 @cache
+def _kept_folder() -> Path:
+    """Where what pages share is kept until the process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="pages-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
+@cache
 def _make_base(kind: str) -> Path:
     from checkpoints import make_checkpoint
 
-    folder = Path(tempfile.mkdtemp(prefix=f"base-{kind}-"))
-    return make_checkpoint(folder / kind, kind, max_position_embeddings=4096)
+    folder = _kept_folder() / kind
+    return make_checkpoint(folder, kind, max_position_embeddings=4096)
 
 
 @cache
@@ -116,8 +119,8 @@ def _make_adapter() -> Path:
 
     base = _make_base("llama")
     model = randomize(attach_lora(load_quantized(base, 64, engine="native"), r=4))
-    export_model(model, "lora", base.parent / "adapter", verify=False)
-    return base.parent / "adapter"
+    export_model(model, "lora", _kept_folder() / "adapter", verify=False)
+    return _kept_folder() / "adapter"
 
 
 # -- shell blocks ----------------------------------------------------------------------------

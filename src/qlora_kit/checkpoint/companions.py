@@ -17,7 +17,13 @@ from typing import Any
 from qlora_kit.results import LoadedModel
 from qlora_kit.weights.live import get_hf_model
 
-__all__ = ["collect_stop_token_ids", "write_config", "write_generation_config", "write_tokenizer"]
+__all__ = [
+    "collect_stop_token_ids",
+    "make_config",
+    "write_config",
+    "write_generation_config",
+    "write_tokenizer",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -40,20 +46,18 @@ def collect_stop_token_ids(model: LoadedModel) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-def write_config(
+def make_config(
     model: LoadedModel,
-    folder: Path,
     *,
     dtype: str,
     updates: Mapping[str, Any],
     quantization: Mapping[str, Any] | None = None,
-) -> None:
-    """Write ``config.json``, and the model's own code if it ships any.
+) -> Any:
+    """The configuration an exported checkpoint has.
 
     Args:
         model: The live model, whose configuration knows a resized vocabulary.
-        folder: Where to write.
-        dtype: The dtype of the tensors beside it, for example ``"bfloat16"``.
+        dtype: The dtype of the tensors, for example ``"bfloat16"``.
         updates: Values that differ from the live configuration.
         quantization: The ``quantization_config`` to state; ``None`` states none.
     """
@@ -71,6 +75,11 @@ def write_config(
     config.architectures = [type(get_hf_model(model.model)).__name__]
     if quantization is not None:
         config.quantization_config = dict(quantization)
+    return config
+
+
+def write_config(model: LoadedModel, folder: Path, config: Any) -> None:
+    """Write ``config.json``, and the model's own code if it ships any."""
     config.save_pretrained(str(folder))
     if getattr(config, "auto_map", None):
         for file in model.base.path.glob("*.py"):

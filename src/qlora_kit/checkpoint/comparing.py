@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LogitsDistance",
+    "check_config",
     "check_generation_config",
     "check_stops",
     "check_tokenizer",
@@ -109,6 +110,15 @@ class LogitsDistance:
             tolerance=tolerance,
         )
 
+    def as_facts(self) -> dict[str, Any]:
+        """The figures for an artifact."""
+        return {
+            "kl": self.mean_kl,
+            "kl_max": self.max_kl,
+            "same_top_token": self.agreement,
+            "kl_note": "KL(live || exported) in nats per token over the probe prompts",
+        }
+
 
 def measure_logits_distance(
     model: LoadedModel, exported: Any, probes: Sequence[Sequence[int]]
@@ -117,6 +127,66 @@ def measure_logits_distance(
     with model.engine.inference(model) as live:
         expected = read_logits(live, probes)
     return LogitsDistance(expected, read_logits(exported, probes))
+
+
+#: What an export may say otherwise than the live configuration: how it is stored, where it
+#: came from, and what its own updates change.
+_STORED_OTHERWISE: Final = frozenset(
+    {"dtype", "torch_dtype", "quantization_config", "use_cache", "architectures", "_name_or_path",
+     "transformers_version", "_pre_quantization_dtype"}
+)  # fmt: skip
+
+
+def check_config(
+    model: LoadedModel,
+    folder: Path,
+    updates: Mapping[str, Any],
+    quantization: Mapping[str, Any] | None = None,
+) -> Check:
+    """Whether ``config.json`` describes the architecture of the live model.
+
+    Args:
+        model: The live model.
+        folder: The export.
+        updates: Values that must differ from the live ones.
+        quantization: The quantization that it must state.
+    """
+    from transformers import AutoConfig
+
+    try:
+        reloaded = AutoConfig.from_pretrained(
+            str(folder),
+            local_files_only=True,
+            trust_remote_code=model.config.trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Check("configuration", False, f"it cannot be loaded: {error}")
+    live = get_hf_model(model.model).config
+    expected = _describe_architecture(live.to_dict(), updates)
+    found = _describe_architecture(reloaded.to_dict(), {})
+    expected["quantization_config"] = quantization
+    found["quantization_config"] = getattr(reloaded, "quantization_config", None)
+    differing = sorted(
+        key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key)
+    )
+    return Check(
+        "configuration",
+        not differing,
+        f"{differing[0]} is {found.get(differing[0])!r} and should be "
+        f"{expected.get(differing[0])!r}"
+        if differing
+        else "every setting of the architecture as in the live model",
+    )
+
+
+def _describe_architecture(config: Mapping[str, Any], updates: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's settings, nested ones too, without those that say how it is stored."""
+    return {
+        key: _describe_architecture(value, updates) if isinstance(value, Mapping)
+        else updates.get(key, value)
+        for key, value in config.items()
+        if key not in _STORED_OTHERWISE
+    }  # fmt: skip
 
 
 def check_generation_config(model: LoadedModel, folder: Path) -> Check:

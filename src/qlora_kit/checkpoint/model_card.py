@@ -1,14 +1,15 @@
-"""A model card for an adapter: what it is, how to load it, how it was trained."""
+"""Model cards: what a model is, how to load it, how it was trained."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qlora_kit.device import get_versions
 from qlora_kit.results import LoadedModel, TrainResult
 
-__all__ = ["write_adapter_card"]
+__all__ = ["describe_merged", "find_base_name", "write_adapter_card"]
 
 
 def write_adapter_card(model: LoadedModel, folder: Path, base_name: str) -> None:
@@ -20,11 +21,7 @@ def write_adapter_card(model: LoadedModel, folder: Path, base_name: str) -> None
         base_name: A name of the base that plain peft can load.
     """
     adapter = getattr(model, "adapter", None)
-    lines = ["---", "library_name: peft", "pipeline_tag: text-generation"]
-    # The hub accepts only names of its own here, and refuses the whole card otherwise.
-    if not Path(base_name).is_absolute() and base_name.count("/") == 1:
-        lines.append(f"base_model: {base_name}")
-    lines += ["tags:", "- lora", "- qlora-kit", "---", ""]
+    lines = _front_matter("peft", base_name, ["lora", "qlora-kit"])
     lines += [f"# LoRA adapter for {Path(base_name).name}", ""]
     if adapter is not None:
         kinds = [
@@ -39,14 +36,75 @@ def write_adapter_card(model: LoadedModel, folder: Path, base_name: str) -> None
         )
     lines += [*_describe_training(model.record.training), *_usage(base_name)]
     lines += _describe_template(model.record.formatter)
+    lines += _describe_versions()
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def describe_merged(model: LoadedModel, name: str, format: str) -> str:
+    """A model card for a merged model on the hub.
+
+    Args:
+        model: The live model.
+        name: Its name there.
+        format: The export format.
+    """
+    base_name = find_base_name(model)
+    is_checkpoint = format.startswith("merged_")
+    library = "transformers" if is_checkpoint else "gguf" if format.startswith("gguf") else None
+    lines = _front_matter(library, base_name, ["qlora-kit"])
+    lines += [f"# {name.rsplit('/', maxsplit=1)[-1]}", ""]
+    lines.append(f"{Path(base_name).name}, fine-tuned with a LoRA adapter; format `{format}`.")
+    lines += _describe_training(model.record.training)
+    if is_checkpoint:
+        lines += [
+            "",
+            "## Use",
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f"model = AutoModelForCausalLM.from_pretrained({name!r})",
+            f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
+            "```",
+        ]
+    lines += _describe_template(model.record.formatter)
+    lines += _describe_versions()
+    return "\n".join(lines)
+
+
+def find_base_name(model: LoadedModel) -> str:
+    """A name for the base that plain peft and transformers can load.
+
+    The name the user gave for a hub model, an absolute path for a folder, and for a ``.gguf``
+    file the checkpoint it was dequantized into.
+    """
+    name = model.base.name_or_path
+    if model.base.source == "gguf":
+        return str(model.base.path.absolute())
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
+
+
+def _front_matter(library: str | None, base_name: str, tags: Sequence[str]) -> list[str]:
+    """What the hub reads."""
+    lines = ["---"]
+    if library is not None:
+        lines.append(f"library_name: {library}")
+    lines.append("pipeline_tag: text-generation")
+    # The hub accepts only names of its own here, and refuses the whole card otherwise.
+    if not Path(base_name).is_absolute() and base_name.count("/") == 1:
+        lines.append(f"base_model: {base_name}")
+    return [*lines, "tags:", *(f"- {tag}" for tag in tags), "---", ""]
+
+
+def _describe_versions() -> list[str]:
     versions = get_versions()
     listed = ", ".join(
         f"{name} {versions[name]}"
         for name in ("qlora-kit", "peft", "transformers", "torch")
         if name in versions
     )
-    lines += ["", f"Made with {listed}.", ""]
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    return ["", f"Made with {listed}.", ""]
 
 
 def _describe_base(model: LoadedModel) -> str:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,8 +46,13 @@ DTYPE_NAMES: Final = {
 _UNITS: Final = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
                  "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}  # fmt: skip
 
+#: The widest dtype's size; also what the length of a header is padded to.
+_ALIGNMENT: Final = 8
+
 # Tensors that may wait between merging and writing; two keep both sides busy.
 _QUEUE: Final = 2
+
+_PARALLEL_SHARDS: Final = 2
 
 Progress = Callable[[str, int, int], None]
 
@@ -113,7 +120,8 @@ def write_tensors(
     """Write every tensor of a source as ``model.safetensors`` or as shards with an index.
 
     Args:
-        source: Where tensors come from; each is asked for once, in order.
+        source: Where tensors come from; each is asked for once, in order within a shard, and
+            for two shards at a time.
         folder: An existing folder.
         max_shard_size: Bytes per shard.
         progress: Called with ``("writing tensors", done, total)``, in bytes.
@@ -128,18 +136,30 @@ def write_tensors(
         if count == 1
         else [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     )
-    hashes: dict[str, str] = {}
     done = 0
+    lock = threading.Lock()
 
     def report(size: int) -> None:
         nonlocal done
-        done += size
-        progress("writing tensors", done, total)
+        with lock:
+            done += size
+            progress("writing tensors", done, total)
 
-    for file, names in zip(files, shards, strict=True):
-        hashes[file] = _write_shard(
+    def write(file: str, names: Sequence[str]) -> str:
+        return _write_shard(
             folder / file, source, names, {"format": "pt", **(metadata or {})}, report
         )
+
+    # One thread hashes 1 to 2 GB/s, less than a GPU merges and a good disk takes.
+    with ThreadPoolExecutor(_PARALLEL_SHARDS, "qlora-kit-shard") as pool:
+        waiting = [
+            pool.submit(write, file, names) for file, names in zip(files, shards, strict=True)
+        ]
+        try:
+            hashes = {file: part.result() for file, part in zip(files, waiting, strict=True)}
+        finally:
+            for future in waiting:
+                future.cancel()
     if count > 1:
         index = {
             "metadata": {"total_size": total},
@@ -160,8 +180,7 @@ def _write_shard(
     metadata: Mapping[str, str],
     report: Callable[[int], None],
 ) -> str:
-    # Wide dtypes first keeps every tensor aligned to its own size, as readers expect.
-    ordered = sorted(names, key=lambda name: -source.dtype_of(name).itemsize)
+    ordered = _order(source, names)
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for name in ordered:
@@ -173,7 +192,7 @@ def _write_shard(
         }
         offset += size
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    encoded += b" " * (-len(encoded) % _ALIGNMENT)
     with path.open("wb") as file, _HashingWriter(file) as writer:
         writer.put(len(encoded).to_bytes(8, "little") + encoded)
         for name in ordered:
@@ -186,6 +205,17 @@ def _write_shard(
             writer.put(_as_bytes(tensor))
             report(tensor.nbytes)
         return writer.finish()
+
+
+def _order(source: TypedSource, names: Sequence[str]) -> list[str]:
+    """An order that keeps every tensor aligned to its own size, as readers expect.
+
+    It is the given one, so that tensors which are made together are asked for together;
+    those that would misalign the next come last, wide dtypes first.
+    """
+    even = [name for name in names if count_bytes(source, name) % _ALIGNMENT == 0]
+    odd = [name for name in names if count_bytes(source, name) % _ALIGNMENT]
+    return even + sorted(odd, key=lambda name: -source.dtype_of(name).itemsize)
 
 
 def _as_bytes(tensor: torch.Tensor) -> memoryview:
@@ -222,6 +252,8 @@ class _HashingWriter:
         for lane in self._lanes:
             lane.drain(0)
         self._file.flush()
+        # Now, while another shard is being written, rather than for all at the end.
+        os.fsync(self._file.fileno())
         return self._digest.hexdigest()
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from qlora_kit.checkpoint.comparing import (
     LogitsDistance,
+    check_config,
     check_generation_config,
     check_stops,
     check_tokenizer,
@@ -24,18 +25,27 @@ from qlora_kit.checkpoint.comparing import (
 )
 from qlora_kit.checkpoint.reference import attach_live_adapters
 from qlora_kit.device import to_torch_dtype
+from qlora_kit.engines.native.quantization import set_compute_dtype
+from qlora_kit.engines.shared import keep_weights_unpacked
 from qlora_kit.errors import QloraKitError
 from qlora_kit.results import Check, LoadedModel, Verification
 from qlora_kit.weights.adapter import AdapterTensors
 from qlora_kit.weights.live import get_hf_model
 from qlora_kit.weights.merged import MergedWeights
+from qlora_kit.weights.nf4 import Nf4Weights
+from qlora_kit.weights.nf4_checking import compare_quantized_tensors
 from qlora_kit.weights.recompute import compare_merged_tensors
 from qlora_kit.weights.source import SafetensorsSource
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["load_exported", "verify_adapter", "verify_merged"]
+__all__ = [
+    "load_exported",
+    "verify_adapter",
+    "verify_merged",
+    "verify_quantized",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +53,11 @@ logger = logging.getLogger(__name__)
 _CHEAP_BYTES: Final = 1024**3
 _MEMORY_SHARE: Final = 0.25
 
-#: Limits on the mean KL divergence, in nats per token. Rounding to 16 bits stays far below.
+#: Limits on the mean KL divergence, in nats per token. Rounding to 16 bits stays far below the
+#: first. Quantizing again costs what it costs, which is measured and reported; the second only
+#: catches a model that no longer is the one that was trained.
 KL_LIMIT_SAME_BASE: Final = 0.01
+KL_LIMIT_4BIT: Final = 2.0
 _KL_LIMIT_ADAPTER: Final = 1e-3
 
 # Longer than any probe; a model that is only compared needs no more.
@@ -62,18 +75,115 @@ def verify_merged(
         merged: The same merge, for computing tensors again.
         verify: ``True`` or ``"full"``.
     """
+    is_original = merged.base == "original" and model.base.quantization is not None
+    return _verify_checkpoint(
+        model,
+        folder,
+        lambda files, whole: compare_merged_tensors(files, merged, whole=whole),
+        lambda: check_config(model, folder, merged.config_updates()),
+        lambda: (
+            _compare_with_original(model, folder)
+            if is_original
+            else _compare_reloaded(model, folder, KL_LIMIT_SAME_BASE)
+        ),
+        verify,
+        lambda size: _is_cheap(size, model),
+    )
+
+
+def verify_quantized(
+    model: LoadedModel,
+    folder: Path,
+    quantized: Nf4Weights,
+    config: Any,
+    verify: bool | Literal["full"],
+) -> Verification:
+    """Compare a merged 4-bit checkpoint with the live model.
+
+    Args:
+        model: The live model.
+        folder: What was written.
+        quantized: The same tensors, for computing them again.
+        config: The configuration it should have, with its quantization.
+        verify: ``True`` or ``"full"``.
+
+    Returns:
+        The checks, and the mean KL divergence from the live model among the facts.
+    """
+    verification = _verify_checkpoint(
+        model,
+        folder,
+        lambda files, whole: compare_quantized_tensors(files, quantized, whole=whole),
+        lambda: check_config(
+            model, folder, quantized.merged.config_updates(), config.quantization_config
+        ),
+        lambda: _compare_reloaded(model, folder, KL_LIMIT_4BIT),
+        verify,
+        # A quarter of the model in size, and the user is told what quantizing again cost.
+        lambda size: size <= _measure_free_memory(model) / 2,
+    )
+    if not any(check.name == "logits" for check in verification.checks):
+        note = "not measured: too little memory for a second model; verify='full' does it"
+        return dataclasses.replace(verification, facts={"kl": None, "kl_note": note})
+    return verification
+
+
+def _verify_checkpoint(
+    model: LoadedModel,
+    folder: Path,
+    compare: Callable[[SafetensorsSource, bool], list[Check]],
+    check_configuration: Callable[[], Check],
+    reload_and_compare: Callable[[], tuple[list[Check], dict[str, Any]]],
+    verify: bool | Literal["full"],
+    may_reload: Callable[[int], bool],
+) -> Verification:
     level: Literal["standard", "full"] = "full" if verify == "full" else "standard"
     try:
         with SafetensorsSource(folder) as files:
-            checks = compare_merged_tensors(files, merged, whole=level == "full")
+            checks = compare(files, level == "full")
             size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     except (QloraKitError, OSError) as error:
         return Verification(level, (Check("tensors", False, str(error)),))
-    checks += [check_generation_config(model, folder), check_tokenizer(model, folder)]
-    if all(check.passed for check in checks) and (level == "full" or _is_cheap(size, model)):
-        is_original = merged.base == "original" and model.base.quantization is not None
-        checks += _reload_and_compare(model, folder, is_original=is_original)
-    return Verification(level, tuple(checks))
+    checks += [
+        check_configuration(),
+        check_generation_config(model, folder),
+        check_tokenizer(model, folder),
+    ]
+    facts: dict[str, Any] = {}
+    if all(check.passed for check in checks) and (level == "full" or may_reload(size)):
+        compared, facts = reload_and_compare()
+        checks += compared
+    return Verification(level, tuple(checks), facts)
+
+
+def _compare_reloaded(
+    model: LoadedModel, folder: Path, kl_limit: float
+) -> tuple[list[Check], dict[str, Any]]:
+    exported = load_exported(model, folder)
+    distance = measure_logits_distance(model, exported, make_probes(model))
+    return [distance.as_check(kl_limit), check_stops(model, exported)], distance.as_facts()
+
+
+def _compare_with_original(model: LoadedModel, folder: Path) -> tuple[list[Check], dict[str, Any]]:
+    """Hold a merge into the original against the original with the live adapter on it.
+
+    Merging into the original gives back what quantization took: how much that changes is
+    measured. In float32, so that only the rounding of the merged weights is left.
+    """
+    probes = make_probes(model)
+    original = load_exported(model, model.base.path, dtype="float32")
+    expected = read_logits(attach_live_adapters(model, original), probes)
+    del original
+    exported = load_exported(model, folder, dtype="float32")
+    check = LogitsDistance(expected, read_logits(exported, probes)).as_check(KL_LIMIT_SAME_BASE)
+    moved = measure_logits_distance(model, exported, probes)
+    detail = (
+        f"{check.detail.replace('live', 'original with the adapter')}. "
+        f"From the {model.base.quantization} model: {moved.mean_kl:.2e} nats, same most likely "
+        f"token at {moved.agreement:.1%} of positions"
+    )
+    checks = [dataclasses.replace(check, detail=detail), check_stops(model, exported)]
+    return checks, moved.as_facts()
 
 
 def verify_adapter(
@@ -116,15 +226,19 @@ def load_exported(model: LoadedModel, folder: Path, *, dtype: str | None = None)
     from transformers import AutoModelForCausalLM
 
     live = get_hf_model(model.model)
+    compute_dtype = to_torch_dtype(dtype or model.base.compute_dtype)
     with _quiet_loading():
         exported = AutoModelForCausalLM.from_pretrained(
             str(folder),
-            dtype=to_torch_dtype(dtype or model.base.compute_dtype),
+            dtype=compute_dtype,
             device_map={"": _device_of(live)},
             attn_implementation=live.config._attn_implementation,
             local_files_only=True,
             trust_remote_code=model.config.trust_remote_code,
         )
+    if getattr(exported, "is_loaded_in_4bit", False):
+        keep_weights_unpacked(exported)
+        set_compute_dtype(exported, compute_dtype)
     return exported.eval()
 
 
@@ -140,29 +254,6 @@ def _quiet_loading() -> Iterator[None]:
     finally:
         if was_enabled:
             hf_logging.enable_progress_bar()
-
-
-def _reload_and_compare(model: LoadedModel, folder: Path, *, is_original: bool) -> list[Check]:
-    probes = make_probes(model)
-    if not is_original:
-        exported = load_exported(model, folder)
-        distance = measure_logits_distance(model, exported, probes)
-        return [distance.as_check(KL_LIMIT_SAME_BASE), check_stops(model, exported)]
-    # Merging into the original gives back what quantization took: how much that changes is
-    # measured, and the merge is held against the original with the live adapter on it. In
-    # float32, so that only the rounding of the merged weights is left.
-    original = load_exported(model, model.base.path, dtype="float32")
-    expected = read_logits(attach_live_adapters(model, original), probes)
-    del original
-    exported = load_exported(model, folder, dtype="float32")
-    check = LogitsDistance(expected, read_logits(exported, probes)).as_check(KL_LIMIT_SAME_BASE)
-    moved = measure_logits_distance(model, exported, probes)
-    detail = (
-        f"{check.detail.replace('live', 'original with the adapter')}. "
-        f"From the {model.base.quantization} model: {moved.mean_kl:.2e} nats, same most likely "
-        f"token at {moved.agreement:.1%} of positions"
-    )
-    return [dataclasses.replace(check, detail=detail), check_stops(model, exported)]
 
 
 def _compare_adapter_tensors(folder: Path, tensors: AdapterTensors) -> Check:
@@ -218,19 +309,21 @@ def _comparable(value: Any) -> Any:
 
 
 def _is_cheap(size: int, model: LoadedModel) -> bool:
+    cheap = size <= _CHEAP_BYTES and size <= _measure_free_memory(model) * _MEMORY_SHARE
+    if not cheap:
+        logger.info("Not reloading %.1f GiB to compare logits; verify='full' does.", size / 1024**3)
+    return cheap
+
+
+def _measure_free_memory(model: LoadedModel) -> int:
+    """Bytes free on the live model's device."""
     import psutil
     import torch
 
     device = _device_of(get_hf_model(model.model))
-    free = (
-        torch.cuda.mem_get_info(device)[0]
-        if device.type == "cuda"
-        else psutil.virtual_memory().available
-    )
-    cheap = size <= _CHEAP_BYTES and size <= free * _MEMORY_SHARE
-    if not cheap:
-        logger.info("Not reloading %.1f GiB to compare logits; verify='full' does.", size / 1024**3)
-    return cheap
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def _device_of(model: Any) -> torch.device:

@@ -10,14 +10,17 @@ from qlora_kit.data.alpaca import AlpacaFormatter
 from qlora_kit.data.chat import ChatFormatter
 from qlora_kit.data.collators import PackedCollator, PaddedCollator
 from qlora_kit.data.encoding import EncodedExamples
-from qlora_kit.data.formatter import Formatter, FormatterBase
+from qlora_kit.data.formatter import FormatterBase
 from qlora_kit.data.inspection import DataReport
 from qlora_kit.data.packing import pack_examples
+from qlora_kit.data.protocol import Formatter
 from qlora_kit.data.report import EncodingReport
 from qlora_kit.data.rows import Rows
 from qlora_kit.data.segments import Prompt, Segment
 from qlora_kit.data.spec import formatter_from_spec
 from qlora_kit.data.templates import AlpacaTemplate
+from qlora_kit.data.text import TextFormatter
+from qlora_kit.data.tokenized import take_tokenized
 
 __all__ = [
     "AlpacaFormatter",
@@ -33,6 +36,8 @@ __all__ = [
     "Prompt",
     "Rows",
     "Segment",
+    "TextFormatter",
     "formatter_from_spec",
     "pack_examples",
+    "take_tokenized",
 ]

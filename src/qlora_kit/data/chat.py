@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import json
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.data.chat_template import ChatTemplate
 from qlora_kit.data.formatter import FormatterBase, check_tokenizer
-from qlora_kit.data.problems import BadRowPolicy, check_text
+from qlora_kit.data.messages import (
+    KNOWN_ROLES,
+    check_tool_calls,
+    parse_message,
+    parse_tools,
+    read_json_list,
+)
+from qlora_kit.data.problems import BadRowPolicy
+from qlora_kit.data.rows import Rows
 from qlora_kit.data.segments import Prompt, Segment
 from qlora_kit.data.tokenization import TextTokenizer
-from qlora_kit.errors import DataError
+from qlora_kit.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["ChatFormatter"]
 
+logger = logging.getLogger(__name__)
+
 #: Columns that hold a conversation, tried in this order when none is named.
 _COLUMNS: Final = ("messages", "conversations")
-_ROLES: Final = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "observation": "tool",
-}
 
 
 class ChatFormatter(FormatterBase):
@@ -105,7 +108,7 @@ class ChatFormatter(FormatterBase):
             column = next((name for name in _COLUMNS if row.get(name) is not None), column)
         if column not in row:
             return {}, [f"{column!r} is missing"]
-        raw = row[column]
+        raw = read_json_list(row[column])
         if not isinstance(raw, Sequence) or isinstance(raw, str):
             return {}, [f"{column!r} is not a list of messages but {type(raw).__name__}"]
         if not raw:
@@ -113,7 +116,7 @@ class ChatFormatter(FormatterBase):
         messages: list[dict[str, Any]] = []
         reasons: list[str] = []
         for number, message in enumerate(raw, start=1):
-            parsed, reason = _parse_message(message)
+            parsed, reason = parse_message(message)
             if reason:
                 reasons.append(f"message {number} {reason}")
             messages.append(parsed)
@@ -122,7 +125,7 @@ class ChatFormatter(FormatterBase):
             reasons.append(f"no message is the assistant's, so nothing is learned (roles: {found})")
         parsed_row: dict[str, Any] = {"messages": messages}
         if row.get("tools"):
-            parsed_row["tools"], reason = _parse_tools(row["tools"])
+            parsed_row["tools"], reason = parse_tools(row["tools"])
             reasons += [reason] if reason else []
         return parsed_row, reasons
 
@@ -130,6 +133,7 @@ class ChatFormatter(FormatterBase):
         """The rendered conversation, cut where the assistant's turns begin and end."""
         mark, safe = self._protect({**row, "messages": self._complete(row["messages"])})
         text, spans = self.template.render_spans(safe["messages"], safe.get("tools"))
+        check_tool_calls(safe["messages"], text)
         segments: list[Segment] = []
         position = 0
         for start, end in spans:
@@ -170,7 +174,7 @@ class ChatFormatter(FormatterBase):
             messages = [{"role": "user", "content": text}]
         if not isinstance(messages, Sequence):
             raise DataError(f"messages is a list of messages or a text, got {messages!r}.")
-        parsed = [_parse_message(message) for message in messages]
+        parsed = [parse_message(message) for message in messages]
         reasons = [f"message {n} {reason}" for n, (_, reason) in enumerate(parsed, 1) if reason]
         if reasons or not parsed:
             raise DataError(f"No prompt can be made: {', '.join(reasons) or 'no messages'}.")
@@ -193,6 +197,19 @@ class ChatFormatter(FormatterBase):
             "system": self.system,
             "stop": list(dict.fromkeys(token for token in stop if token)),
         }
+
+    def review_rows(self, rows: Rows) -> None:
+        """Say when messages have roles that no template knows: they are seen and never learned."""
+        roles = Counter(message["role"] for row in rows for message in row["messages"])
+        for role, count in roles.items():
+            if role not in KNOWN_ROLES:
+                logger.warning(
+                    "%s messages of %s have the role %r, which carries no loss.%s",
+                    f"{count:,}",
+                    rows.source,
+                    role,
+                    did_you_mean(role, KNOWN_ROLES),
+                )
 
     def _complete(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The messages with the default system message in front, if they have none."""
@@ -229,27 +246,6 @@ class ChatFormatter(FormatterBase):
         return segments
 
 
-def _parse_message(message: Any) -> tuple[dict[str, Any], str | None]:
-    """One message as ``role`` and ``content``, and what is wrong with it."""
-    if not isinstance(message, Mapping):
-        return {}, f"is {type(message).__name__}, not an object"
-    rest = {k: v for k, v in message.items() if k not in ("from", "value") and v is not None}
-    role = message.get("role", message.get("from"))
-    content = message.get("content", message.get("value"))
-    if not isinstance(role, str) or not role:
-        return {}, "has no 'role' (or 'from')"
-    if isinstance(content, list) and all(
-        isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content
-    ):
-        content = "".join(part["text"] for part in content)
-    role = _ROLES.get(role.lower(), role.lower())
-    parsed = {**rest, "role": role, "content": content}
-    if content is None and rest.get("tool_calls"):
-        return {**parsed, "content": ""}, None
-    reason = check_text(content, may_be_empty=role == "system")
-    return parsed, reason and f"has a content that {reason}"
-
-
 def _find_texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
@@ -269,15 +265,3 @@ def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, list | tuple):
         return [_map_texts(inner, change) for inner in value]
     return value
-
-
-def _parse_tools(tools: Any) -> tuple[Any, str | None]:
-    """Tool descriptions as a list; data sets often keep them as JSON text."""
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            return None, f"'tools' is not a JSON list ({error})"
-    if not isinstance(tools, list | tuple) or not all(isinstance(t, Mapping) for t in tools):
-        return None, "'tools' is not a list of objects"
-    return [dict(tool) for tool in tools], None

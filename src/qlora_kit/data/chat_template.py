@@ -77,7 +77,7 @@ class ChatTemplate:
         if self.has_markers:
             if not marked:
                 raise DataError("the template's generation markers enclose nothing")
-            return text, [(start, self._include_end(text, end)) for start, end in marked]
+            return text, [(start, self._include_end(text, end)) for start, end in _join(marked)]
         spans: list[Span] = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -88,26 +88,62 @@ class ChatTemplate:
             spans.append((start, self._find_end(text, messages, tools, index, start)))
         return text, spans
 
-    @cached_property
+    @property
     def turn_end(self) -> str | None:
-        """The special token that the template writes after an answer, if it does."""
-        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
+        """The special token that a model ends an answer with, if the template writes one."""
+        between, last = self._turn_ends
+        # gpt-oss ends answers inside a conversation otherwise than the one it is to write.
+        ending = between if between and last and last.startswith(between) else last
+        if not ending or self._text.special_pattern is None:
+            return None
+        tokens: list[str] = self._text.special_pattern.findall(ending)
+        return tokens[-1]
+
+    @cached_property
+    def _turn_ends(self) -> tuple[str | None, str | None]:
+        """The special tokens after an answer inside a conversation, and after the last one."""
         try:
-            text = self.render(probe)
+            question = {"role": "user", "content": "a"}
+            answer = {"role": "assistant", "content": _PROBE}
+            last = self._find_specials_after_probe([question, answer])
         except DataError as error:
             raise ConfigError(
                 f"The chat template cannot render a question and an answer: {error}"
             ) from error
-        if _PROBE not in text:
+        if last is None:
             raise ConfigError("The chat template leaves out what the assistant said.")
+        if not last:
+            return None, None
+        followed = [question, answer, question, {"role": "assistant", "content": "b"}]
+        try:
+            between = self._find_specials_after_probe(followed)
+        except DataError:
+            between = last
+        if between and not between.startswith(last) and self._text.special_pattern:
+            return self._text.special_pattern.findall(between)[0], last
+        # What follows the end there is the beginning of the next turn.
+        return last, last
+
+    def _find_specials_after_probe(self, messages: Messages) -> str | None:
+        """The first special tokens after the probe that nothing stands between."""
+        text = self.render(messages)
         pattern = self._text.special_pattern
-        match = pattern.search(text, text.rindex(_PROBE)) if pattern else None
-        return match.group() if match else None
+        if _PROBE not in text:
+            return None
+        position = text.rindex(_PROBE)
+        found = ""
+        while pattern and (match := pattern.search(text, position)):
+            if found and match.start() != position:
+                break
+            found += match.group()
+            position = match.end()
+        return found
 
     def _include_end(self, text: str, end: int) -> int:
         """Some templates close the marker before the token that ends the turn."""
-        if self.turn_end and text.startswith(self.turn_end, end):
-            return end + len(self.turn_end)
+        for ending in sorted(filter(None, self._turn_ends), key=len, reverse=True):
+            if text.startswith(ending, end):
+                return end + len(ending)
         return end
 
     def _find_start(self, text: str, messages: Messages, tools: Any, index: int) -> int:
@@ -130,12 +166,18 @@ class ChatTemplate:
         return max(len(before), shared.rfind("\n") + 1, *ends, 0)
 
     def _find_end(self, text: str, messages: Messages, tools: Any, index: int, start: int) -> int:
-        if self.turn_end is not None:
-            # Text of messages cannot hold it: the formatter breaks such names beforehand.
-            found = text.find(self.turn_end, start)
-            if found >= 0:
-                return found + len(self.turn_end)
-        if index == len(messages) - 1:
+        is_last = index == len(messages) - 1
+        between, last = self._turn_ends
+        ending = last if is_last else between
+        # Text of messages cannot hold it: the formatter breaks such names beforehand.
+        found = text.find(ending, start) if ending else -1
+        if ending and found >= 0:
+            end = found + len(ending)
+            # Where turns may end in several ways, this may be the end of a later message.
+            if not is_last and (between != last or messages[index].get("tool_calls")):
+                self._check_before_next(text, messages, tools, index, end)
+            return end
+        if is_last:
             return len(text)
         until = self.render(messages[: index + 1], tools)
         if not text.startswith(until):
@@ -144,6 +186,19 @@ class ChatTemplate:
                 "{% generation %} markers"
             )
         return len(until)
+
+    def _check_before_next(
+        self, text: str, messages: Messages, tools: Any, index: int, end: int
+    ) -> None:
+        """Refuse an end that lies behind the beginning of the next message's content."""
+        following = {**messages[index + 1], "content": _PROBE}
+        probed = self.render([*messages[: index + 1], following, *messages[index + 2 :]], tools)
+        place = probed.find(_PROBE)
+        if place < end or probed[:place] != text[:place]:
+            raise DataError(
+                f"the template does not say where message {index + 1} ends; use a template with "
+                "{% generation %} markers"
+            )
 
     def _render(
         self,
@@ -171,6 +226,17 @@ class ChatTemplate:
         except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
             raise DataError(f"the chat template refuses it ({error})") from error
         return texts[0], [(int(a), int(b)) for a, b in spans[0]] if with_markers else []
+
+
+def _join(spans: Sequence[Span]) -> list[Span]:
+    """Stretches that touch or overlap as one."""
+    joined: list[Span] = []
+    for start, end in sorted(spans):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((start, end))
+    return joined
 
 
 def _shared_start(one: str, other: str) -> str:

@@ -8,13 +8,15 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from qlora_kit.data.cache import find_cached, make_key, store
 from qlora_kit.data.collators import IGNORED_LABEL
+from qlora_kit.data.fitting import check_limits, fit_examples
 from qlora_kit.data.joining import digest_segments, join_segments, make_segments
 from qlora_kit.data.problems import RowProblem, settle_problems
-from qlora_kit.data.report import EncodingReport
+from qlora_kit.data.report import EncodingReport, explain_emptiness
 from qlora_kit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -29,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 _BATCH: Final = 1000
 _CACHED_FROM: Final = 2000
-_TRUNCATIONS: Final = ("end", "drop", "error")
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,7 @@ def encode_rows(
     cache: bool | None = None,
 ) -> EncodedExamples:
     """Turn rows into token ids and labels; see :meth:`FormatterBase.encode`."""
-    if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 2:
-        raise ConfigError(f"max_length must be at least 2 tokens, got {max_length!r}.")
-    if truncation not in _TRUNCATIONS:
-        raise ConfigError(f"truncation must be 'end', 'drop' or 'error', got {truncation!r}.")
+    check_limits(max_length, truncation)
     if num_proc is not None and (not isinstance(num_proc, int) or num_proc < 1):
         raise ConfigError(f"num_proc must be at least 1, got {num_proc!r}.")
     if not len(rows):
@@ -105,15 +103,13 @@ def encode_rows(
 def _encode_all(
     formatter: FormatterBase, rows: Rows, max_length: int, truncation: str, num_proc: int | None
 ) -> Iterator[_Batch]:
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     work = (formatter, rows, max_length, truncation)
     starts = range(0, len(rows), _BATCH)
     processes = min(_choose_processes(formatter, len(rows), num_proc), len(starts))
-    # disable=None: only where someone watches.
-    with tqdm(
-        total=len(rows), desc="Tokenizing", unit="row", disable=None if len(starts) > 1 else True
-    ) as progress:
+    # What takes a moment only needs no progress bar.
+    with tqdm(total=len(rows), desc="Tokenizing", unit="row", disable=len(starts) == 1) as progress:
         if processes == 1:
             for start in starts:
                 yield (batch := _encode_batch(*work, start))
@@ -152,62 +148,22 @@ def _encode_batch(
     formatter: FormatterBase, rows: Rows, max_length: int, truncation: str, start: int
 ) -> _Batch:
     import numpy as np
-    import pyarrow as pa
 
-    all_ids: list[int] = []
-    all_trained: list[bool] = []
-    lengths: list[int] = []
-    too_long: list[tuple[int, int]] = []
-    truncated = dropped = without = lost = longest = 0
     indices = range(start, min(start + _BATCH, len(rows)))
     places, segments, problems = make_segments(formatter, rows, indices)
-    for index, (whole_ids, whole_trained) in zip(
-        places, join_segments(formatter, segments), strict=True
-    ):
-        ids, trained = whole_ids, whole_trained
-        longest = max(longest, len(ids))
-        if len(ids) > max_length:
-            too_long.append((index, len(ids)))
-            if truncation != "end":
-                dropped += 1
-                lost += len(ids)
-                continue
-            if any(trained[:max_length]):
-                truncated += 1
-                lost += len(ids) - max_length
-                ids, trained = ids[:max_length], trained[:max_length]
-        if not any(trained[:max_length]):
-            without += 1
-            lost += len(ids)
-            continue
-        all_ids += ids
-        all_trained += trained
-        lengths.append(len(ids))
-    values = np.array(all_ids, dtype=np.int32)
-    labels = np.where(np.array(all_trained, dtype=bool), values, np.int32(IGNORED_LABEL))
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int32)
-    np.cumsum(lengths, out=offsets[1:])
-    table = pa.table(
-        {
-            "input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(values)),
-            "labels": pa.ListArray.from_arrays(pa.array(offsets), pa.array(labels)),
-        }
-    )
-    report = EncodingReport(
-        rows=len(indices),
-        examples=len(lengths),
-        truncated=truncated,
-        dropped=dropped,
-        without_trained_tokens=without,
-        tokens=len(all_ids),
-        trained_tokens=sum(all_trained),
-        lost_tokens=lost,
-        longest=longest,
+    joined = join_segments(formatter, segments)
+    ids = np.fromiter(chain.from_iterable(ids for ids, _ in joined), np.int32)
+    trained = np.fromiter(chain.from_iterable(trained for _, trained in joined), bool)
+    fitted = fit_examples(
+        ids,
+        np.where(trained, ids, np.int32(IGNORED_LABEL)),
+        np.cumsum([0, *(len(ids) for ids, _ in joined)]),
         max_length=max_length,
         truncation=truncation,
-        unusable=len(problems),
     )
-    return _Batch(table, report, too_long, problems)
+    report = replace(fitted.report, rows=len(indices), unusable=len(problems))
+    too_long = [(places[place], length) for place, length in fitted.too_long]
+    return _Batch(fitted.table, report, too_long, problems)
 
 
 def _make_dataset(batches: Sequence[_Batch]) -> Dataset:
@@ -243,24 +199,8 @@ def _check_outcome(
             limit=formatter.max_reported_rows,
             advice="Raise max_length, or choose truncation='end' or truncation='drop'.",
         )
-    if report.examples:
-        return
-    if report.unusable == report.rows:
-        raise DataError(f"No row of {rows.source} can be used; the log lists why.")
-    if report.dropped:
-        why = (
-            f"{report.dropped:,} are longer than max_length={report.max_length} tokens (the "
-            f"longest has {report.longest:,}) and truncation='drop' leaves them out"
-        )
-    else:
-        why = (
-            f"the prompts alone fill max_length={report.max_length} tokens (the longest row has "
-            f"{report.longest:,}), so that the answers, which carry the loss, are cut off"
-        )
-    raise DataError(
-        f"None of the {report.rows:,} rows of {rows.source} leaves a token to learn: {why}. "
-        "Raise max_length (max_seq_length of the model)."
-    )
+    if not report.examples:
+        raise DataError(explain_emptiness(report, rows.source))
 
 
 def _log(report: EncodingReport) -> None:

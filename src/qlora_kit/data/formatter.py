@@ -19,7 +19,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qlora_kit.data.encoding import EncodedExamples, encode_rows
 from qlora_kit.data.inspection import DataReport, describe_rows, render_preview
@@ -34,38 +34,7 @@ from qlora_kit.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Formatter", "FormatterBase", "check_tokenizer"]
-
-
-@runtime_checkable
-class Formatter(Protocol):
-    """What training needs of a formatter. :class:`FormatterBase` gives all of it for ten lines.
-
-    Attributes:
-        tokenizer: The tokenizer whose ids it makes.
-        fingerprint: Changes whenever the same rows would become other tokens or other loss.
-    """
-
-    tokenizer: Any
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def load(self, source: Any, split: str = "train") -> Rows:
-        """Read and check rows."""
-        ...
-
-    def encode(self, rows: Any, *, max_length: int) -> EncodedExamples:
-        """Turn rows into ``input_ids`` and ``labels``."""
-        ...
-
-    def prompt(self, *args: Any) -> Prompt:
-        """The text and ids a model is given before it answers."""
-        ...
-
-    def template_spec(self) -> dict[str, Any]:
-        """Everything needed to rebuild the formatter, as JSON values."""
-        ...
+__all__ = ["FormatterBase", "check_tokenizer"]
 
 
 class FormatterBase:
@@ -304,8 +273,8 @@ class FormatterBase:
         return describe_rows(self, rows, max_length=max_length)
 
     def _adopt(self, rows: Any) -> Rows:
-        """Rows of this kind of formatter as they are, anything else loaded."""
-        if isinstance(rows, Rows) and type(rows.formatter) is type(self):
+        """Rows that have this formatter's roles as they are, anything else loaded."""
+        if isinstance(rows, Rows) and rows.has_roles_of(self):
             return rows
         return self.load(rows)
 

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 __all__ = ["DataReport", "describe_rows", "render_preview"]
 
 _PERCENTILES: Final = (5, 25, 50, 75, 95, 99)
+# Two channels, so that a special token still says whether it is trained: colour, and underlining.
 _TRAINED: Final = "\033[32m"
-_SPECIAL: Final = "\033[1;35m"
 _PLAIN: Final = "\033[2m"
+_SPECIAL: Final = "\033[4m"
 _RESET: Final = "\033[0m"
 
 
@@ -156,16 +157,23 @@ def render_preview(formatter: FormatterBase, rows: Rows, *, n: int, color: bool 
         raise ConfigError(f"n must be at least 1, got {n!r}.")
     if color is None:
         color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    count = min(n, len(rows))
-    examples = join_segments(formatter, [formatter.segments(rows[i]) for i in range(count)])
+    made = make_segments(formatter, rows, range(min(n, len(rows))))
+    settle_problems(
+        made.problems,
+        total=len(rows),
+        source=rows.source,
+        policy=formatter.on_bad_rows,
+        limit=formatter.max_reported_rows,
+    )
+    examples = join_segments(formatter, made.segments)
     legend = (
-        f"{_TRAINED}trained{_RESET}, {_PLAIN}not trained{_RESET}, {_SPECIAL}special token{_RESET}"
+        f"{_TRAINED}trained{_RESET}, {_PLAIN}not trained{_RESET}, {_SPECIAL}special tokens{_RESET}"
         if color
         else "trained tokens stand between ⟦ and ⟧"
     )
-    blocks = [f"{count} of {len(rows):,} examples; {legend}"]
-    for index, (ids, trained) in enumerate(examples):
-        header = f"── example {index + 1}: {len(ids)} tokens, {sum(trained)} trained "
+    blocks = [f"{len(examples)} of {len(rows):,} examples; {legend}"]
+    for place, (ids, trained) in zip(made.places, examples, strict=True):
+        header = f"── example {place + 1}: {len(ids)} tokens, {sum(trained)} trained "
         blocks.append(header + "─" * max(0, 72 - len(header)))
         blocks.append(_render(formatter, ids, trained, color=color))
     return "\n".join(blocks)

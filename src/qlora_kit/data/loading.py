@@ -26,7 +26,7 @@ def load_rows(
 ) -> Rows:
     """Read and check rows; see :meth:`FormatterBase.load`."""
     if isinstance(source, Rows):
-        if type(source.formatter) is type(formatter):
+        if source.has_roles_of(formatter):
             return source.select(range(len(source)), formatter=formatter)
         label = source.source
         raw = [RawRow(source.get_location(index), value) for index, value in enumerate(source)]

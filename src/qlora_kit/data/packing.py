@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from qlora_kit.data.collators import IGNORED_LABEL
+from qlora_kit.data.fitting import flatten_lists
 from qlora_kit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -50,8 +51,13 @@ def pack_examples(encoded_dataset: Dataset, max_length: int, *, strategy: str = 
             f"formatter.encode(...).dataset; got {type(encoded_dataset).__name__} with columns "
             f"{list(names)}."
         )
+    if "seq_lengths" in names:
+        raise DataError(
+            "These rows are packed already (they have seq_lengths); packing them again would join "
+            "their examples. Pack the dataset that formatter.encode(...) made."
+        )
     table = encoded_dataset.with_format("arrow")[:]
-    columns = {name: _flatten(table[name]) for name in ("input_ids", "labels")}
+    columns = {name: flatten_lists(table[name]) for name in ("input_ids", "labels")}
     ids, offsets = columns["input_ids"]
     labels, label_offsets = columns["labels"]
     if not np.array_equal(offsets, label_offsets):
@@ -156,17 +162,3 @@ def _in_order(lengths: Sequence[int], max_length: int) -> list[list[int]]:
         packs[-1].append(index)
         room -= length
     return packs
-
-
-def _flatten(column: Any) -> tuple[Any, Any]:
-    """A column of lists as one array of values and the offsets of each list in it."""
-    import numpy as np
-    import pyarrow as pa
-
-    lists = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-    if isinstance(lists, pa.ChunkedArray):
-        lists = pa.concat_arrays(lists.chunks)
-    lists = lists.cast(pa.large_list(pa.int32()))
-    offsets = np.asarray(lists.offsets, dtype=np.int64)
-    values = np.asarray(lists.values)
-    return values[offsets[0] : offsets[-1]], offsets - offsets[0]

@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple
 from qlora_kit.data.problems import Location
 from qlora_kit.errors import DataError
 
-__all__ = ["READERS", "RawRow", "read_file"]
+__all__ = ["READERS", "RawRow", "drop_nulls_inside", "read_file"]
 
 
 class RawRow(NamedTuple):
@@ -248,7 +248,29 @@ def _read_parquet(path: Path) -> list[RawRow]:
             f"{path} is not a Parquet file that can be read ({error}). If it came from git, it may "
             "be a Git LFS pointer: run git lfs pull."
         ) from error
-    return [RawRow(Location(index), value) for index, value in enumerate(table.to_pylist())]
+    return [
+        RawRow(Location(index), drop_nulls_inside(value))
+        for index, value in enumerate(table.to_pylist())
+    ]
+
+
+def drop_nulls_inside(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of an Arrow table without the nulls that Arrow put into it.
+
+    All objects of a column have the same keys there, so that a tool call comes back with the
+    arguments of every other tool, null each. The row's own columns stay.
+    """
+    return {
+        name: value if isinstance(value, str) else _drop_nulls(value) for name, value in row.items()
+    }
+
+
+def _drop_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _drop_nulls(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_drop_nulls(inner) for inner in value]
+    return value
 
 
 def _skip_space(text: str, position: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["EncodingReport"]
+__all__ = ["EncodingReport", "explain_emptiness"]
 
 _SUMMED: Final = (
     "rows", "examples", "truncated", "dropped", "without_trained_tokens", "unusable",
@@ -72,6 +72,11 @@ class EncodingReport:
                 f"({_percent(self.without_trained_tokens, self.rows)}) left out because nothing "
                 f"to learn fits into {self.max_length:,} tokens"
             )
+        if self.unusable:
+            parts.append(
+                f"{self.unusable:,} rows ({_percent(self.unusable, self.rows)}) left out because "
+                "they cannot be formatted"
+            )
         if self.lost_tokens:
             parts.append(f"{self.lost_tokens:,} tokens lost, the longest row has {self.longest:,}")
         return "; ".join(parts)
@@ -91,6 +96,27 @@ class EncodingReport:
             max_length=reports[0].max_length,
             truncation=reports[0].truncation,
         )
+
+
+def explain_emptiness(report: EncodingReport, source: str) -> str:
+    """Why no example is left, and what to do."""
+    if report.unusable == report.rows:
+        return f"No row of {source} can be used; the log lists why."
+    advice = "Raise max_length (max_seq_length of the model)."
+    if report.dropped:
+        why = (
+            f"{report.dropped:,} are longer than max_length={report.max_length} tokens (the "
+            f"longest has {report.longest:,}) and truncation={report.truncation!r} leaves them out"
+        )
+    elif report.longest > report.max_length:
+        why = (
+            f"the prompts alone fill max_length={report.max_length} tokens (the longest row has "
+            f"{report.longest:,}), so that the answers, which carry the loss, are cut off"
+        )
+    else:
+        why = "every label after the first token is -100, which carries no loss"
+        advice = "Set labels to the ids of the tokens to learn."
+    return f"None of the {report.rows:,} rows of {source} leaves a token to learn: {why}. {advice}"
 
 
 def _percent(part: int, whole: int) -> str:

@@ -69,6 +69,11 @@ class Rows(Sequence[dict[str, Any]]):
             digest.update(b"\n")
         return digest.hexdigest()[:16]
 
+    def has_roles_of(self, formatter: FormatterBase) -> bool:
+        """Whether another formatter can take these rows as they are."""
+        own = self.formatter
+        return (own.roles, own.optional_roles) == (formatter.roles, formatter.optional_roles)
+
     def get_location(self, index: int) -> Location:
         """Where the row at ``index`` stood in its source."""
         return self._locations[index]

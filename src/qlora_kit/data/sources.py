@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.data.problems import Location
-from qlora_kit.data.reading import READERS, RawRow, read_file
+from qlora_kit.data.reading import READERS, RawRow, drop_nulls_inside, read_file
 from qlora_kit.errors import DataError, DataNotFoundError, OfflineError, QloraKitError, did_you_mean
 
 if TYPE_CHECKING:
@@ -138,7 +138,10 @@ def _read_splits(splits: Mapping[str, Any], split: str) -> tuple[str, list[RawRo
 
 
 def _read_dataset(dataset: Dataset, label: str) -> tuple[str, list[RawRow]]:
-    rows = [RawRow(Location(index), value) for index, value in enumerate(dataset.to_list())]
+    rows = [
+        RawRow(Location(index), drop_nulls_inside(value))
+        for index, value in enumerate(dataset.to_list())
+    ]
     return f"{label} of {len(rows):,} rows", rows
 
 

@@ -9,6 +9,7 @@ from qlora_kit.data.alpaca import AlpacaFormatter
 from qlora_kit.data.chat import ChatFormatter
 from qlora_kit.data.formatter import FormatterBase
 from qlora_kit.data.templates import AlpacaTemplate
+from qlora_kit.data.text import TextFormatter
 from qlora_kit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,7 +58,9 @@ def formatter_from_spec(
             template_kwargs=spec.get("template_kwargs"),
             **common,
         )
+    if kind == "text":
+        return TextFormatter(tokenizer, **common)
     raise ConfigError(
         f"A formatter of kind {kind!r} cannot be rebuilt from its spec; known kinds: 'alpaca', "
-        "'chat'. Make it yourself and hand it over."
+        "'chat', 'text'. Make it yourself and hand it over."
     )

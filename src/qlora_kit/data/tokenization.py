@@ -245,6 +245,9 @@ class TextTokenizer:
             for token, index in sorted(self.tokenizer.get_vocab().items()):
                 digest.update(f"{token}\0{index}\0".encode())
         digest.update(repr(self.prefix_ids).encode())
+        # Chat templates write these by their role; which one pads changes no example.
+        names = {**self.tokenizer.special_tokens_map, "pad_token": None}
+        digest.update(repr(sorted(names.items())).encode())
         return digest.hexdigest()[:16]
 
 

@@ -30,7 +30,7 @@ class TrainJob:
         train_dataset: Rows with ``input_ids`` and ``labels`` (and ``seq_lengths`` when packed).
         eval_dataset: The same, a dictionary of them, or ``None``.
         collator: Turns rows into a batch.
-        is_packed: Whether rows hold several examples each.
+        is_packed: Whether a row of a batch holds several examples: packed or padding-free.
         callbacks: Trainer callbacks.
         extra: Further keyword arguments of the trainer, passed as they are.
         plan: How steps are computed, for engines that have a choice; ``None`` lets them choose.

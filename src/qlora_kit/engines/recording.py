@@ -14,7 +14,8 @@ class StepRecorder:
     """Mixin for ``transformers.Trainer``: tokens taken and the loss of each optimizer step.
 
     Counting in the collator would include evaluation and prefetched batches; the trainer's
-    own log rounds losses and averages them over ``logging_steps``.
+    own log rounds losses and averages them over ``logging_steps``. In a distributed run the
+    properties speak of all ranks, so every rank has to read them.
     """
 
     _tokens_seen: Any = 0
@@ -38,7 +39,9 @@ class StepRecorder:
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """One micro-batch; its share of the step's mean loss is added up."""
-        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        returned = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        # Losses that are no number are filtered from the trainer's log, and recorded here.
+        loss = self.__dict__.pop("_unfiltered_loss", returned)
         pending = self.__dict__.setdefault("_pending_losses", [])
         if self._starts_step:
             if len(pending) >= _FLUSH_EVERY:
@@ -47,23 +50,39 @@ class StepRecorder:
             self._starts_step = False
         else:
             pending[-1] = pending[-1] + loss
-        return loss
+        return returned
 
     @property
     def tokens_seen(self) -> int:
         """Tokens of the micro-batches taken so far, padding excluded."""
-        return int(self._tokens_seen)
+        return int(self._sum_over_ranks([self._tokens_seen])[0])
 
     @property
     def trained_tokens(self) -> int:
         """Of those, the tokens whose prediction carried loss."""
-        return int(self._trained_tokens)
+        return int(self._sum_over_ranks([self._trained_tokens])[0])
 
     @property
     def step_losses(self) -> list[float]:
         """Mean loss per trained token of each step begun so far, in order."""
         self._flush()
-        return list(self.__dict__.get("_done_losses", ()))
+        own = list(self.__dict__.get("_done_losses", ()))
+        # Each rank's loss is its share times the number of ranks, whose mean the gradients are.
+        ranks = self.accelerator.num_processes  # type: ignore[attr-defined]
+        return [total / ranks for total in self._sum_over_ranks(own)]
+
+    def _sum_over_ranks(self, values: list[Any]) -> list[float]:
+        accelerator = self.accelerator  # type: ignore[attr-defined]
+        own = [float(value) for value in values]
+        if accelerator.num_processes == 1 or not own:
+            return own
+        import torch
+
+        # float32 is exact up to 16 million tokens only.
+        summed = accelerator.gather(
+            torch.tensor([own], dtype=torch.float64, device=accelerator.device)
+        ).sum(0)
+        return [float(value) for value in summed]
 
     def _flush(self) -> None:
         pending = self.__dict__.setdefault("_pending_losses", [])

@@ -168,8 +168,8 @@ class UnslothEngine:
             )
         if job.is_packed and get_device().type != "cpu":
             raise EngineError(
-                "packing=True with engine='unsloth' on a GPU would let packed examples see each "
-                "other. Use engine='native' for packing, or packing=False."
+                "packing or padding_free with engine='unsloth' on a GPU would let the examples of "
+                "a row see each other. Use engine='native' for them, or leave them out."
             )
         if hasattr(self._unsloth.FastLanguageModel, "for_training"):
             self._unsloth.FastLanguageModel.for_training(

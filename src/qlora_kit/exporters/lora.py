@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.checkpoint.companions import write_generation_config, write_tokenizer
-from qlora_kit.checkpoint.model_card import write_adapter_card
+from qlora_kit.checkpoint.model_card import find_base_name, write_adapter_card
 from qlora_kit.checkpoint.safetensors_writer import count_bytes, write_tensors
 from qlora_kit.checkpoint.verifying import verify_adapter
 from qlora_kit.errors import UnsupportedModelError
@@ -84,19 +84,6 @@ def _write_adapter_config(model: LoadedModel, tensors: AdapterTensors, folder: P
     (folder / "adapter_config.json").write_text(
         json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8"
     )
-
-
-def find_base_name(model: LoadedModel) -> str:
-    """A name for the base that plain peft and transformers can load.
-
-    The name the user gave for a hub model, an absolute path for a folder, and for a ``.gguf``
-    file the checkpoint it was dequantized into.
-    """
-    name = model.base.name_or_path
-    if model.base.source == "gguf":
-        return str(model.base.path.absolute())
-    path = Path(name).expanduser()
-    return str(path.absolute()) if path.exists() else name
 
 
 @hookimpl

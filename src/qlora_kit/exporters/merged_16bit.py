@@ -7,13 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qlora_kit.checkpoint.companions import write_config, write_generation_config, write_tokenizer
+from qlora_kit.checkpoint.companions import (
+    make_config,
+    write_config,
+    write_generation_config,
+    write_tokenizer,
+)
 from qlora_kit.checkpoint.safetensors_writer import count_bytes, parse_size, write_tensors
 from qlora_kit.checkpoint.verifying import verify_merged
-from qlora_kit.device import to_torch_dtype
 from qlora_kit.hookspecs import Exporter, ExportEstimate, ExportRequest, hookimpl
-from qlora_kit.results import LoadedModel, Verification
-from qlora_kit.weights.merged import MergeBase, MergedWeights, choose_merge_base
+from qlora_kit.results import Verification
+from qlora_kit.weights.choosing import (
+    MergeBase,
+    choose_merge_base,
+    choose_merge_dtype,
+    describe_merge_base,
+)
+from qlora_kit.weights.merged import MergedWeights
 from qlora_kit.weights.sharing import SharedMerge
 
 if TYPE_CHECKING:
@@ -55,7 +65,7 @@ class Merged16bit:
         with MergedWeights(request.model, base, dtype=dtype) as merged:
             merged.config_updates()
             size = sum(count_bytes(merged, name) for name in merged.names())
-        return ExportEstimate(size, (_describe(request.model, base),))
+        return ExportEstimate(size, (describe_merge_base(request.model, base),))
 
     def write(self, request: ExportRequest, folder: Path) -> Mapping[str, Any]:
         """Stream every tensor into shards."""
@@ -69,7 +79,8 @@ class Merged16bit:
                 max_shard_size=parse_size(request.options.max_shard_size),
                 progress=request.progress,
             )
-            write_config(request.model, folder, dtype=name, updates=merged.config_updates())
+            config = make_config(request.model, dtype=name, updates=merged.config_updates())
+            write_config(request.model, folder, config)
             adapted = len(merged.adapted_names())
         write_generation_config(request.model, folder)
         write_tokenizer(request.model, folder)
@@ -92,32 +103,10 @@ class Merged16bit:
 
 def _settle(request: ExportRequest) -> tuple[MergeBase, torch.dtype]:
     """The base and dtype that the options amount to for this model."""
-    asked = request.options.dtype
-    if asked == "auto":
-        asked = _stored_dtype(request.model)
-    return choose_merge_base(request.model, request.options.base), to_torch_dtype(asked)
-
-
-def _stored_dtype(model: LoadedModel) -> str:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(
-        str(model.base.path),
-        local_files_only=True,
-        trust_remote_code=model.config.trust_remote_code,
+    return (
+        choose_merge_base(request.model, request.options.base),
+        choose_merge_dtype(request.model, request.options.dtype),
     )
-    stored = str(config.get_text_config().dtype).removeprefix("torch.")
-    if model.base.is_prequantized:
-        stored = model.base.compute_dtype
-    return stored if stored in ("bfloat16", "float16") else "bfloat16"
-
-
-def _describe(model: LoadedModel, base: MergeBase) -> str:
-    if model.base.quantization is None:
-        return "merging into the weights in memory."
-    if base == "original":
-        return f"merging into the 16-bit weights in {model.base.path}."
-    return f"merging into the {model.base.quantization} weights the adapter was trained on."
 
 
 @hookimpl

@@ -64,9 +64,9 @@ def train_sft(
 
     Args:
         model: What :func:`~qlora_kit.attach_lora` returned.
-        train_dataset: What ``formatter.load`` returned; or a ``datasets.Dataset`` or list of
-            dictionaries, with Alpaca's columns, a ``text`` column, or ``input_ids`` (and
-            ``labels``) already.
+        train_dataset: What ``formatter.load`` returned, or anything it takes, with Alpaca's
+            columns, ``messages`` or ``conversations``, a ``text`` column, or ``input_ids`` (and
+            ``labels``, and ``seq_lengths`` where ``pack_examples`` packed them) already.
         formatter: Overrides the formatter that the rows carry.
         output_dir: Checkpoints and ``qlora_kit_manifest.json`` go here.
         eval_dataset: Held-out rows, or a dictionary of them; evaluated four times over the run
@@ -114,12 +114,13 @@ def train_sft(
     )
     data = prepare_training_data(model, train_dataset, formatter, options, args.seed)
     eval_rows = _prepare_eval(model, eval_dataset, data, options)
+    is_flat = data.is_packed or options.padding_free
     job = TrainJob(
         args=args,
         train_dataset=data.dataset,
         eval_dataset=eval_rows,
-        collator=make_collator(model, options, is_flat=options.packing or options.padding_free),
-        is_packed=options.packing,
+        collator=make_collator(model, options, is_flat=is_flat),
+        is_packed=is_flat,
         callbacks=callbacks,
         plan=plan,
         chooses_checkpointing=(

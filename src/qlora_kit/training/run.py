@@ -87,11 +87,13 @@ def run_training(
         finally:
             line.close()
         seconds = time.perf_counter() - started
+        # Gone once the trainer is released.
+        plan = str(getattr(trainer, "fast_plan", None) or "TRL and peft")
     peak = device_module.measure_peak_memory_gib(device)
     result = _make_result(
         model, trainer, interrupts, optimizer, device, folder,
         seconds=seconds, memory_before=memory_before, peak_memory=max(peak, memory_before),
-        resumed=resume,
+        resumed=resume, plan=plan,
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     write_manifest(folder, "training", _describe_run(model, job, data, options, result))
@@ -171,6 +173,7 @@ def _make_result(
     memory_before: float,
     peak_memory: float,
     resumed: Checkpoint | None,
+    plan: str,
 ) -> TrainResult:
     steps = trainer.state.global_step
     begun = trainer.step_losses
@@ -204,7 +207,7 @@ def _make_result(
         manifest_path=folder / "qlora_kit_manifest.json",
         versions=device_module.get_versions(),
         log_history=history,
-        plan=str(getattr(trainer, "fast_plan", None) or "TRL and peft"),
+        plan=plan,
     )
 
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 from qlora_kit.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
 from qlora_kit.results import LoadedModel
+from qlora_kit.weights.choosing import MergeBase, choose_merge_base, is_loftq
 from qlora_kit.weights.dequantize import dequantize
 from qlora_kit.weights.live import (
     LiveTensor,
@@ -22,17 +23,15 @@ from qlora_kit.weights.live import (
     drop_tied_copies,
     get_hf_model,
 )
+from qlora_kit.weights.mapped_file import TORCH_DTYPES
 from qlora_kit.weights.source import SafetensorsSource
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MergeBase", "MergedWeights", "choose_merge_base", "is_loftq"]
+__all__ = ["MergeBase", "MergedWeights", "choose_merge_base"]
 
 logger = logging.getLogger(__name__)
-
-MergeBase = Literal["original", "dequantized"]
-_BASES: Final = get_args(MergeBase)
 
 
 class MergedWeights:
@@ -59,7 +58,7 @@ class MergedWeights:
         *,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if base not in _BASES:
+        if base not in get_args(MergeBase):
             raise ConfigError(f"base must be 'original' or 'dequantized', got {base!r}.")
         self.model = model
         self.base: MergeBase = base
@@ -92,7 +91,7 @@ class MergedWeights:
 
         live = self._entries[name]
         if live is None:
-            stored = _TORCH_OF_SAFETENSORS[self._original.dtype(name)]
+            stored = TORCH_DTYPES[self._original.dtype(name)]
             source = getattr(torch, stored)
         elif live.adapters or live.is_quantized:
             source = torch.float32
@@ -257,27 +256,6 @@ class MergedWeights:
         return rounded
 
 
-def choose_merge_base(model: LoadedModel, asked: str) -> MergeBase:
-    """Settle ``"auto"``: the original weights where they exist and make sense.
-
-    Raises:
-        ConfigError: When ``asked`` is none of ``"auto"``, ``"original"``, ``"dequantized"``.
-    """
-    if asked in _BASES:
-        return asked  # type: ignore[return-value]
-    if asked != "auto":
-        raise ConfigError(f"base must be 'auto', 'original' or 'dequantized', got {asked!r}.")
-    return "dequantized" if model.base.is_prequantized or is_loftq(model) else "original"
-
-
-def is_loftq(model: LoadedModel) -> bool:
-    """Whether the adapter was started by LoftQ."""
-    adapter = getattr(model, "adapter", None)
-    return adapter is not None and (
-        bool(adapter.loftq_config) or adapter.init_lora_weights == "loftq"
-    )
-
-
 def _open_original(model: LoadedModel, *, needed: bool) -> SafetensorsSource | None:
     """The checkpoint's files, where they exist and hold floating-point weights."""
     if model.base.is_prequantized:
@@ -303,11 +281,3 @@ def _rescale_dora(weight: torch.Tensor, live: LiveTensor) -> None:
     inputs = 0 if live.is_transposed else 1
     norm = torch.linalg.vector_norm(weight, dim=inputs)
     weight.mul_((magnitude.reshape(-1).to(weight) / norm).unsqueeze(inputs))
-
-
-#: Spelling in safetensors headers -> name in torch.
-_TORCH_OF_SAFETENSORS: Final = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-}  # fmt: skip

@@ -7,6 +7,7 @@ operations than :mod:`qlora_kit.weights.merged`, and compared with what lies on 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from qlora_kit.results import Check
@@ -17,7 +18,13 @@ from qlora_kit.weights.source import SafetensorsSource
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["compare_merged_tensors"]
+__all__ = [
+    "TensorComparison",
+    "compare_merged_tensors",
+    "compare_tensor",
+    "pick_rows",
+    "recompute_rows",
+]
 
 #: Rows compared per tensor unless all are: at the beginning, in the middle and at the end.
 _SAMPLE_ROWS: Final = 16
@@ -54,17 +61,10 @@ def compare_merged_tensors(
     if misshapen:
         return [Check("tensors", False, f"{misshapen[0]} has shape {files.shape(misshapen[0])}")]
     adapted = merged.adapted_names()
-    changed, wrong, rows_compared = set(), [], 0
-    for name in merged.names():
-        for start, stop in _pick_rows(merged.shape(name), whole=whole):
-            written = files.load_rows(name, start, stop)
-            base, expected = _recompute_rows(merged, name, start, stop)
-            rows_compared += stop - start
-            if not _agree(written, expected):
-                wrong.append(name)
-                break
-            if not _agree(written, base, spacing=0.0):
-                changed.add(name)
+    compared = {name: compare_tensor(files, merged, name, whole=whole) for name in merged.names()}
+    wrong = [name for name, result in compared.items() if not result.agrees]
+    changed = [name for name, result in compared.items() if result.differs_from_base]
+    rows_compared = sum(result.rows for result in compared.values())
     checks = [Check("tensors", True, f"all {len(wanted)} present with their shapes")]
     if wrong:
         is_base = any(name in adapted for name in wrong)
@@ -81,7 +81,38 @@ def compare_merged_tensors(
     return checks
 
 
-def _pick_rows(shape: tuple[int, ...], *, whole: bool) -> Iterator[tuple[int, int]]:
+@dataclass(frozen=True)
+class TensorComparison:
+    """What comparing one tensor showed.
+
+    Attributes:
+        agrees: Whether the rows on disk are those of the second computation.
+        differs_from_base: Whether they differ from the base without the adapter.
+        rows: How many were compared.
+    """
+
+    agrees: bool
+    differs_from_base: bool
+    rows: int
+
+
+def compare_tensor(
+    files: SafetensorsSource, merged: MergedWeights, name: str, *, whole: bool
+) -> TensorComparison:
+    """Compare one tensor on disk with a second computation of it."""
+    differs, rows = False, 0
+    for start, stop in pick_rows(merged.shape(name), whole=whole):
+        written = files.load_rows(name, start, stop)
+        base, expected = recompute_rows(merged, name, start, stop)
+        rows += stop - start
+        if not _agree(written, expected):
+            return TensorComparison(False, differs, rows)
+        differs = differs or not _agree(written, base, spacing=0.0)
+    return TensorComparison(True, differs, rows)
+
+
+def pick_rows(shape: tuple[int, ...], *, whole: bool) -> Iterator[tuple[int, int]]:
+    """Ranges of rows to compare: all, or some at the beginning, in the middle and at the end."""
     rows = shape[0] if shape else 0
     if whole or rows <= 3 * _SAMPLE_ROWS:
         yield 0, rows
@@ -90,10 +121,10 @@ def _pick_rows(shape: tuple[int, ...], *, whole: bool) -> Iterator[tuple[int, in
         yield start, start + _SAMPLE_ROWS
 
 
-def _recompute_rows(
+def recompute_rows(
     merged: MergedWeights, name: str, start: int, stop: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Some rows without and with the adapter."""
+    """Some rows without and with the adapter, unrounded."""
     live = merged.live(name)
     base = merged.load_base_rows(name, start, stop)
     if live is None or not live.adapters:

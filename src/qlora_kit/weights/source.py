@@ -7,17 +7,22 @@ and a live adapted model look alike, and neither is ever in memory as a whole.
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 from qlora_kit.errors import ModelNotFoundError, UnsupportedModelError
+from qlora_kit.weights.mapped_file import MappedFile
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["SafetensorsSource", "TensorSource"]
+
+# Tensors whose pages stay: about as many as wait between a reader and a writer.
+_KEPT: Final = 3
 
 
 class TensorSource(Protocol):
@@ -54,6 +59,8 @@ class SafetensorsSource:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._handles: dict[str, Any] = {}
+        self._mapped: dict[str, MappedFile] = {}
+        self._recent: deque[str] = deque()
         self._file_of = _locate_tensors(folder)
 
     def names(self) -> Sequence[str]:
@@ -67,17 +74,28 @@ class SafetensorsSource:
         return str(self._handle(name).get_slice(name).get_dtype())
 
     def load(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._handle(name).get_tensor(name)
-        return tensor
+        """One tensor: a view of the file, which must not be written to.
+
+        Its pages stop counting as this process's memory a few tensors later.
+        """
+        file = self._file_of[name]
+        if file not in self._mapped:
+            self._mapped[file] = MappedFile(self.folder / file)
+        self._recent.append(name)
+        if len(self._recent) > _KEPT:
+            old = self._recent.popleft()
+            self._mapped[self._file_of[old]].release(old)
+        return self._mapped[file].load(name)
 
     def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Some rows of a tensor, without reading the others."""
-        rows: torch.Tensor = self._handle(name).get_slice(name)[start:stop]
-        return rows
+        return self.load(name)[start:stop]
 
     def close(self) -> None:
         """Unmap the files."""
         self._handles.clear()
+        self._mapped.clear()
+        self._recent.clear()
 
     def __enter__(self) -> Self:
         return self

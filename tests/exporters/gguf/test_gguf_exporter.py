@@ -250,6 +250,20 @@ def test_both_formats_are_registered_and_importing_them_is_free():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize(
+    ("exporter", "options"),
+    [
+        (GgufExporter(), {}),
+        (GgufExporter(), {"quantization": ["q4_k_m", "f16"]}),
+        (GgufLoraExporter(), {}),
+    ],
+    ids=["q8_0", "several", "lora"],
+)
+def test_they_keep_the_contract_of_exporters(exporter, options):
+    testing = pytest.importorskip("qlora_kit.testing")
+    assert len(testing.check_exporter(exporter, options=options)) > 10
+
+
 def test_a_trained_smollm2_answers_as_trained_in_llama_cpp(smollm2_folder, tmp_path):
     """Two answers learned by the adapter alone, then asked of every file as Ollama would ask."""
     model = qlora_kit.load_quantized(smollm2_folder, 128, "float32", load_in_4bit=False)
@@ -283,10 +297,10 @@ def test_a_trained_smollm2_answers_as_trained_in_llama_cpp(smollm2_folder, tmp_p
             assert llama.is_end(wanted[-1])
     lora = qlora_kit.export_model(adapted, "gguf-lora", tmp_path / "lora")
     assert lora.verification.passed
-    base = qlora_kit.export_model(
-        model, "gguf", tmp_path / "base", quantization="q8_0", verify=False
-    )
-    with Llama(
-        base.path / base.facts["files"]["q8_0"], lora=lora.path / lora.facts["file"]
-    ) as llama:
+    with SafetensorsSource(smollm2_folder) as source:
+        base = convert(source, model.model.config.to_dict(), model.tokenizer, tmp_path)
+    path = base.files["q8_0"]
+    with Llama(path, lora=lora.path / lora.facts["file"]) as llama:
         assert llama.greedy(ids, len(wanted)) == wanted
+    with Llama(path) as llama:
+        assert llama.greedy(ids, len(wanted)) != wanted

@@ -174,7 +174,7 @@ def lay_out(
                 position_ids=_fill([np.arange(length) for length in lengths], filled, 0),
                 bounds=_fill([bounds], round_count(len(bounds)), bounds[-1]).to(torch.int32),
                 longest=torch.tensor(longest, dtype=torch.int32),
-                trained=_fill([trained], room, trained[-1:].sum()),
+                trained=_fill([trained], room, int(trained[-1:].sum())),
                 targets=_fill([targets[trained]], room, IGNORED),
                 tokens=tokens,
                 trained_tokens=len(trained),

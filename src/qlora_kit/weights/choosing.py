@@ -1,0 +1,72 @@
+"""What a merge is made into: which base weights, and which 16-bit dtype."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, Literal, get_args
+
+from qlora_kit.errors import ConfigError
+from qlora_kit.results import LoadedModel
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "MergeBase",
+    "choose_merge_base",
+    "choose_merge_dtype",
+    "describe_merge_base",
+    "is_loftq",
+]
+
+MergeBase = Literal["original", "dequantized"]
+_BASES: Final = get_args(MergeBase)
+
+
+def choose_merge_base(model: LoadedModel, asked: str) -> MergeBase:
+    """Settle ``"auto"``: the original weights where they exist and make sense.
+
+    Raises:
+        ConfigError: When ``asked`` is none of ``"auto"``, ``"original"``, ``"dequantized"``.
+    """
+    if asked in _BASES:
+        return asked  # type: ignore[return-value]
+    if asked != "auto":
+        raise ConfigError(f"base must be 'auto', 'original' or 'dequantized', got {asked!r}.")
+    return "dequantized" if model.base.is_prequantized or is_loftq(model) else "original"
+
+
+def choose_merge_dtype(model: LoadedModel, asked: str) -> torch.dtype:
+    """Settle ``"auto"``: the base checkpoint's own 16-bit dtype, else bfloat16."""
+    from transformers import AutoConfig
+
+    from qlora_kit.device import to_torch_dtype
+
+    if asked != "auto":
+        return to_torch_dtype(asked)
+    if model.base.is_prequantized:
+        stored = model.base.compute_dtype
+    else:
+        config = AutoConfig.from_pretrained(
+            str(model.base.path),
+            local_files_only=True,
+            trust_remote_code=model.config.trust_remote_code,
+        )
+        stored = str(config.get_text_config().dtype).removeprefix("torch.")
+    return to_torch_dtype(stored if stored in ("bfloat16", "float16") else "bfloat16")
+
+
+def describe_merge_base(model: LoadedModel, base: MergeBase) -> str:
+    """One sentence for the user."""
+    if model.base.quantization is None:
+        return "merging into the weights in memory."
+    if base == "original":
+        return f"merging into the 16-bit weights in {model.base.path}."
+    return f"merging into the {model.base.quantization} weights the adapter was trained on."
+
+
+def is_loftq(model: LoadedModel) -> bool:
+    """Whether the adapter was started by LoftQ."""
+    adapter = getattr(model, "adapter", None)
+    return adapter is not None and (
+        bool(adapter.loftq_config) or adapter.init_lora_weights == "loftq"
+    )

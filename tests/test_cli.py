@@ -1,0 +1,180 @@
+"""The command line: what is printed where, exit statuses, and Ctrl-C in a real process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from qlora_kit.cli import INTERRUPTED, main
+
+QUICK = ["--set", "disable_tqdm=true", "--max-seq-length", "128", "--dtype", "float32"]
+
+
+@pytest.fixture(scope="module")
+def data(alpaca_rows, tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "rows.json"
+    path.write_text(json.dumps(alpaca_rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_llama, data, tmp_path_factory):
+    """What ``train`` leaves behind; its printed JSON is in ``printed.json``."""
+    import contextlib
+    import io
+
+    folder = tmp_path_factory.mktemp("run")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        status = main(
+            ["train", str(tiny_llama), data, "--output", str(folder), "--json", *QUICK,
+             "--set", "max_steps=3", "--export", "lora,merged_16bit", "--eval-data", data]
+        )  # fmt: skip
+    assert status == 0
+    (folder / "printed.json").write_text(printed.getvalue(), encoding="utf-8")
+    return folder
+
+
+def test_training_exports_and_prints_json_alone(trained):
+    printed = json.loads((trained / "printed.json").read_text(encoding="utf-8"))
+    assert printed["training"]["steps"] == len(printed["training"]["losses"]) == 3
+    assert printed["training"]["eval_losses"]
+    assert [export["format"] for export in printed["exports"]] == ["lora", "merged_16bit"]
+    assert printed["failures"] == {}
+    assert (trained / "lora" / "adapter_model.safetensors").is_file()
+    assert (trained / "merged_16bit" / "model.safetensors").is_file()
+
+
+def test_generate_answers_with_the_trained_template(trained, capsys):
+    arguments = ["generate", str(trained / "lora"), "Say the number 3.", "--max-new-tokens", "5"]
+    assert main([*arguments, "--max-seq-length", "128"]) == 0
+    text = capsys.readouterr().out
+    assert text.endswith("\n")
+    assert main([*arguments, "--max-seq-length", "128", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["text"] == text.removesuffix("\n")
+    assert answer["token_count"] == 5
+    assert answer["finish_reason"] in ("length", "eos")
+
+
+def test_generation_settings_are_passed_on(trained, capsys):
+    assert main(
+        ["generate", str(trained / "lora"), "Say", "--set", "stopp=x", "--max-seq-length", "128"]
+    ) == 1  # fmt: skip
+    assert "UnknownOptionError" in capsys.readouterr().err
+
+
+def test_export_writes_another_format_and_never_over_an_old_one(trained, tmp_path, capsys):
+    arguments = ["export", str(trained / "lora"), "merged_16bit", str(tmp_path / "m"),
+                 "--max-seq-length", "128"]  # fmt: skip
+    assert main(arguments) == 0
+    assert "checked against the live model" in capsys.readouterr().out
+    assert main(arguments) == 1
+    assert "DestinationExistsError" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["exports"][0]["format"] == "merged_16bit"
+
+
+def test_an_earlier_export_is_noticed_before_training(trained, tiny_llama, data, capsys):
+    before = sorted(path.name for path in trained.iterdir())
+    assert main(["train", str(tiny_llama), data, "--output", str(trained), *QUICK]) == 1
+    assert "already holds" in capsys.readouterr().err
+    assert sorted(path.name for path in trained.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "./no/such/model", "DATA"], "ModelNotFoundError"),
+        (["train", "owner/name", "DATA"], "OfflineError"),
+        (["train", "MODEL", "./none.json"], "DataNotFoundError"),
+        (["train", "MODEL", "DATA", "--export", "loar"], "'lora'"),
+        (["train", "MODEL", "DATA", "--set", "learning_rat=1"], "'learning_rate'"),
+        (["train", "MODEL", "DATA", "--set", "max_steps"], "NAME=VALUE"),
+        (["train", "MODEL", "DATA", "--r", "0"], "rank"),
+        (["train", "MODEL", "DATA", "--resume"], "holds no whole checkpoint"),
+        (["export", "MODEL", "nope", "out"], "ConfigError"),
+        (["export", "MODEL", "lora", "out"], "attach_lora first"),
+    ],
+)
+def test_errors_are_one_explained_line_and_status_1(
+    tiny_llama, data, tmp_path, monkeypatch, capsys, arguments, said
+):
+    monkeypatch.chdir(tmp_path)
+    names = {"MODEL": str(tiny_llama), "DATA": data}
+    status = main([*(names.get(part, part) for part in arguments), "--max-seq-length", "128"])
+    printed = capsys.readouterr()
+    assert status == 1
+    assert said in printed.err
+    assert "Traceback" not in printed.err
+    assert printed.out == ""
+    assert list(tmp_path.iterdir()) == [], "nothing is written before everything is checked"
+
+
+def test_wrong_usage_is_status_2(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train"])
+    assert stopped.value.code == 2
+    assert "usage: qlora-kit" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", "model", "hi", "--no-4bit", "--load-in-8bit"])
+    assert stopped.value.code == 2
+
+
+def test_ctrl_c_saves_states_the_part_done_and_resumes(tiny_llama, data, tmp_path, capsys):
+    command = ["train", str(tiny_llama), data, "--output", str(tmp_path), *QUICK]
+    log = (tmp_path / "log.txt").open("w", encoding="utf-8")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qlora_kit", *command, "--set", "max_steps=20000",
+         "--set", "save_steps=5", "--set", "save_total_limit=1"],
+        stdout=log, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 300
+        while not list(tmp_path.glob("checkpoint-*/trainer_state.json")):
+            assert process.poll() is None, (tmp_path / "log.txt").read_text(encoding="utf-8")
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGINT)
+        assert process.wait(timeout=120) == INTERRUPTED
+    finally:
+        process.kill()
+        log.close()
+    printed = (tmp_path / "log.txt").read_text(encoding="utf-8")
+    assert "Interrupted: finishing this step and saving a checkpoint." in printed
+    assert "interrupted after" in printed
+    assert "--resume goes on from" in printed
+    assert "Traceback" not in printed
+    assert not (tmp_path / "lora").exists()
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    step = int(checkpoint.name.removeprefix("checkpoint-"))
+    assert f"interrupted after {step} steps" in printed
+    manifest = json.loads((tmp_path / "qlora_kit_manifest.json").read_text(encoding="utf-8"))
+    assert manifest["result"]["was_interrupted"] is True
+    assert len(manifest["result"]["losses"]) == step
+
+    status = main([*command, "--resume", "--json", "--set", f"max_steps={step + 3}"])
+    result = json.loads(capsys.readouterr().out)["training"]
+    assert status == 0
+    assert result["steps"] == step + 3
+    assert len(result["losses"]) == 3
+    assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
+
+
+def test_a_reader_that_goes_away_is_no_traceback(trained):
+    process = subprocess.run(
+        [
+            "bash",
+            "-c",
+            f"{sys.executable} -m qlora_kit exporters --json | true; exit ${{PIPESTATUS[0]}}",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert process.stderr == ""
