@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,23 +60,22 @@ class Merged4bit:
     options_type = Merged4bitOptions
 
     def find_missing(self) -> list[str]:
-        """Whether bitsandbytes is there."""
-        try:
-            import bitsandbytes  # noqa: F401
-        # A build without kernels for this machine raises whatever the system does.
-        except (ImportError, OSError, RuntimeError) as error:
-            return [f"the package bitsandbytes ({error})"]
+        """Whether bitsandbytes is there; without importing it, which imports torch."""
+        if importlib.util.find_spec("bitsandbytes") is None:
+            return ["the package bitsandbytes"]
         return []
 
     def check(self, request: ExportRequest) -> ExportEstimate:
         """Refuse what cannot be merged or quantized, and count the bytes."""
         parse_size(request.options.max_shard_size)
-        missing = self.find_missing()
-        if missing:
+        try:
+            import bitsandbytes  # noqa: F401
+        # A build without kernels for this machine raises whatever the system does.
+        except (ImportError, OSError, RuntimeError) as error:
             raise MissingDependencyError(
-                f"Format 'merged_4bit' needs {missing[0]}. Install it with: pip install "
-                "bitsandbytes"
-            )
+                f"Format 'merged_4bit' needs the package bitsandbytes ({error}). Install it with: "
+                "pip install bitsandbytes"
+            ) from error
         with _open_again(request) as (quantized, _):
             size = sum(count_bytes(quantized, name) for name in quantized.names())
             base = quantized.merged.base
