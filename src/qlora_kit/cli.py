@@ -310,7 +310,8 @@ def _exporters(options: argparse.Namespace) -> None:
         for option in entry["options"]:
             needed = " (must be given)" if option["default"] is None else ""
             default = "" if needed else f" = {option['default']}"
-            print(f"{'':<16}   {option['name']}: {option['type']}{default}{needed}")
+            secret = " (kept out of manifests)" if option["is_secret"] else ""
+            print(f"{'':<16}   {option['name']}: {option['type']}{default}{needed}{secret}")
     for broken in described["broken"]:
         print(f"not usable: {broken}")
     for plugin in described["switched_off"]:
