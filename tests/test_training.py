@@ -216,12 +216,29 @@ def test_unknown_fields_name_the_nearest(model, alpaca_rows, tmp_path):
         ({"truncation": "begin"}, "truncation"),
         ({"max_length": 1}, "max_length"),
         ({"learning_rate": "fast"}, "learning_rate must be"),
+        ({"learning_rate": math.nan}, "learning_rate must be"),
+        ({"max_steps": 0}, "max_steps must be at least 1"),
+        ({"max_steps": "a"}, "max_steps"),
+        ({"max_steps": -1, "num_train_epochs": 0}, "would train nothing"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps"),
+        ({"seed": "a"}, "seed"),
+        ({"packing": "yes"}, "packing must be True or False"),
+        ({"callbacks": [3]}, "TrainerCallback"),
+        ({"eval_strategy": "steps"}, "give eval_dataset"),
+        ({"report_to": "nowhere"}, "nowhere is not supported"),
+        ({"formatter": "x"}, "formatter must be"),
+        ({"output_dir": ""}, "output_dir"),
+        ({"output_dir": __file__}, "is a file"),
+        ({"resume_from_checkpoint": 3}, "True or a path"),
         ({"lr_scheduler_type": "wavy"}, "wavy"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(model, alpaca_rows, tmp_path, arguments, advice):
+    folder = arguments.pop("output_dir", tmp_path / "out")
     with pytest.raises(ConfigError, match=advice):
-        _train(model, alpaca_rows, tmp_path, **arguments)
+        _train(model, alpaca_rows, folder, **arguments)
+    assert model.record.training is None
 
 
 def test_models_without_an_adapter_to_train_are_refused(tiny_llama, alpaca_rows, tmp_path):
@@ -304,8 +321,89 @@ def test_resuming_goes_on_as_if_it_had_not_stopped(make_model, alpaca_rows, tmp_
     assert resumed.losses == pytest.approx(whole.losses[3:], rel=1e-5)
 
 
+def test_resuming_passes_over_what_is_not_whole_or_does_not_fit(
+    make_model, tiny_llama, alpaca_rows, tmp_path
+):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    whole = _train(make_model(), alpaca_rows, tmp_path, **saving)
+    # As a process that was killed while saving leaves it.
+    (tmp_path / "checkpoint-4" / "trainer_state.json").unlink()
+    rest = _train(make_model(), alpaca_rows, tmp_path, resume_from_checkpoint=True, **saving)
+    assert rest.losses == pytest.approx(whole.losses[2:], rel=1e-5)
+    # Any name will do.
+    (tmp_path / "checkpoint-2").rename(tmp_path / "the good one")
+    rest = _train(
+        make_model(), alpaca_rows, tmp_path / "b", resume_from_checkpoint=tmp_path / "the good one"
+    )
+    assert rest.losses == pytest.approx(whole.losses[2:], rel=1e-5)
+    other = attach_lora(load_quantized(tiny_llama, 128, "float32"), r=8)
+    with pytest.raises(ConfigError, match="r=4 and this adapter has 8"):
+        _train(other, alpaca_rows, tmp_path, resume_from_checkpoint=tmp_path / "the good one")
+    (tmp_path / "the good one" / "trainer_state.json").write_text("{")
+    with pytest.raises(ConfigError, match="damaged"):
+        _train(
+            make_model(), alpaca_rows, tmp_path, resume_from_checkpoint=tmp_path / "the good one"
+        )
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"input_ids": []}, "row 1: input_ids is empty"),
+        ({"input_ids": [1, 384]}, "token id 384, where the model has 0 to 383"),
+        ({"input_ids": [1, -1]}, "token id -1"),
+    ],
+)
+def test_tokenized_rows_that_cannot_train_are_named(model, tmp_path, row, said):
+    with pytest.raises(DataError, match=said):
+        train_sft(model, [{"input_ids": [1, 2, 3]}, row], output_dir=tmp_path, **FAST)
+
+
+def test_labels_must_be_as_many_as_tokens(model, tmp_path):
+    rows = [{"input_ids": [1, 2, 3], "labels": [-100, 2]}]
+    with pytest.raises(DataError, match="2 labels for 3 input_ids"):
+        train_sft(model, rows, output_dir=tmp_path, **FAST)
+
+
+def test_callbacks_and_reports_reach_the_trainer(model, alpaca_rows, tmp_path, monkeypatch):
+    from transformers import TrainerCallback, integrations
+
+    seen = []
+
+    class Watches(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(("callback", state.global_step, logs.get("loss")))
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(("report", state.global_step, logs.get("loss")))
+
+    # The reporters of transformers need packages; this takes one's place behind its name.
+    monkeypatch.setitem(integrations.integration_utils.INTEGRATION_TO_CALLBACK, "wandb", Reporter)
+    result = _train(
+        model, alpaca_rows, tmp_path, callbacks=[Watches], report_to="wandb", logging_steps=2
+    )
+    for kind in ("callback", "report"):
+        steps = [step for who, step, loss in seen if who == kind and loss is not None]
+        assert steps == [2, 4]
+    (shown,) = [loss for who, step, loss in seen if who == "callback" and step == 4 and loss]
+    assert shown == pytest.approx(sum(result.losses[2:]) / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("plan", [None, False])
+def test_a_run_that_diverges_says_so(model, alpaca_rows, tmp_path, caplog, plan):
+    import torch
+
+    with torch.no_grad():
+        next(p for p in model.model.parameters() if p.requires_grad).fill_(math.nan)
+    result = _train(model, alpaca_rows, tmp_path, max_steps=2, plan=plan)
+    assert math.isnan(result.losses[0])
+    assert "stopped being a number at step 1" in caplog.text
+    assert json.loads(result.manifest_path.read_text())["result"]["losses"][0] == "nan"
+
+
 def test_resuming_from_nothing_says_so(model, alpaca_rows, tmp_path):
-    with pytest.raises(ConfigError, match="holds no checkpoint"):
+    with pytest.raises(ConfigError, match="holds no whole checkpoint"):
         _train(model, alpaca_rows, tmp_path, resume_from_checkpoint=True)
     with pytest.raises(ConfigError, match=r"trainer_state\.json"):
         _train(model, alpaca_rows, tmp_path, resume_from_checkpoint="elsewhere")
@@ -322,7 +420,9 @@ def _interrupting(step, how):
     return Interrupts()
 
 
-def test_ctrl_c_saves_a_checkpoint_and_returns_what_was_done(make_model, alpaca_rows, tmp_path):
+def test_ctrl_c_saves_a_checkpoint_and_returns_what_was_done(
+    make_model, alpaca_rows, tmp_path, caplog
+):
     before = signal.getsignal(signal.SIGINT)
     callback = _interrupting(2, lambda: os.kill(os.getpid(), signal.SIGINT))
     result = _train(make_model(), alpaca_rows, tmp_path, max_steps=6, callbacks=[callback])
@@ -330,6 +430,8 @@ def test_ctrl_c_saves_a_checkpoint_and_returns_what_was_done(make_model, alpaca_
     assert result.steps == len(result.losses) == 3
     assert result.checkpoint == tmp_path / "checkpoint-3"
     assert "interrupted after 3 steps" in str(result)
+    assert "3 of 6 steps are done" in caplog.text
+    assert "checkpoint-3' goes on from there" in caplog.text
     assert signal.getsignal(signal.SIGINT) is before
     whole = _train(make_model(), alpaca_rows, tmp_path / "whole", max_steps=6)
     rest = _train(make_model(), alpaca_rows, tmp_path, max_steps=6, resume_from_checkpoint=True)

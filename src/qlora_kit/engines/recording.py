@@ -39,7 +39,9 @@ class StepRecorder:
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """One micro-batch; its share of the step's mean loss is added up."""
-        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        returned = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        # Losses that are no number are filtered from the trainer's log, and recorded here.
+        loss = self.__dict__.pop("_unfiltered_loss", returned)
         pending = self.__dict__.setdefault("_pending_losses", [])
         if self._starts_step:
             if len(pending) >= _FLUSH_EVERY:
@@ -48,7 +50,7 @@ class StepRecorder:
             self._starts_step = False
         else:
             pending[-1] = pending[-1] + loss
-        return loss
+        return returned
 
     @property
     def tokens_seen(self) -> int:

@@ -109,6 +109,8 @@ class FastSteps:
         scaler = self.accelerator.scaler  # type: ignore[attr-defined]
         loss, stats = runner.run_step(examples, num_items_in_batch, scaler)
         self._note("train", examples, stats, num_items_in_batch)
+        # What was computed, for the record; what is logged is filtered below.
+        self._unfiltered_loss = loss
         # The trainer's own filter for the logged loss would wait for the device.
         steps = 1 + self.state.global_step - self._globalstep_last_logged  # type: ignore[attr-defined]
         return torch.where(torch.isfinite(loss), loss, self._tr_loss / steps)  # type: ignore[attr-defined]
