@@ -349,7 +349,7 @@ def test_resuming_passes_over_what_is_not_whole_or_does_not_fit(
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"input_ids": []}, "row 1: input_ids is empty"),
+        ({"input_ids": []}, r"row 2 \(index 1\): input_ids is empty"),
         ({"input_ids": [1, 384]}, "token id 384, where the model has 0 to 383"),
         ({"input_ids": [1, -1]}, "token id -1"),
     ],
