@@ -89,6 +89,20 @@ def test_leaving_early_leaves_no_thread_and_no_memory(model):
     assert psutil.Process().memory_info().rss - before < 64 * 1024**2
 
 
+def test_leaving_early_ends_generation_within_a_token(model):
+    steps = []
+    hook = model.model.get_input_embeddings().register_forward_hook(lambda *_: steps.append(1))
+    try:
+        stream = generate_stream(model, PROMPT, max_new_tokens=400)
+        chunk = next(stream)
+        stream.close()
+    finally:
+        hook.remove()
+    # The worker runs ahead of a slow reader, and not on to the end.
+    assert chunk.token_count <= len(steps) < 100
+    assert not _threads()
+
+
 @pytest.mark.parametrize("mode", [True, False])
 def test_the_model_is_left_in_the_mode_it_was_found_in(model, mode):
     model.model.train(mode)

@@ -1,9 +1,17 @@
 """What holds an export to the model it came from, across stages."""
 
+import json
 import re
 
 from checkpoints import make_checkpoint
-from qlora_kit import export_model
+from qlora_kit import (
+    AlpacaFormatter,
+    attach_lora,
+    export_model,
+    generate_stream,
+    load_quantized,
+    train_sft,
+)
 from qlora_kit.checkpoint import verifying
 
 
@@ -34,3 +42,27 @@ def test_every_kind_of_adapter_is_copied_for_that_comparison(make_adapted, tmp_p
         artifact = export_model(make_adapted(**options), "merged_16bit", tmp_path / str(number))
         (logits,) = [check for check in artifact.verification.checks if check.name == "logits"]
         assert logits.value < 1e-3, options
+
+
+def test_the_whole_pipeline_touches_no_network(
+    tiny_llama, alpaca_rows, tmp_path, no_network, monkeypatch
+):
+    # The environment's own offline switch must not be what keeps us off the network.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    rows_path = tmp_path / "rows.json"
+    rows_path.write_text(json.dumps(alpaca_rows), encoding="utf-8")
+    model = load_quantized(tiny_llama, 128, "float32", local_files_only=True)
+    model = attach_lora(model, r=4)
+    formatter = AlpacaFormatter(model.tokenizer)
+    train_sft(
+        model, formatter.load(str(rows_path)), max_steps=1, output_dir=tmp_path / "out",
+        disable_tqdm=True,
+    )  # fmt: skip
+    prompt = formatter.prompt("Say the number 3.")
+    expected = [chunk.text for chunk in generate_stream(model, prompt, max_new_tokens=3)]
+    for name in ("lora", "merged_16bit"):
+        export_model(model, name, tmp_path / name, verify="full")
+    again = load_quantized(tmp_path / "lora", 128, "float32", is_trainable=False)
+    prompt = again.record.formatter.prompt("Say the number 3.")
+    assert [c.text for c in generate_stream(again, prompt, max_new_tokens=3)] == expected
+    assert no_network == []

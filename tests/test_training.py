@@ -358,7 +358,7 @@ def test_resuming_passes_over_what_is_not_whole_or_does_not_fit(
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"input_ids": []}, "row 1: input_ids is empty"),
+        ({"input_ids": []}, r"row 2 \(index 1\): input_ids is empty"),
         ({"input_ids": [1, 384]}, "token id 384, where the model has 0 to 383"),
         ({"input_ids": [1, -1]}, "token id -1"),
     ],
@@ -429,7 +429,9 @@ def _interrupting(step, how):
     return Interrupts()
 
 
-def test_ctrl_c_saves_a_checkpoint_and_returns_what_was_done(make_model, alpaca_rows, tmp_path):
+def test_ctrl_c_saves_a_checkpoint_and_returns_what_was_done(
+    make_model, alpaca_rows, tmp_path, caplog
+):
     before = signal.getsignal(signal.SIGINT)
     callback = _interrupting(2, lambda: os.kill(os.getpid(), signal.SIGINT))
     result = _train(make_model(), alpaca_rows, tmp_path, max_steps=6, callbacks=[callback])
@@ -437,6 +439,8 @@ def test_ctrl_c_saves_a_checkpoint_and_returns_what_was_done(make_model, alpaca_
     assert result.steps == len(result.losses) == 3
     assert result.checkpoint == tmp_path / "checkpoint-3"
     assert "interrupted after 3 steps" in str(result)
+    assert "3 of 6 steps are done" in caplog.text
+    assert "checkpoint-3' goes on from there" in caplog.text
     assert signal.getsignal(signal.SIGINT) is before
     whole = _train(make_model(), alpaca_rows, tmp_path / "whole", max_steps=6)
     rest = _train(make_model(), alpaca_rows, tmp_path, max_steps=6, resume_from_checkpoint=True)

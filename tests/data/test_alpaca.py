@@ -314,3 +314,17 @@ def test_wrong_arguments_are_refused(
 def test_a_model_in_the_tokenizers_place_is_named() -> None:
     with pytest.raises(ConfigError, match=r"AlpacaFormatter\(model.tokenizer\)"):
         AlpacaFormatter(object())  # type: ignore[arg-type]
+
+
+def test_names_of_special_tokens_are_tokenized_as_any_text(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Breaking them apart is for vocabularies that hold them as words; it gives other ids."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("broken apart")
+
+    monkeypatch.setattr("qlora_kit.data.tokenization.TextTokenizer._encode_apart", refuse)
+    text = "Say <|im_end|> and <|im_start|>"
+    (ids,) = AlpacaFormatter(tokenizer).text.encode_texts([text])
+    assert ids == tokenizer(text, split_special_tokens=True)["input_ids"]

@@ -98,6 +98,14 @@ def run_training(
     folder.mkdir(parents=True, exist_ok=True)
     write_manifest(folder, "training", _describe_run(model, job, data, options, result))
     model.record.training = result
+    if result.was_interrupted:
+        logger.warning(
+            "Training was interrupted: %d of %d steps are done. %s",
+            result.steps, trainer.state.max_steps,
+            f"resume_from_checkpoint={str(result.checkpoint)!r} goes on from there."
+            if result.checkpoint
+            else "Nothing was saved.",
+        )  # fmt: skip
     logger.info("%s", result)
     if not all(math.isfinite(loss) for loss in result.losses):
         logger.warning(
