@@ -80,7 +80,8 @@ def test_the_adapter_answers_alike_in_plain_peft(trained, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     model, formatter, _, _ = trained
-    export_model(model, "lora", tmp_path / "lora")
+    # What plain peft makes of it is the check.
+    export_model(model, "lora", tmp_path / "lora", verify=False)
     base = json.loads((tmp_path / "lora" / "adapter_config.json").read_text(encoding="utf-8"))[
         "base_model_name_or_path"
     ]
