@@ -85,15 +85,14 @@ def main() -> None:
     ask(model, formatter)
 
     print("\n5. Export, each checked against the model in memory")
-    # So small a model changes with the rounding of its base. Merged into the very weights it was
-    # trained on, the export answers as the model in memory does.
-    for name, options in (("lora", {}), ("merged_16bit", {"base": "dequantized"})):
-        artifact = export_model(model, name, output / name, overwrite=True, **options)
+    for name in ("lora", "merged_16bit"):
+        artifact = export_model(model, name, output / name, overwrite=True)
         print(f"   {name:<13}{artifact.size / 1e6:6.1f} MB  {artifact.path}  "
               f"({len(artifact.verification.checks)} checks passed)")  # fmt: skip
 
-    print("\n6. Load the merged export, as any other tool would, and ask once more")
-    ask(load_quantized(output / "merged_16bit", max_seq_length=512, load_in_4bit=False), formatter)
+    print("\n6. Load the adapter back, with a fresh base that it finds by itself, and ask once more")
+    # Merged into the 16-bit original, so small a model answers differently: see docs/exports.md.
+    ask(load_quantized(output / "lora", max_seq_length=512, is_trainable=False), formatter)
 
     print(f"\nDone in {time.perf_counter() - began:.0f} s. Ask it about another animal:")
     print(f"   {Path(sys.executable).parent / 'qlora-kit'} generate {output / 'lora'} "
