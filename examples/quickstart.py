@@ -90,7 +90,7 @@ def main() -> None:
         print(f"   {name:<13}{artifact.size / 1e6:6.1f} MB  {artifact.path}  "
               f"({len(artifact.verification.checks)} checks passed)")  # fmt: skip
 
-    print("\n6. Load the adapter back, with a fresh base that it finds by itself, and ask once more")
+    print("\n6. Load the adapter back, its base with it, and ask once more")
     # Merged into the 16-bit original, so small a model answers differently: see docs/exports.md.
     ask(load_quantized(output / "lora", max_seq_length=512, is_trainable=False), formatter)
 
