@@ -211,6 +211,47 @@ def test_a_disk_that_fills_up_leaves_the_old_export(adapted, tmp_path, format):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, 40 MiB large."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)]
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("mounting needs root on Linux")
+    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting is not allowed here")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("format", ["lora", "merged_16bit", "merged_4bit"])
+def test_a_real_disk_that_something_else_fills_up(adapted, small_disk, monkeypatch, format):
+    out = small_disk / "out"
+    export_model(adapted, format, out, verify=False)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    exporter = type(get_exporter(format))
+    write = exporter.write
+
+    def fill_first(self, request, folder):
+        filler = small_disk / "filler"
+        with filler.open("wb") as file:
+            left = os.statvfs(small_disk)
+            file.write(bytes(left.f_bavail * left.f_frsize - 40_000))
+        return write(self, request, folder)
+
+    monkeypatch.setattr(exporter, "write", fill_first)
+    with pytest.raises(DiskSpaceError, match=r"became full.*it needs 3\d\.\d MiB.*as it was"):
+        export_model(adapted, format, out, verify=False, overwrite=True)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert sorted(path.name for path in small_disk.iterdir()) == ["filler", "out"]
+    # And now that it is full, this is said before anything is written.
+    with pytest.raises(DiskSpaceError, match=r"needs 3\d\.\d MiB in .* which has 0\.\d MiB free"):
+        export_model(adapted, format, small_disk / "other", verify=False)
+
+
 def test_progress_is_told(adapted, tmp_path):
     calls = []
     export_model(

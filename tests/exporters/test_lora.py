@@ -77,6 +77,39 @@ def test_the_folder_is_complete_and_loads_with_load_quantized(adapted, tiny_llam
     assert torch.equal(logits_of(again.model), logits_of(adapted.model))
 
 
+def test_the_cards_own_code_loads_the_adapter(adapted16, tmp_path, monkeypatch):
+    import re
+
+    import torch
+
+    export_model(adapted16, "lora", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path / "out")
+    names = {}
+    exec(code, names)
+    assert names["tokenizer"].chat_template == adapted16.tokenizer.chat_template
+    actual = logits_of(names["model"].float())
+    torch.testing.assert_close(actual, logits_of(adapted16.model), atol=2e-3, rtol=1e-3)
+
+
+def test_the_export_stops_where_the_live_model_stops(make_adapted, tmp_path):
+    from qlora_kit import AlpacaFormatter
+    from qlora_kit.checkpoint.companions import collect_stop_token_ids
+
+    model = make_adapted()
+    model.tokenizer.eos_token = "<|im_start|>"
+    model.record.formatter = AlpacaFormatter(model.tokenizer)
+    artifact = export_model(model, "lora", tmp_path / "out")
+    stops = collect_stop_token_ids(model)
+    assert set(stops) == {1, 2}
+    config = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert config["eos_token_id"] == list(stops)
+    assert next(c for c in artifact.verification.checks if c.name == "stop tokens").passed
+    again = load_quantized(tmp_path / "out", 64, "float32", engine="native")
+    assert collect_stop_token_ids(again) == stops
+
+
 def test_a_hub_name_stays_a_hub_name(adapted, tmp_path):
     import dataclasses
 

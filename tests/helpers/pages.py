@@ -47,7 +47,7 @@ def find_pages() -> list[Path]:
 
 
 def open_page(namespace: dict[str, Any]) -> None:
-    """Go into a fresh folder that holds what pages name, and offer what they may ask."""
+    """Go into a fresh folder that holds what pages name."""
     import torch
 
     stack = contextlib.ExitStack()
@@ -57,7 +57,6 @@ def open_page(namespace: dict[str, Any]) -> None:
     stack.enter_context(contextlib.chdir(folder))
     _furnish(folder)
     namespace["_page"] = stack
-    namespace["has_exporter"] = has_exporter
 
 
 def close_page(namespace: dict[str, Any]) -> None:
@@ -65,13 +64,6 @@ def close_page(namespace: dict[str, Any]) -> None:
     stack = namespace["_page"]
     namespace.clear()
     stack.close()
-
-
-def has_exporter(name: str) -> bool:
-    """Whether a format is there, for ``skip: next if(...)``."""
-    from qlora_kit import available_exporters
-
-    return name in available_exporters()
 
 
 def _furnish(folder: Path) -> None:

@@ -19,9 +19,10 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol
 
-from qlora_kit.errors import ConfigError, UnsupportedModelError
+from qlora_kit.errors import ConfigError, ExportError, UnsupportedModelError
 
 if TYPE_CHECKING:
     import torch
@@ -136,30 +137,12 @@ def write_tensors(
         if count == 1
         else [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     )
-    done = 0
-    lock = threading.Lock()
-
-    def report(size: int) -> None:
-        nonlocal done
-        with lock:
-            done += size
-            progress("writing tensors", done, total)
-
-    def write(file: str, names: Sequence[str]) -> str:
-        return _write_shard(
-            folder / file, source, names, {"format": "pt", **(metadata or {})}, report
-        )
-
-    # One thread hashes 1 to 2 GB/s, less than a GPU merges and a good disk takes.
-    with ThreadPoolExecutor(_PARALLEL_SHARDS, "qlora-kit-shard") as pool:
-        waiting = [
-            pool.submit(write, file, names) for file, names in zip(files, shards, strict=True)
-        ]
-        try:
-            hashes = {file: part.result() for file, part in zip(files, waiting, strict=True)}
-        finally:
-            for future in waiting:
-                future.cancel()
+    contents = {"format": "pt", **(metadata or {})}
+    hashes = _write_shards(
+        {folder / file: names for file, names in zip(files, shards, strict=True)},
+        lambda path, names, report: _write_shard(path, source, names, contents, report),
+        lambda done: progress("writing tensors", done, total),
+    )
     if count > 1:
         index = {
             "metadata": {"total_size": total},
@@ -171,6 +154,45 @@ def write_tensors(
             json.dumps(index, indent=2) + "\n", encoding="utf-8"
         )
     return WrittenTensors(hashes, total)
+
+
+def _write_shards(
+    shards: Mapping[Path, Sequence[str]],
+    write: Callable[[Path, Sequence[str], Callable[[int], None]], str],
+    progress: Callable[[int], None],
+) -> dict[str, str]:
+    """Write two shards at a time, telling progress from the caller's thread; hashes by file."""
+    written: SimpleQueue[int | None] = SimpleQueue()
+    is_stopped = threading.Event()
+
+    def report(size: int) -> None:
+        if is_stopped.is_set():
+            raise ExportError("Another shard could not be written.")
+        written.put(size)
+
+    # One thread hashes 1 to 2 GB/s, less than a GPU merges and a good disk takes.
+    with ThreadPoolExecutor(_PARALLEL_SHARDS, "qlora-kit-shard") as pool:
+        parts = {path.name: pool.submit(write, path, names, report)
+                 for path, names in shards.items()}  # fmt: skip
+        try:
+            done, unfinished = 0, len(parts)
+            for part in parts.values():
+                part.add_done_callback(lambda _: written.put(None))
+            while unfinished:
+                size = written.get()
+                if size is None:
+                    unfinished -= 1
+                    # result() raises what the thread raised.
+                    _ = [part.result() for part in parts.values() if part.done()]
+                else:
+                    done += size
+                    progress(done)
+        except BaseException:
+            is_stopped.set()
+            for part in parts.values():
+                part.cancel()
+            raise
+        return {name: part.result() for name, part in parts.items()}
 
 
 def _write_shard(
