@@ -97,10 +97,11 @@ def _choose_texts(
     if vocabulary.model == "gpt2":
         texts, approximated = find_approximated(backend, vocabulary.pre, texts)
         if approximated:
+            count = f"{len(approximated)} of {len(texts) + len(approximated)} test texts"
             notes.append(
                 f"llama.cpp's pre-tokenizer {vocabulary.pre!r} approximates this tokenizer's: "
                 "words with combining marks, and capitals inside of words beyond ASCII, can be "
-                f"split differently ({len(approximated)} of {len(texts) + len(approximated)} test texts)."
+                f"split differently ({count})."
             )
     taken = [
         token
