@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, help="where the random model goes (7 GB)")
     parser.add_argument("--model", type=Path, help="checkpoint folder or .gguf, for quality")
     parser.add_argument("--text", type=Path, help="text, for quality")
-    parser.add_argument("--tokens", type=int, default=1000)
+    parser.add_argument("--tokens", type=int, default=500)
     asked = parser.parse_args()
     report: dict[str, Any] = {"machine": describe_machine()}
     started = time.perf_counter()

@@ -27,12 +27,21 @@ def _pre_tokenizer(kind: str) -> Any:
     def byte_level(use_regex: bool) -> Any:
         return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
 
-    def split(digits: str) -> Any:
-        pattern = (
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-            + digits
-            + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    def split(digits: str, letter: str = r"\p{L}", other: str = r"\p{L}\p{N}") -> Any:
+        return by_pattern(
+            rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?{letter}+|{digits}"
+            rf"| ?[^\s{other}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
         )
+
+    def split_by_case(digits: str, ending: str = "") -> Any:
+        upper, lower = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+        before = r"[^\r\n\p{L}\p{N}]?"
+        return by_pattern(
+            rf"{before}{upper}*{lower}+{ending}|{before}{upper}+{lower}*{ending}|{digits}"
+            r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )
+
+    def by_pattern(pattern: str) -> Any:
         return pre_tokenizers.Sequence(
             [pre_tokenizers.Split(Regex(pattern), behavior="isolated"), byte_level(False)]
         )
@@ -45,6 +54,9 @@ def _pre_tokenizer(kind: str) -> Any:
         "qwen2": lambda: split(r"\p{N}"),
         "llama-bpe": lambda: split(r"\p{N}{1,3}"),
         "dbrx": lambda: split(r"\p{N}{1,3}"),
+        "qwen35": lambda: split(r"\p{N}", letter=r"[\p{L}\p{M}]", other=r"\p{L}\p{M}\p{N}"),
+        "tekken": lambda: split_by_case(r"\p{N}"),
+        "gpt-4o": lambda: split_by_case(r"\p{N}{1,3}", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"),
     }[kind]()
 
 
@@ -54,7 +66,7 @@ def byte_level_tokenizer(kind: str = "gpt-2", vocabulary: int = 500) -> Any:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE(ignore_merges=kind == "llama-bpe"))
+    tokenizer = Tokenizer(models.BPE(ignore_merges=kind in ("llama-bpe", "tekken")))
     if kind == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = _pre_tokenizer(kind)

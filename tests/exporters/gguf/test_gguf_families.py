@@ -79,8 +79,12 @@ def test_the_comparison_notices_a_wrong_tensor(damage, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("length", "context"), [(120, 256), (400, 512)])
-def test_longrope_uses_the_table_of_the_context(length, context, tmp_path, monkeypatch):
-    monkeypatch.setitem(tiny.CASES, "phi3-long", ("Phi3Config", tiny.longrope_case(64)))
+@pytest.mark.parametrize("part", [1.0, 0.75])
+def test_longrope_uses_the_table_of_the_context(part, length, context, tmp_path, monkeypatch):
+    """With all of a head rotated as in Phi-3, and a part of it as in Phi-4-mini."""
+    case = tiny.longrope_case(int(64 * part))
+    case["rope_parameters"]["partial_rotary_factor"] = part
+    monkeypatch.setitem(tiny.CASES, "phi3-long", ("Phi3Config", case))
     model = tiny.make_model(tiny.make_config("phi3-long"))
     done = export(tmp_path, model.config, model, tiny.byte_level_tokenizer(), quantization="f32")
     generator = torch.Generator().manual_seed(1)

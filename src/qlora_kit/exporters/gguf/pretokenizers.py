@@ -21,6 +21,7 @@ from qlora_kit.exporters.gguf.awkward import awkward_strings
 __all__ = [
     "PRE_TOKENIZERS",
     "PreTokenizer",
+    "find_approximated",
     "recognize_pre_tokenizer",
     "register_pre_tokenizer",
     "split_text",
@@ -49,6 +50,11 @@ _GPT4O: Final = (
     rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# What tokenizers of these two say; llama.cpp's patterns above come near it.
+_CAPITAL: Final = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+_SMALL: Final = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN_STATED: Final = _TEKKEN.replace(_UPPER, _CAPITAL).replace(_LOWER, _SMALL)
+_GPT4O_STATED: Final = _GPT4O.replace(_UPPER, _CAPITAL).replace(_LOWER, _SMALL)
 
 #: A digit alone, cut out before the other pattern sees the text.
 _DIGIT: Final = r"\p{N}"
@@ -62,11 +68,14 @@ class PreTokenizer:
         name: What ``tokenizer.ggml.pre`` says.
         patterns: Regular expressions, each applied to the pieces the one before left.
         ignores_merges: Whether a piece that is a token is taken whole, without merging.
+        approximates: The patterns of tokenizers that llama.cpp runs with this one although some
+            text is split differently. Such a text is said, not refused.
     """
 
     name: str
     patterns: tuple[str, ...]
     ignores_merges: bool = False
+    approximates: tuple[str, ...] = ()
 
 
 #: By name. Names with equal patterns differ in whether merges are ignored.
@@ -79,8 +88,8 @@ PRE_TOKENIZERS: Final[dict[str, PreTokenizer]] = {
         PreTokenizer("qwen35", (_QWEN35,)),
         PreTokenizer("llama-bpe", (_LLAMA3,), ignores_merges=True),
         PreTokenizer("dbrx", (_LLAMA3,)),
-        PreTokenizer("tekken", (_TEKKEN,), ignores_merges=True),
-        PreTokenizer("gpt-4o", (_GPT4O,)),
+        PreTokenizer("tekken", (_TEKKEN,), ignores_merges=True, approximates=(_TEKKEN_STATED,)),
+        PreTokenizer("gpt-4o", (_GPT4O,), approximates=(_GPT4O_STATED,)),
     )
 }
 
@@ -171,12 +180,31 @@ def recognize_pre_tokenizer(backend: Any, description: Mapping[str, Any]) -> Pre
             return known
         if len(different) < fewest:
             fewest, nearest = len(different), f"{known.name!r} on {different[0]!r}"
+    for known in candidates:
+        if known.approximates == stated and known.ignores_merges == ignores_merges:
+            return known
     raise UnsupportedModelError(
         "llama.cpp has no pre-tokenizer that splits text as this tokenizer does; the nearest "
         f"differs on {fewest} of {len(texts)} texts ({nearest}). If the tokenizer was edited, "
         "restore its tokenizer.json; otherwise export with 'merged_16bit'. Its pre_tokenizer is "
         f"{description.get('pre_tokenizer')}."
     )
+
+
+def find_approximated(backend: Any, pre: str, texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Texts that a tokenizer splits as ``pre`` does, and those that it splits differently.
+
+    The second list is empty unless llama.cpp is known to approximate the tokenizer.
+    """
+    known = PRE_TOKENIZERS[pre]
+    if not known.approximates:
+        return list(texts), []
+    differ = {
+        text
+        for text in texts
+        if split_text(text, known.patterns) != _split_with_backend(backend, text)
+    }
+    return [text for text in texts if text not in differ], sorted(differ)
 
 
 def _read_patterns(stated: Any) -> tuple[str, ...]:

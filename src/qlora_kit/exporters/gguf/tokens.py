@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.errors import UnsupportedModelError
 from qlora_kit.exporters.gguf.awkward import awkward_strings, mix_with_tokens
+from qlora_kit.exporters.gguf.pretokenizers import find_approximated
 from qlora_kit.exporters.gguf.retokenize import LlamaTokenizer
 from qlora_kit.exporters.gguf.vocabulary import (
     CONTROL,
@@ -93,6 +94,15 @@ def _choose_texts(
             "normalized form is tokenized differently."
         )
         texts = kept
+    if vocabulary.model == "gpt2":
+        texts, approximated = find_approximated(backend, vocabulary.pre, texts)
+        if approximated:
+            count = f"{len(approximated)} of {len(texts) + len(approximated)} test texts"
+            notes.append(
+                f"llama.cpp's pre-tokenizer {vocabulary.pre!r} approximates this tokenizer's: "
+                "words with combining marks, and capitals inside of words beyond ASCII, can be "
+                f"split differently ({count})."
+            )
     taken = [
         token
         for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
