@@ -169,6 +169,14 @@ def test_killed_at_any_moment_the_destination_is_absent_old_or_whole(tmp_path):
     # The kills really came before, during and after the writing.
     outcomes = Counter(after == tried for _, tried, after in report["seen"])
     assert min(outcomes[True], outcomes[False]) >= 3
+    # And before every flush, rename and removal, into an empty place and over an old export.
+    names = [name for name, *_ in report["steps"]]
+    assert names.count("fsync") >= 16
+    assert {"rename", "_exchange", "rmtree"} <= set(names)
+    assert len(names) < 100
+    for _, before, tried, after in report["steps"]:
+        assert after in (before, tried)
+    assert {before == after for _, before, _, after in report["steps"]} == {True, False}
     assert report["rounds_with_leftovers"] >= 5
     assert report["most_leftovers"] == 1
     assert report["rest"] == ["merged"]
