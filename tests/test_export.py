@@ -154,7 +154,7 @@ def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_kept(adapted,
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_any_moment_the_destination_is_absent_old_or_whole(tmp_path):
-    rounds = 60
+    rounds = 36
     script = Path(__file__).parent / "helpers" / "killing.py"
     result = subprocess.run(
         [sys.executable, str(script), str(tmp_path), str(rounds)],
