@@ -165,7 +165,7 @@ def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_kept(adapted,
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_any_moment_the_destination_is_absent_old_or_whole(tmp_path):
-    rounds = 60
+    rounds = 36
     script = Path(__file__).parent / "helpers" / "killing.py"
     result = subprocess.run(
         [sys.executable, str(script), str(tmp_path), str(rounds)],
@@ -180,6 +180,14 @@ def test_killed_at_any_moment_the_destination_is_absent_old_or_whole(tmp_path):
     # The kills really came before, during and after the writing.
     outcomes = Counter(after == tried for _, tried, after in report["seen"])
     assert min(outcomes[True], outcomes[False]) >= 3
+    # And before every flush, rename and removal, into an empty place and over an old export.
+    names = [name for name, *_ in report["steps"]]
+    assert names.count("fsync") >= 16
+    assert {"rename", "_exchange", "rmtree"} <= set(names)
+    assert len(names) < 100
+    for _, before, tried, after in report["steps"]:
+        assert after in (before, tried)
+    assert {before == after for _, before, _, after in report["steps"]} == {True, False}
     assert report["rounds_with_leftovers"] >= 5
     assert report["most_leftovers"] == 1
     assert report["rest"] == ["merged"]

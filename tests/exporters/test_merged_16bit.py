@@ -210,8 +210,15 @@ def test_wrong_options_fail_before_any_work(adapted, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("format", ["merged_16bit", "merged_4bit"])
-@pytest.mark.parametrize("load_in_4bit", [True, False])
+@pytest.mark.parametrize(
+    ("load_in_4bit", "format"),
+    [
+        (True, "merged_16bit"),
+        pytest.param(False, "merged_16bit", marks=pytest.mark.slow),
+        pytest.param(True, "merged_4bit", marks=pytest.mark.slow),
+        pytest.param(False, "merged_4bit", marks=pytest.mark.slow),
+    ],
+)
 def test_merging_needs_memory_for_a_tensor_not_for_a_model(tmp_path, load_in_4bit, format):
     """A 135 MB checkpoint whose largest tensor has 4 MiB, pages of its files counted in.
 

@@ -30,6 +30,64 @@ def state_of(destination: Path) -> str:
     return manifest["facts"]["dtype"] if wanted == found else "broken"
 
 
+def kill_at_every_step(export, destination: Path, *, replace: bool) -> list[list[object]]:
+    """Kill before the first, second, ... flush, rename or removal, until none is left.
+
+    Args:
+        export: Writes an export of the given dtype.
+        destination: Where to.
+        replace: Whether there is one already.
+
+    Returns:
+        For each: its name, the state before, what was being written, and the state after.
+    """
+    import shutil
+
+    from qlora_kit.checkpoint import staging
+
+    places = [(os, "fsync"), (os, "rename"), (staging, "_exchange"), (shutil, "rmtree")]
+    seen: list[list[object]] = []
+    while len(seen) < 100:
+        # Only what this run leaves, so that every run takes the same steps.
+        for path in destination.parent.iterdir():
+            if path != destination or not replace:
+                shutil.rmtree(path)
+        if replace and not destination.exists():
+            export("float16")
+        before = state_of(destination)
+        dtype = "bfloat16" if before == "float16" else "float16"
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            calls = 0
+
+            def wrap(name, real, write=write):
+                def call(*args, **options):
+                    nonlocal calls
+                    calls += 1
+                    if calls > len(seen):
+                        os.write(write, name.encode())
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return real(*args, **options)
+
+                return call
+
+            for module, name in places:
+                setattr(module, name, wrap(name, getattr(module, name)))
+            try:
+                export(dtype)
+            finally:
+                os._exit(0)
+        os.close(write)
+        name = os.read(read, 100).decode()
+        os.close(read)
+        os.waitpid(child, 0)
+        if not name:
+            break
+        seen.append([name, before, dtype, state_of(destination)])
+    return seen
+
+
 def main(folder: Path, rounds: int) -> None:
     import torch
 
@@ -82,6 +140,10 @@ def main(folder: Path, rounds: int) -> None:
         left = [p for p in destination.parent.iterdir() if p.name.startswith(".merged.qlora_kit-")]
         leftovers += bool(left)
         most_left = max(most_left, len(left))
+    steps = [
+        *kill_at_every_step(export, destination, replace=False),
+        *kill_at_every_step(export, destination, replace=True),
+    ]
     export("bfloat16")
     rest = sorted(path.name for path in destination.parent.iterdir())
     print(
@@ -91,6 +153,7 @@ def main(folder: Path, rounds: int) -> None:
                 "seen": seen,
                 "rounds_with_leftovers": leftovers,
                 "most_leftovers": most_left,
+                "steps": steps,
                 "rest": rest,
                 "last": state_of(destination),
             }

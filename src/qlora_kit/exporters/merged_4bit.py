@@ -56,7 +56,7 @@ class Merged4bit:
     """Writes quantized weights, configuration, generation settings and tokenizer."""
 
     name = "merged_4bit"
-    summary = "Adapter merged in and quantized to NF4, which transformers and vLLM load directly."
+    summary = "Adapter merged in and quantized to NF4, which transformers loads as it is."
     options_type = Merged4bitOptions
 
     def find_missing(self) -> list[str]:
