@@ -43,8 +43,11 @@ logger = logging.getLogger(__name__)
 _CHEAP_BYTES: Final = 1024**3
 _MEMORY_SHARE: Final = 0.25
 
-#: Limits on the mean KL divergence, in nats per token. Rounding to 16 bits stays far below.
+#: Limits on the mean KL divergence, in nats per token. Rounding weights to 16 bits stays below
+#: the first; where the live model itself computes in bfloat16, a small trained one was seen to
+#: differ from its exact merge by 0.016 (SmolLM2-135M), and from its base alone by 0.32.
 KL_LIMIT_SAME_BASE: Final = 0.01
+_KL_LIMIT_BFLOAT16: Final = 0.05
 _KL_LIMIT_ADAPTER: Final = 1e-3
 
 # Longer than any probe; a model that is only compared needs no more.
@@ -147,7 +150,9 @@ def _reload_and_compare(model: LoadedModel, folder: Path, *, is_original: bool) 
     if not is_original:
         exported = load_exported(model, folder)
         distance = measure_logits_distance(model, exported, probes)
-        return [distance.as_check(KL_LIMIT_SAME_BASE), check_stops(model, exported)]
+        is_rough = model.base.compute_dtype == "bfloat16"
+        limit = _KL_LIMIT_BFLOAT16 if is_rough else KL_LIMIT_SAME_BASE
+        return [distance.as_check(limit), check_stops(model, exported)]
     # Merging into the original gives back what quantization took: how much that changes is
     # measured, and the merge is held against the original with the live adapter on it. In
     # float32, so that only the rounding of the merged weights is left.
