@@ -53,10 +53,14 @@ logger = logging.getLogger(__name__)
 _CHEAP_BYTES: Final = 1024**3
 _MEMORY_SHARE: Final = 0.25
 
-#: Limits on the mean KL divergence, in nats per token. Rounding to 16 bits stays far below the
-#: first. Quantizing again costs what it costs, which is measured and reported; the second only
-#: catches a model that no longer is the one that was trained.
+#: Limits on the mean KL divergence, in nats per token. Rounding weights to 16 bits stays below
+#: the first; where the live model itself computes in bfloat16, a small trained one was seen to
+#: differ from its exact merge by 0.016 (SmolLM2-135M), and from its base alone by 0.32.
+#: Quantizing again costs what it costs, which is measured and reported (0.6 nats for that model,
+#: less for larger ones); the tensors prove such an export, and the third limit only that it is no
+#: other model.
 KL_LIMIT_SAME_BASE: Final = 0.01
+_KL_LIMIT_BFLOAT16: Final = 0.05
 KL_LIMIT_4BIT: Final = 2.0
 _KL_LIMIT_ADAPTER: Final = 1e-3
 
@@ -84,7 +88,13 @@ def verify_merged(
         lambda: (
             _compare_with_original(model, folder)
             if is_original
-            else _compare_reloaded(model, folder, KL_LIMIT_SAME_BASE)
+            else _compare_reloaded(
+                model,
+                folder,
+                _KL_LIMIT_BFLOAT16
+                if model.base.compute_dtype == "bfloat16"
+                else KL_LIMIT_SAME_BASE,
+            )
         ),
         verify,
         lambda size: _is_cheap(size, model),

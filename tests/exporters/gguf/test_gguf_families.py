@@ -298,3 +298,17 @@ def test_the_family_of_the_documentation_works_as_a_plugin(tmp_path, monkeypatch
     for model, path in zip(models.values(), done.stdout.splitlines(), strict=True):
         with Llama(Path(path)) as llama:
             assert kl_divergence(logits_of(model, ids), llama.logits(ids)).mean() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("case", "is_tied"), [("gemma2", True), ("gemma3", True), ("qwen2", False)]
+)
+def test_a_head_is_tied_where_the_familys_configurations_leave_it_out(case, is_tied):
+    shapes, config = shapes_of(case, tie_word_embeddings=True)
+    del config["tie_word_embeddings"]
+    if is_tied:
+        names = [tensor.name for tensor in plan_conversion(tiny.Shapes(shapes), config).tensors]
+        assert "output.weight" not in names
+    else:
+        with pytest.raises(UnsupportedModelError, match="lm_head"):
+            plan_conversion(tiny.Shapes(shapes), config)
