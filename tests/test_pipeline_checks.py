@@ -12,7 +12,9 @@ from qlora_kit import (
     load_quantized,
     train_sft,
 )
-from qlora_kit.checkpoint import verifying
+from qlora_kit.checkpoint.comparing import make_probes
+from qlora_kit.checkpoint.reference import check_against_original
+from qlora_kit.checkpoint.verifying import load_exported
 
 
 def test_a_merge_into_the_original_is_held_against_the_original(make_adapted, tmp_path):
@@ -26,7 +28,11 @@ def test_a_merge_into_the_original_is_held_against_the_original(make_adapted, tm
     assert moved > 20 * logits.value
     # The same folder, held against a model that learned something else.
     other = make_adapted(base, std=0.4)
-    (wrong, _) = verifying._reload_and_compare(other, tmp_path / "right", is_original=True)
+    exported, original = (
+        load_exported(other, folder, dtype="float32") for folder in (tmp_path / "right", base)
+    )
+    probes = make_probes(other)
+    wrong = check_against_original(other, exported, original, probes, limit=logits.tolerance)
     assert not wrong.passed
 
 

@@ -7,11 +7,48 @@ original moved away, and not whether the merge is right.
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-from qlora_kit.results import LoadedModel
+from qlora_kit.checkpoint.comparing import LogitsDistance, measure_logits_distance, read_logits
+from qlora_kit.results import Check, LoadedModel
 
-__all__ = ["attach_live_adapters"]
+__all__ = ["attach_live_adapters", "check_against_original"]
+
+
+def check_against_original(
+    model: LoadedModel,
+    exported: Any,
+    original: Any,
+    probes: Sequence[Sequence[int]],
+    *,
+    limit: float,
+) -> tuple[Check, dict[str, Any]]:
+    """Whether a merge into the original computes what the original with the adapter computes.
+
+    How far both are from the quantized live model is measured as well, and not judged.
+
+    Args:
+        model: The live model.
+        exported: The merge, loaded. In float32, only the rounding of its weights is left.
+        original: The base from ``model.base.path``, loaded likewise. Changed in place.
+        probes: Token ids to run.
+        limit: Most mean KL divergence, in nats per token.
+
+    Returns:
+        The check, and how far the export is from the live model, as facts.
+    """
+    written = read_logits(exported, probes)
+    expected = read_logits(attach_live_adapters(model, original), probes)
+    check = LogitsDistance(expected, written).as_check(limit)
+    moved = measure_logits_distance(model, exported, probes)
+    detail = (
+        f"{check.detail.replace('live', 'original with the adapter')}. "
+        f"From the {model.base.quantization} model: {moved.mean_kl:.2e} nats, same most likely "
+        f"token at {moved.agreement:.1%} of positions"
+    )
+    return dataclasses.replace(check, detail=detail), moved.as_facts()
 
 
 def attach_live_adapters(model: LoadedModel, original: Any) -> Any:
