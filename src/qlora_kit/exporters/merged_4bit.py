@@ -38,7 +38,8 @@ class Merged4bitOptions:
 
     Attributes:
         base: What a quantized base is merged into before it is quantized again, as for
-            ``merged_16bit``.
+            ``merged_16bit``. Dequantized weights sit on the 4-bit grid and swallow small updates
+            when they are rounded to it again.
         dtype: What norms, embeddings and the head are kept in, and what the 4-bit layers
             compute in. ``"auto"`` takes the base checkpoint's own 16-bit dtype, else bfloat16.
         use_double_quant: Keep the scales in 8 bits as well, which saves 0.4 bits per weight.
