@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from qlora_kit.weights.nf4 import LinearLayers, Nf4Weights, find_linears
 from qlora_kit.weights.sharing import SharedMerge
 
 __all__ = ["Merged4bit", "Merged4bitOptions"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,12 @@ class Merged4bit:
         with _open_again(request) as (quantized, _):
             size = sum(count_bytes(quantized, name) for name in quantized.names())
             base = quantized.merged.base
+        if base == "dequantized" and request.model.base.quantization in ("nf4", "fp4"):
+            logger.warning(
+                "merged_4bit: weights that were in 4 bits are rounded to 4 bits again, which can "
+                "swallow small updates. Compare the result's facts['kl'], or use format "
+                "'merged_16bit'."
+            )
         return ExportEstimate(size, (describe_merge_base(request.model, base),))
 
     def write(self, request: ExportRequest, folder: Path) -> Mapping[str, Any]:
