@@ -194,6 +194,15 @@ def test_the_folder_is_complete_and_small(adapted, tmp_path):
     assert stated["llm_int8_skip_modules"] == ["lm_head"]
 
 
+def test_rounding_to_the_same_grid_again_is_warned_of(make_adapted, tmp_path, caplog):
+    model = make_adapted(std=0.004)
+    good = export_model(model, "merged_4bit", tmp_path / "original")
+    assert "swallow" not in caplog.text
+    export_model(model, "merged_4bit", tmp_path / "dequantized", base="dequantized")
+    assert "can swallow small updates" in caplog.text
+    assert good.facts["base"] == "original"
+
+
 def test_it_trains_on_as_a_base(adapted, tmp_path):
     """The usual next step: a QLoRA on the merged 4-bit model."""
     export_model(adapted, "merged_4bit", tmp_path / "out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from qlora_kit.weights.sharing import SharedMerge
 
 __all__ = ["Merged4bit", "Merged4bitOptions"]
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Merged4bitOptions:
@@ -39,7 +42,8 @@ class Merged4bitOptions:
 
     Attributes:
         base: What a quantized base is merged into before it is quantized again, as for
-            ``merged_16bit``.
+            ``merged_16bit``. Dequantized weights sit on the 4-bit grid and swallow small updates
+            when they are rounded to it again.
         dtype: What norms, embeddings and the head are kept in, and what the 4-bit layers
             compute in. ``"auto"`` takes the base checkpoint's own 16-bit dtype, else bfloat16.
         use_double_quant: Keep the scales in 8 bits as well, which saves 0.4 bits per weight.
@@ -79,6 +83,12 @@ class Merged4bit:
         with _open_again(request) as (quantized, _):
             size = sum(count_bytes(quantized, name) for name in quantized.names())
             base = quantized.merged.base
+        if base == "dequantized" and request.model.base.quantization in ("nf4", "fp4"):
+            logger.warning(
+                "merged_4bit: weights that were in 4 bits are rounded to 4 bits again, which can "
+                "swallow small updates. Compare the result's facts['kl'], or use format "
+                "'merged_16bit'."
+            )
         return ExportEstimate(size, (describe_merge_base(request.model, base),))
 
     def write(self, request: ExportRequest, folder: Path) -> Mapping[str, Any]:
