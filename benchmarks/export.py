@@ -12,7 +12,8 @@ with random values, and writes the merged model in bfloat16.
 - ``ours-4bit``: the same on an NF4 base, merging into the original weights, as Unsloth.
 - ``ours-verified``: ``ours`` with ``verify=True``.
 - ``peft``: ``merge_and_unload().save_pretrained()`` on the unquantized base.
-- ``unsloth``: ``save_pretrained_merged(save_method="merged_16bit")`` on an NF4 base.
+- ``unsloth``: ``save_pretrained_merged(save_method="merged_16bit")`` on an NF4 base; without a
+  GPU on an unquantized one, because it refuses the other there.
 
 Memory is the peak of the resident set above what the process held before the export; pages of
 memory-mapped files, which the system drops at will, are counted apart. Ours is on the disk when
@@ -43,7 +44,7 @@ LABELS = {
     "ours-4bit": "qlora_kit merged_16bit, NF4 base",
     "ours-verified": "the first, with verify=True",
     "peft": "peft merge_and_unload, 16-bit base",
-    "unsloth": "Unsloth save_pretrained_merged, NF4 base",
+    "unsloth": "Unsloth save_pretrained_merged, NF4 base (16-bit without a GPU)",
 }
 #: hidden, intermediate, layers, heads, key/value heads, head dimension, vocabulary, tied head
 SIZES = {
@@ -200,10 +201,16 @@ def prepare_peft(base: Path) -> Any:
 
 
 def prepare_unsloth(base: Path) -> Any:
-    from unsloth import FastLanguageModel  # first, because it patches the others
+    # First, because it patches the others.
+    from unsloth import FastLanguageModel  # isort: skip
+    import torch
 
+    # On a CPU it refuses to merge into a 4-bit base (2026.10.9).
     model, tokenizer = FastLanguageModel.from_pretrained(
-        str(base), max_seq_length=512, load_in_4bit=True, local_files_only=True
+        str(base),
+        max_seq_length=512,
+        load_in_4bit=torch.cuda.is_available(),
+        local_files_only=True,
     )
     model = FastLanguageModel.get_peft_model(model, r=16, target_modules=PROJECTIONS)
     randomize(model)

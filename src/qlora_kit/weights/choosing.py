@@ -37,13 +37,12 @@ def choose_merge_base(model: LoadedModel, asked: str) -> MergeBase:
 
 def choose_merge_dtype(model: LoadedModel, asked: str) -> torch.dtype:
     """Settle ``"auto"``: the base checkpoint's own 16-bit dtype, else bfloat16."""
+    import torch
     from transformers import AutoConfig
 
-    from qlora_kit.device import to_torch_dtype
-
     if asked != "auto":
-        return to_torch_dtype(asked)
-    if model.base.is_prequantized:
+        stored = asked
+    elif model.base.is_prequantized:
         stored = model.base.compute_dtype
     else:
         config = AutoConfig.from_pretrained(
@@ -52,7 +51,7 @@ def choose_merge_dtype(model: LoadedModel, asked: str) -> torch.dtype:
             trust_remote_code=model.config.trust_remote_code,
         )
         stored = str(config.get_text_config().dtype).removeprefix("torch.")
-    return to_torch_dtype(stored if stored in ("bfloat16", "float16") else "bfloat16")
+    return {"float16": torch.float16}.get(stored, torch.bfloat16)
 
 
 def describe_merge_base(model: LoadedModel, base: MergeBase) -> str:
