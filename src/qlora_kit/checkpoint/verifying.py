@@ -61,6 +61,8 @@ _MEMORY_SHARE: Final = 0.15
 KL_LIMIT_SAME_BASE: Final = 0.01
 _KL_LIMIT_BFLOAT16: Final = 0.05
 KL_LIMIT_4BIT: Final = 2.0
+#: Beyond this a merge into the original weights is worth a warning.
+_NOTABLE_KL: Final = 0.1
 _KL_LIMIT_ADAPTER: Final = 1e-3
 
 # Longer than any probe; a model that is only compared needs no more.
@@ -184,6 +186,13 @@ def _compare_with_original(model: LoadedModel, folder: Path) -> tuple[list[Check
     check, facts = check_against_original(
         model, exported, original, make_probes(model), limit=KL_LIMIT_SAME_BASE
     )
+    if facts["kl"] > _NOTABLE_KL:
+        logger.warning(
+            "Merged into the original weights, this export answers differently from the model in "
+            "memory (mean KL %.2f nats per token), which was trained on %s ones. "
+            "base='dequantized' reproduces the model in memory.",
+            facts["kl"], model.base.quantization,
+        )  # fmt: skip
     return [check, check_stops(model, exported)], facts
 
 
