@@ -69,7 +69,6 @@ def test_a_disk_that_fills_up_leaves_the_old_export(format, limit, adapted16, tm
 
 
 def test_the_disk_is_checked_for_every_file_before_any_is_begun(adapted16, tmp_path, monkeypatch):
-    import qlora_kit.export
 
     types = ["f32", "f16", "q8_0"]
     needed = sum(
@@ -77,7 +76,7 @@ def test_the_disk_is_checked_for_every_file_before_any_is_begun(adapted16, tmp_p
         for name in types
     )
     usage = type("Usage", (), {"free": needed // 2})
-    monkeypatch.setattr(qlora_kit.export.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(DiskSpaceError, match="MiB free"):
         export_model(adapted16, "gguf", tmp_path / "out", quantization=types, verify=False)
     assert not (tmp_path / "out").exists()

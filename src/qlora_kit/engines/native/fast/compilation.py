@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shutil
+import types
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -54,8 +56,10 @@ class Compiled:
         what: str,
         otherwise: Callable[..., Any] | None = None,
     ) -> None:
+        self._function = function
         self._plain = otherwise or function
         self._what = what
+        self._has_own_code = False
         self._compiled: Callable[..., Any] | None = None
         obstacle = None if wanted is not False else "it was turned off"
         obstacle = obstacle or find_compile_obstacle(device)
@@ -83,12 +87,38 @@ class Compiled:
                 torch._dynamo.maybe_mark_dynamic(argument, 0)
         try:
             return self._compiled(*arguments)
+        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+            if self._has_own_code:
+                return self._give_up(error, arguments)
+            # Graphs belong to a function's code, and other models of this process, each with
+            # its shapes and dtype, have used up what torch allows it. A copy starts anew.
+            self._has_own_code = True
+            self._compiled = torch.compile(_copy(self._function), fullgraph=True)
+            return self(*arguments, dynamic=dynamic)
         except torch._dynamo.exc.TorchDynamoException as error:
-            logger.warning(
-                "Running %s without torch.compile, which failed: %s",
-                self._what,
-                str(error).strip().splitlines()[0] if str(error).strip() else repr(error),
-            )
-            logger.debug("torch.compile failed", exc_info=True)
-            self._compiled = None
-            return self._plain(*arguments)
+            return self._give_up(error, arguments)
+
+    def _give_up(self, error: Exception, arguments: tuple[Any, ...]) -> Any:
+        logger.warning(
+            "Running %s without torch.compile, which failed: %s",
+            self._what,
+            str(error).strip().splitlines()[0] if str(error).strip() else repr(error),
+        )
+        logger.debug("torch.compile failed", exc_info=error)
+        self._compiled = None
+        return self._plain(*arguments)
+
+
+def _copy(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with a code object of its own."""
+    code = function.__code__
+    return types.FunctionType(
+        code.replace(co_name=f"{code.co_name}_{next(_copies)}"),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+
+
+_copies = itertools.count(1)

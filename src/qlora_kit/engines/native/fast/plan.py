@@ -126,6 +126,7 @@ class ResolvedPlan:
         graph_tokens: Micro-batches of up to this size are replayed as CUDA graphs; 0 for none.
         predicted_bytes: Predicted peak beyond the loaded model.
         usable_bytes: Memory that was thought usable when deciding.
+        is_quantized: Whether the base weights are quantized.
     """
 
     micro_batch_tokens: int
@@ -136,6 +137,7 @@ class ResolvedPlan:
     graph_tokens: int
     predicted_bytes: int
     usable_bytes: int
+    is_quantized: bool = True
 
     @property
     def uses_cuda_graphs(self) -> bool:
@@ -155,10 +157,11 @@ class ResolvedPlan:
             if self.checkpointing == "selective"
             else ""
         )
+        weights = "cached 16-bit" if self.caches_weights else "on-the-fly"
         return (
             f"micro-batches of up to {self.micro_batch_tokens:,} tokens, checkpointing "
             f"{self.checkpointing}{recomputed}, "
-            f"{'cached 16-bit' if self.caches_weights else 'on-the-fly'} weights, "
+            f"{weights + ' weights, ' if self.is_quantized else ''}"
             f"{'CUDA graphs, ' if self.uses_cuda_graphs else ''}"
             f"{self.predicted_bytes / _GIB:.1f} GiB predicted beyond the model of "
             f"{self.usable_bytes / _GIB:.1f} GiB usable"
@@ -266,6 +269,7 @@ def resolve_plan(
         graph_tokens=graph_tokens if supports_graphs else 0,
         predicted_bytes=predict(max(min(tokens, step_tokens), longest), checkpointed, caches),
         usable_bytes=usable,
+        is_quantized=is_quantized,
     )
 
 

@@ -1,0 +1,44 @@
+"""Compiled functions in a process that has compiled many, and without a compiler."""
+
+import logging
+
+import pytest
+import torch
+
+from qlora_kit.engines.native.fast.compilation import Compiled, find_compile_obstacle
+
+
+def _double(x):
+    return x * 2 + 1
+
+
+@pytest.fixture
+def one_graph_per_function():
+    obstacle = find_compile_obstacle(torch.device("cpu"))
+    if obstacle:
+        pytest.skip(f"torch.compile does not run here: {obstacle}")
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        yield
+    torch._dynamo.reset()
+
+
+def test_other_models_of_the_process_do_not_use_up_its_graphs(one_graph_per_function, caplog):
+    first = Compiled(_double, True, torch.device("cpu"), "a test")
+    second = Compiled(_double, True, torch.device("cpu"), "a test")
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(first(torch.ones(3)), torch.full((3,), 3.0))
+        wide = torch.ones(3, dtype=torch.float64)
+        assert torch.equal(second(wide), torch.full((3,), 3.0, dtype=torch.float64))
+    assert second.is_compiled
+    assert not caplog.records
+
+
+def test_what_needs_too_many_graphs_itself_runs_plainly_and_says_so(one_graph_per_function, caplog):
+    compiled = Compiled(_double, True, torch.device("cpu"), "a test")
+    with caplog.at_level(logging.WARNING):
+        for dtype in (torch.float32, torch.float64, torch.float16):
+            expected = torch.full((3,), 3.0, dtype=dtype)
+            assert torch.equal(compiled(torch.ones(3, dtype=dtype)), expected)
+    assert not compiled.is_compiled
+    assert "Running a test without torch.compile" in caplog.text
