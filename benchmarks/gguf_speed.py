@@ -17,6 +17,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 # gguf.py beside this file would be imported in place of the gguf package.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
+sys.path.append(str(HERE))
 
 _HIDDEN, _INNER, _VOCABULARY, _KV = 2048, 5632, 32000, 256
 _PIECE = 1 << 20

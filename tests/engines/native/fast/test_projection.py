@@ -87,3 +87,22 @@ def test_operators_are_registered_correctly(group):
         arguments,
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
+
+
+def test_a_small_adapter_survives_bfloat16():
+    """Added to a product that is rounded already, most of an update below half a step is lost."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(512, COLUMNS, generator=generator).bfloat16()
+    dense = torch.randn(sum(ROWS), COLUMNS, generator=generator).bfloat16()
+    down = torch.randn(RANK, COLUMNS, generator=generator).bfloat16()
+    up = (2e-4 * torch.randn(sum(ROWS), RANK, generator=generator)).bfloat16()
+    exact = x.double() @ dense.double().T
+    update = (x.double() @ down.double().T) @ up.double().T
+
+    def share_kept(out):
+        return float(((out.double() - exact) * update).sum() / (update * update).sum())
+
+    assert 0.9 < share_kept(project(x, [dense], [], ROWS, 0, "", None, down, up)) < 1.1
+    # What peft's layers compute, and this project did at first.
+    twice_rounded = torch.nn.functional.linear(x, dense) + (x @ down.T) @ up.T
+    assert share_kept(twice_rounded) < 0.5

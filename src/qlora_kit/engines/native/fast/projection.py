@@ -110,8 +110,9 @@ def _lora_linear(
     if down is None or up is None:
         return torch.nn.functional.linear(x, weight, bias), x.new_empty((0, 0))
     low = x @ down.T
-    # The small product first: it only writes, and the large one adds to it at no cost, while
-    # a small product added to a large one reads and writes everything once more.
+    # The small product first: the large one adds to it before it is rounded. Added to a rounded
+    # product, most of an update below half a step of bfloat16 is lost, which slows learning
+    # down; and it would read and write everything once more.
     out = low @ up.T if bias is None else torch.addmm(bias, low, up.T)
     return out.addmm_(x, weight.T), low
 
