@@ -74,6 +74,29 @@ def test_one_long_batch_does_not_decide_for_all():
     assert _resolve(130, step_tokens=4722, longest=1000, cuda_graphs=True).graph_tokens == 4722
 
 
+def test_scarce_memory_takes_smaller_pieces_down_to_one_example():
+    plan = _resolve(8, step_tokens=4096, longest=512)
+    assert plan.predicted_bytes <= plan.usable_bytes
+    assert plan.checkpointing != "none"
+    tight = _resolve(3, step_tokens=4096, longest=512)
+    assert tight.predicted_bytes <= tight.usable_bytes
+    assert tight.micro_batch_tokens < 4096
+    assert tight.loss_chunk_tokens == 256
+    hopeless = _resolve(1, step_tokens=4096, longest=512)
+    assert hopeless.micro_batch_tokens == 512
+    assert hopeless.predicted_bytes > hopeless.usable_bytes
+
+
+def test_a_mask_bounds_the_micro_batch():
+    memory = dict(device_type="cuda", free_bytes=130 * GIB, is_quantized=True)
+    sizes = dict(step_tokens=16384, longest=2048, supports_graphs=False)
+    plan = resolve_plan(FastPlan(), MEMORY, **memory, **sizes, most_tokens=4096)
+    assert plan.micro_batch_tokens == 4096
+    pinned = FastPlan(micro_batch_tokens=16384)
+    plan = resolve_plan(pinned, MEMORY, **memory, **sizes, most_tokens=4096)
+    assert plan.micro_batch_tokens == 16384
+
+
 def test_what_is_pinned_stays():
     plan = _resolve(
         4, checkpointing="none", micro_batch_tokens=9999, weights="cache", loss_chunk_tokens=7

@@ -107,6 +107,30 @@ def test_every_kind_of_adapter(make_adapted, token_rows, adapter):
     _assert_equal(gradients, reference, 1e-5)
 
 
+def test_recomputing_draws_the_same_dropout_masks(make_adapted, token_rows):
+    results = []
+    for checkpointing in ("none", "full"):
+        model = make_adapted("llama", lora_dropout=0.3).model
+        model.train()
+        torch.manual_seed(7)
+        _, gradients, _, _ = _fast(model, token_rows[:ROWS], 100, checkpointing=checkpointing)
+        results.append(gradients)
+    _assert_equal(results[1], results[0], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["q_norm", "model.norm"])
+def test_a_trained_norm_is_left_to_trl(make_adapted, name):
+    from types import SimpleNamespace
+
+    from qlora_kit.engines.native.fast.support import find_obstacle
+
+    model = make_adapted("qwen3").model
+    assert "is trained" not in str(find_obstacle(model, SimpleNamespace(world_size=2), {}))
+    found = [p for n, p in model.named_parameters() if f"{name}.weight" in n]
+    found[0].requires_grad_()
+    assert "is trained, which is no part" in find_obstacle(model, SimpleNamespace(), {})
+
+
 @pytest.mark.parametrize(
     ("loading", "tolerance"),
     [({"load_in_4bit": False}, 1e-5), ({"load_in_4bit": False, "load_in_8bit": True}, 1e-5)],

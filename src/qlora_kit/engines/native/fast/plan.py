@@ -211,6 +211,7 @@ def resolve_plan(
     is_quantized: bool,
     supports_graphs: bool,
     usual_tokens: int | None = None,
+    most_tokens: int | None = None,
 ) -> ResolvedPlan:
     """Decide what was left to ``"auto"``.
 
@@ -225,9 +226,11 @@ def resolve_plan(
         supports_graphs: Whether CUDA graphs work for this model on this device.
         usual_tokens: Tokens of an average effective batch; the largest one's by default. Speed
             is decided by it, memory by the largest.
+        most_tokens: Most tokens that attention should see at once, unless pinned.
     """
     usable = int(free_bytes * _USABLE_SHARE.get(device_type, _USABLE_SHARE_ELSEWHERE))
     chunk = asked.loss_chunk_tokens or _choose_loss_chunk(asked, device_type)
+    shrinks = asked.loss_chunk_tokens is None
     layers = memory.layers
     usual_tokens = min(usual_tokens or step_tokens, step_tokens)
 
@@ -243,7 +246,8 @@ def resolve_plan(
     tokens = asked.micro_batch_tokens
     if tokens is None:
         smallest = max(longest, min(step_tokens, _SATURATING_TOKENS))
-        tokens = step_tokens
+        tokens = min(step_tokens, max(longest, most_tokens or step_tokens))
+        smallest = min(smallest, tokens)
         while tokens > smallest and predict(tokens, pinned or 0, caches) > usable:
             tokens = max(smallest, (tokens + 1) // 2)
     tokens = max(tokens, 1)
@@ -251,10 +255,21 @@ def resolve_plan(
     if checkpointed is None:
         checkpointed = 0
         reach = max(tokens, longest)
+        while shrinks and chunk > 1024 and predict(reach, 0, caches) > usable:
+            chunk //= 2
         while checkpointed < layers and predict(reach, checkpointed, caches) > usable:
             checkpointed += 1
         if asked.checkpointing == "selective" and checkpointed == 0:
             checkpointed = (layers + 1) // 2
+    # What is left when memory is scarcer than that: smaller pieces, slower ones.
+    while shrinks and chunk > 256 and predict(max(tokens, longest), checkpointed, caches) > usable:
+        chunk //= 2
+    while (
+        asked.micro_batch_tokens is None
+        and tokens > longest
+        and predict(tokens, checkpointed, caches) > usable
+    ):
+        tokens = max(longest, tokens // 2)
     graph_tokens = 0
     if asked.cuda_graphs is True:
         graph_tokens = tokens

@@ -60,7 +60,9 @@ class FastRuntime:
         self.device: torch.device = self._embedding.weight.device
         config = base.config
         attention = self._decoder.layers[0].self_attn
-        self._layer_call = Compiled(decoder_layer, asked.compile, self.device, "decoder layers")
+        self._layer_call = Compiled(
+            decoder_layer, asked.compile, self.device, "decoder layers", otherwise=_plain_layer
+        )
         self.shape = LayerShape(
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
@@ -135,7 +137,8 @@ class FastRuntime:
                 taken for taken, group in zip(sizes, groups, strict=True) if group.scales
             ),
             largest_group=max(sizes, default=0),
-            loss_per_token=self._head.shape[0] * (2 * size + 8),
+            # Triton's kernel turns logits into their gradient in place.
+            loss_per_token=self._head.shape[0] * (size if self._has_triton else 2 * size + 8),
             gradients=2 * sum(bank.nbytes() for bank in self.banks),
         )
 
@@ -169,7 +172,7 @@ class FastRuntime:
         norm = self._decoder.norm
         hidden = norm(hidden.index_select(0, batch.trained))
         return linear_cross_entropy(
-            hidden, self._head, batch.targets, self.plan.loss_chunk_tokens, self._softmax_call
+            hidden, self._head, batch.targets, self.plan.loss_chunk_tokens, self._softmax()
         )
 
     def hidden_states(self, batch: MicroBatch) -> Tensor:
@@ -187,7 +190,11 @@ class FastRuntime:
             arguments = (hidden, cos, sin, batch.bounds, batch.longest, mask, layer, self.shape)
             if grad and index < self.plan.checkpointed_layers:
                 hidden = checkpoint(
-                    self._run_layer, *arguments, use_reentrant=False, preserve_rng_state=False
+                    self._run_layer,
+                    *arguments,
+                    use_reentrant=False,
+                    # Only peft's own modules draw random numbers, for dropout.
+                    preserve_rng_state=_has_modules(layer),
                 )
             else:
                 hidden = self._run_layer(*arguments)
@@ -205,6 +212,12 @@ class FastRuntime:
 
         return swiglu
 
+    def _softmax(self) -> SoftmaxStep:
+        """The step in use: where compiling the layers failed, Triton does not work either."""
+        if isinstance(self._softmax_call, Compiled) or self._has_triton:
+            return self._softmax_call
+        return plain_softmax_step
+
     def _choose_softmax(self, asked: FastPlan) -> SoftmaxStep:
         if self._has_triton:
             from qlora_kit.engines.native.fast.softmax import fused_softmax_step
@@ -215,9 +228,8 @@ class FastRuntime:
         )
 
     def _run_layer(self, *arguments: Any) -> Tensor:
-        layer: LayerTensors = arguments[6]
-        if any(isinstance(group, Modules) for group in layer):
-            return decoder_layer(*arguments)
+        if _has_modules(arguments[6]):
+            return _plain_layer(*arguments)
         out: Tensor = self._layer_call(*arguments, dynamic=arguments[:4])
         return out
 
@@ -265,3 +277,13 @@ class FastRuntime:
         return Projections(
             weights, scales, group.rows, group.blocksize, group.quant_type, group.bias, down, up
         )
+
+
+def _has_modules(layer: LayerTensors) -> bool:
+    return any(isinstance(group, Modules) for group in layer)
+
+
+def _plain_layer(*arguments: Any) -> Tensor:
+    """``decoder_layer`` without kernels that need a compiler."""
+    plain = (*arguments[:-1], arguments[-1]._replace(gated=None))
+    return decoder_layer(*plain)

@@ -29,6 +29,7 @@ __all__ = ["FastSteps"]
 logger = logging.getLogger(__name__)
 
 _EXAMPLES = "examples"
+_MASK_TOKENS = 4096
 
 
 class FastSteps:
@@ -173,12 +174,19 @@ class FastSteps:
             free_bytes=_free_bytes(runtime.device),
             step_tokens=step_tokens,
             usual_tokens=usual_tokens,
+            # A mask over all pairs of tokens grows with the square.
+            most_tokens=_MASK_TOKENS if runtime.attention == "mask" else None,
             longest=longest,
             is_quantized=runtime.is_quantized,
             supports_graphs=self._runner.supports_graphs(),
         )
         runtime.apply(plan)
         logger.info("Training step: %s.", plan)
+        if plan.predicted_bytes > plan.usable_bytes:
+            logger.warning(
+                "A training step may need more memory than is free (%s). Shorten max_length, or "
+                "see the plan's options.", plan,
+            )  # fmt: skip
 
     @property
     def _evaluates_fast(self) -> bool:

@@ -11,6 +11,10 @@ __all__ = ["find_obstacle"]
 #: transformers' decoders whose layers are what ``layer.decoder_layer`` computes.
 _DECODERS: Final = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 
+#: The projections of a layer, where every parameter may train.
+_ATTENTION: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP: Final = ("gate_proj", "up_proj", "down_proj")
+
 #: Rotary embeddings that do not depend on the length of the batch.
 _ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
 
@@ -62,6 +66,16 @@ def _find_in_model(model: Any) -> str | None:
         norms = [layer.input_layernorm, layer.post_attention_layernorm]
         if any(not hasattr(norm, "weight") or norm.weight.requires_grad for norm in norms):
             return "a normalization is trained"
+    known = {
+        id(parameter)
+        for layer in decoder.layers
+        for owner, names in ((layer.self_attn, _ATTENTION), (layer.mlp, _MLP))
+        for name in names
+        for parameter in getattr(owner, name).parameters()
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in known:
+            return f"{name} is trained, which is no part of a projection"
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1:
         return f"the model is spread over {', '.join(sorted(map(str, devices)))}"
