@@ -122,6 +122,8 @@ def test_wrong_options_are_named():
         FastPlan(weights="int4")
     with pytest.raises(ConfigError, match="micro_batch_tokens"):
         FastPlan(micro_batch_tokens=0)
+    with pytest.raises(ConfigError, match="needs checkpointing='selective'"):
+        FastPlan(checkpointed_layers=3)
     with pytest.raises(ConfigError, match="compile"):
         FastPlan(compile=1)
     with pytest.raises(ConfigError, match="plan must be"):

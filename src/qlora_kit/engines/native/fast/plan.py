@@ -67,6 +67,11 @@ class FastPlan:
         _check_choice("checkpointing", self.checkpointing, ("auto", "none", "selective", "full"))
         _check_choice("weights", self.weights, ("auto", "nf4", "cache"))
         _check_choice("attention", self.attention, ("auto", "varlen", "mask"))
+        if self.checkpointed_layers is not None and self.checkpointing != "selective":
+            raise ConfigError(
+                f"plan option checkpointed_layers={self.checkpointed_layers!r} needs "
+                f"checkpointing='selective', not {self.checkpointing!r}."
+            )
         for name in ("micro_batch_tokens", "checkpointed_layers", "loss_chunk_tokens"):
             value = getattr(self, name)
             if value is not None and (
