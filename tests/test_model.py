@@ -117,6 +117,29 @@ def test_a_saved_adapter_finds_its_base(tiny_llama, tmp_path):
             assert torch.equal(again.model.eval()(ids).logits, expected)
 
 
+def test_an_adapter_trained_with_a_formatter_from_elsewhere_loads(tiny_llama, tmp_path, caplog):
+    from qlora_kit import export_model, generate_stream
+    from qlora_kit.data import FormatterBase, Segment
+
+    class QuestionFormatter(FormatterBase):
+        name = "question"
+        roles = ("question", "answer")
+
+        def segments(self, row):
+            return [Segment(row["question"]), Segment(row["answer"], is_trained=True)]
+
+    model = attach_lora(load_quantized(tiny_llama, dtype="float32"), r=2)
+    end = model.tokenizer.convert_ids_to_tokens(9)
+    model.record.formatter = QuestionFormatter(model.tokenizer, eos_token=end)
+    export_model(model, "lora", tmp_path / "adapter")
+    again = load_quantized(tmp_path / "adapter")
+    assert again.record.formatter is None
+    assert "kind 'question' cannot be rebuilt" in caplog.text
+    # The answers still end where it ended them.
+    assert again.base.stop_token_ids == (9, *model.base.stop_token_ids)
+    assert list(generate_stream(again, "Say", max_new_tokens=2))
+
+
 def test_an_adapter_without_its_base_says_what_is_missing(tmp_path):
     folder = tmp_path / "adapter"
     folder.mkdir()

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,11 +149,23 @@ def _load_adapter(path: Path, config: LoadConfig, engine: Engine) -> AdaptedMode
     loaded = _load_base(_find(base_name, base_config), base_config, engine)
     adapted = engine.attach_saved(loaded, path, is_trainable=config.is_trainable)
     spec = manifest.get("formatter")
-    if spec:
-        from qlora_kit.data import formatter_from_spec
+    return _restore_formatter(adapted, spec) if isinstance(spec, Mapping) else adapted
 
-        adapted.record.formatter = formatter_from_spec(spec, adapted.tokenizer)
-    return adapted
+
+def _restore_formatter(model: AdaptedModel, spec: Mapping[str, Any]) -> AdaptedModel:
+    """The formatter an adapter was trained with; of one from elsewhere only the end token."""
+    from qlora_kit.data import formatter_from_spec
+
+    try:
+        model.record.formatter = formatter_from_spec(spec, model.tokenizer)
+    except ConfigError as error:
+        logger.warning("The formatter that the adapter was trained with is not here: %s", error)
+        stop = model.tokenizer.get_vocab().get(spec.get("eos_token"))
+        if stop is not None:
+            ids = tuple(dict.fromkeys((stop, *model.base.stop_token_ids)))
+            base = dataclasses.replace(model.base, stop_token_ids=ids)
+            return dataclasses.replace(model, base=base)
+    return model
 
 
 def _read_adapter_config(path: Path) -> dict[str, Any]:
