@@ -145,7 +145,11 @@ def _load_adapter(path: Path, config: LoadConfig, engine: Engine) -> AdaptedMode
     manifest = read_manifest(path)
     base_name = _find_base_of(path, saved, manifest)
     logger.info("%s is an adapter; its base is %s.", path, base_name)
-    base_config = dataclasses.replace(config, model_name=base_name)
+    # The revision asked for is the adapter's, where that has any; peft keeps the base's with it.
+    asked = config.revision if _exists(config.model_name) else None
+    base_config = dataclasses.replace(
+        config, model_name=base_name, revision=asked or saved.get("revision")
+    )
     loaded = _load_base(_find(base_name, base_config), base_config, engine)
     adapted = engine.attach_saved(loaded, path, is_trainable=config.is_trainable)
     spec = manifest.get("formatter")
