@@ -117,6 +117,57 @@ def test_a_saved_adapter_finds_its_base(tiny_llama, tmp_path):
             assert torch.equal(again.model.eval()(ids).logits, expected)
 
 
+def test_an_adapter_trained_with_a_formatter_from_elsewhere_loads(tiny_llama, tmp_path, caplog):
+    from qlora_kit import export_model, generate_stream
+    from qlora_kit.data import FormatterBase, Segment
+
+    class QuestionFormatter(FormatterBase):
+        name = "question"
+        roles = ("question", "answer")
+
+        def segments(self, row):
+            return [Segment(row["question"]), Segment(row["answer"], is_trained=True)]
+
+    model = attach_lora(load_quantized(tiny_llama, dtype="float32"), r=2)
+    end = model.tokenizer.convert_ids_to_tokens(9)
+    model.record.formatter = QuestionFormatter(model.tokenizer, eos_token=end)
+    export_model(model, "lora", tmp_path / "adapter")
+    again = load_quantized(tmp_path / "adapter")
+    assert again.record.formatter is None
+    assert "kind 'question' cannot be rebuilt" in caplog.text
+    # The answers still end where it ended them.
+    assert again.base.stop_token_ids == (9, *model.base.stop_token_ids)
+    assert list(generate_stream(again, "Say", max_new_tokens=2))
+
+
+def test_a_base_is_looked_up_at_its_own_revision(tiny_llama, tmp_path):
+    hub = tmp_path / "hub"
+
+    def put(name, revision, folder):
+        repository = hub / f"models--{name.replace('/', '--')}"
+        shutil.copytree(folder, repository / "snapshots" / revision)
+        (repository / "refs").mkdir()
+        (repository / "refs" / revision).write_text(revision)
+
+    def load(name, revision):
+        return load_quantized(name, dtype="float32", revision=revision, cache_dir=hub)
+
+    for base, base_revision in (("some/base", None), ("some/other", "v2")):
+        put(base, base_revision or "main", tiny_llama)
+        folder = tmp_path / base
+        attach_lora(load(base, base_revision), r=2).model.save_pretrained(folder)
+        config_path = folder / "adapter_config.json"
+        config = json.loads(config_path.read_text())
+        assert config["revision"] == base_revision
+        config_path.write_text(json.dumps({**config, "base_model_name_or_path": base}))
+        put(f"{base}-adapter", "v1", folder)
+        assert load(f"{base}-adapter", "v1").base.name_or_path == base
+        assert load(folder, None).base.name_or_path == base
+        # An adapter that is a folder has no revisions: the one asked for is the base's.
+        with pytest.raises(OfflineError, match=base):
+            load(folder, "v3")
+
+
 def test_an_adapter_without_its_base_says_what_is_missing(tmp_path):
     folder = tmp_path / "adapter"
     folder.mkdir()

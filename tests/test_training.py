@@ -348,11 +348,14 @@ def test_resuming_passes_over_what_is_not_whole_or_does_not_fit(
     other = attach_lora(load_quantized(tiny_llama, 128, "float32"), r=8)
     with pytest.raises(ConfigError, match="r=4 and this adapter has 8"):
         _train(other, alpaca_rows, tmp_path, resume_from_checkpoint=tmp_path / "the good one")
-    (tmp_path / "the good one" / "trainer_state.json").write_text("{")
-    with pytest.raises(ConfigError, match="damaged"):
-        _train(
-            make_model(), alpaca_rows, tmp_path, resume_from_checkpoint=tmp_path / "the good one"
-        )
+    for name in ("adapter_config.json", "trainer_state.json"):
+        path = tmp_path / "the good one" / name
+        content = path.read_text()
+        for damaged in ("{", "[1]"):
+            path.write_text(damaged)
+            with pytest.raises(ConfigError, match=f"{name} is damaged"):
+                _train(make_model(), alpaca_rows, tmp_path, resume_from_checkpoint=path.parent)
+        path.write_text(content)
 
 
 @pytest.mark.parametrize(

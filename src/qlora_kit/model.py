@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,15 +145,31 @@ def _load_adapter(path: Path, config: LoadConfig, engine: Engine) -> AdaptedMode
     manifest = read_manifest(path)
     base_name = _find_base_of(path, saved, manifest)
     logger.info("%s is an adapter; its base is %s.", path, base_name)
-    base_config = dataclasses.replace(config, model_name=base_name)
+    # The revision asked for is the adapter's, where that has any; peft keeps the base's with it.
+    asked = config.revision if _exists(config.model_name) else None
+    base_config = dataclasses.replace(
+        config, model_name=base_name, revision=asked or saved.get("revision")
+    )
     loaded = _load_base(_find(base_name, base_config), base_config, engine)
     adapted = engine.attach_saved(loaded, path, is_trainable=config.is_trainable)
     spec = manifest.get("formatter")
-    if spec:
-        from qlora_kit.data import formatter_from_spec
+    return _restore_formatter(adapted, spec) if isinstance(spec, Mapping) else adapted
 
-        adapted.record.formatter = formatter_from_spec(spec, adapted.tokenizer)
-    return adapted
+
+def _restore_formatter(model: AdaptedModel, spec: Mapping[str, Any]) -> AdaptedModel:
+    """The formatter an adapter was trained with; of one from elsewhere only the end token."""
+    from qlora_kit.data import formatter_from_spec
+
+    try:
+        model.record.formatter = formatter_from_spec(spec, model.tokenizer)
+    except ConfigError as error:
+        logger.warning("The formatter that the adapter was trained with is not here: %s", error)
+        stop = model.tokenizer.get_vocab().get(spec.get("eos_token"))
+        if stop is not None:
+            ids = tuple(dict.fromkeys((stop, *model.base.stop_token_ids)))
+            base = dataclasses.replace(model.base, stop_token_ids=ids)
+            return dataclasses.replace(model, base=base)
+    return model
 
 
 def _read_adapter_config(path: Path) -> dict[str, Any]:

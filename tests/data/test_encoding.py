@@ -276,6 +276,33 @@ def test_a_cache_never_outlives_what_made_it(tokenizer: Any) -> None:
     assert again.dataset[:] == one.dataset[:]
 
 
+def test_a_cache_tells_formatters_with_other_ends_apart(tokenizer: Any) -> None:
+    class Open(AlpacaFormatter):
+        adds_eos = False
+
+    ended = AlpacaFormatter(tokenizer).encode([SHORT], max_length=256, cache=True).dataset[0]
+    encoded = Open(tokenizer).encode([SHORT], max_length=256, cache=True)
+    assert not encoded.report.is_cached
+    assert encoded.dataset[0]["input_ids"] == ended["input_ids"][:-1]
+
+
+def test_rows_that_were_skipped_once_are_still_errors(tokenizer: Any) -> None:
+    class Choosy(FormatterBase):
+        roles = ("a",)
+
+        def segments(self, row: Any) -> list[Segment]:
+            if row["a"] == "bad":
+                raise DataError("it is bad")
+            return [Segment(row["a"], is_trained=True)]
+
+    rows = [{"a": "good"}, {"a": "bad"}]
+    skipping = Choosy(tokenizer, on_bad_rows="skip")
+    assert skipping.encode(rows, max_length=64, cache=True).report.unusable == 1
+    assert skipping.encode(rows, max_length=64, cache=True).report.is_cached
+    with pytest.raises(DataError, match="it is bad"):
+        Choosy(tokenizer).encode(rows, max_length=64, cache=True)
+
+
 def test_rows_of_another_formatter_are_taken_or_refused(tokenizer: Any) -> None:
     columns = {"instruction": "question", "output": "answer"}
     rows = AlpacaFormatter(tokenizer, columns=columns).load([{"question": "a", "answer": "b"}])

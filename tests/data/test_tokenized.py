@@ -85,6 +85,8 @@ def test_truncation_is_the_formatters() -> None:
         ({"input_ids": [1, None]}, "has nulls"),
         ({"input_ids": None}, "has nulls|must hold lists"),
         ({"input_ids": IDS, "seq_lengths": [1, 2]}, "add up to 3"),
+        ({"input_ids": IDS, "seq_lengths": [4, 0]}, r"row 1 \(index 0\): .* one is 0"),
+        ({"input_ids": IDS, "seq_lengths": [5, -1]}, r"row 1 \(index 0\): .* one is -1"),
     ],
 )
 def test_what_is_no_token_ids_is_refused(row: dict[str, Any], message: str) -> None:

@@ -81,7 +81,9 @@ def encode_rows(
         # A formatter from elsewhere may run any code; what it makes of the rows is hashed then.
         is_own = type(formatter).segments.__module__.startswith("qlora_kit.data.")
         content = rows.fingerprint if is_own else digest_segments(formatter, rows)
-        key = make_key(content, formatter.fingerprint, str(max_length), truncation)
+        # An error about bad rows must not be answered with what an earlier run left of them.
+        policy = formatter.on_bad_rows
+        key = make_key(content, formatter.fingerprint, policy, str(max_length), truncation)
         cached = find_cached(key)
         if cached is not None:
             dataset, values = cached

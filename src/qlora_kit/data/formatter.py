@@ -183,7 +183,8 @@ class FormatterBase:
     @property
     def fingerprint(self) -> str:
         """Changes whenever the same rows would become other tokens or other loss."""
-        content = json.dumps(self.template_spec(), sort_keys=True) + self.text.fingerprint()
+        ends = {"adds_bos": self.adds_bos, "adds_eos": self.adds_eos}
+        content = json.dumps([self.template_spec(), ends], sort_keys=True) + self.text.fingerprint()
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def load(

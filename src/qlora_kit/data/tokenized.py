@@ -124,13 +124,14 @@ def _take_packed(
     before = np.concatenate([[0], np.cumsum(sizes)])
     sums = before[size_offsets[1:]] - before[size_offsets[:-1]]
     lengths = np.diff(offsets)
-    _refuse(
-        {
-            int(place): f"{lengths[place]} input_ids, but seq_lengths that add up to {sums[place]}"
-            for place in np.flatnonzero(sums != lengths)
-        },
-        len(lengths),
-    )
+    problems = {
+        int(place): f"{lengths[place]} input_ids, but seq_lengths that add up to {sums[place]}"
+        for place in np.flatnonzero(sums != lengths)
+    }
+    for position in np.flatnonzero(sizes < 1)[::-1]:
+        place = int(np.searchsorted(size_offsets, position, side="right")) - 1
+        problems[place] = f"seq_lengths must be at least 1 each, and one is {sizes[position]}"
+    _refuse(problems, len(lengths))
     _refuse_long(
         [(int(place), int(lengths[place])) for place in np.flatnonzero(lengths > max_length)],
         len(lengths),
@@ -138,7 +139,7 @@ def _take_packed(
         advice="Pack into rows of that length, or raise max_length.",
     )
     labels = labels.copy()
-    labels[before[:-1][sizes > 0]] = IGNORED_LABEL
+    labels[before[:-1]] = IGNORED_LABEL
     # Rows without a trained token stay out as unpacked ones do.
     trained_before = np.concatenate([[0], np.cumsum(labels != IGNORED_LABEL)])
     is_kept = trained_before[offsets[1:]] > trained_before[offsets[:-1]]

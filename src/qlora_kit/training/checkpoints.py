@@ -85,7 +85,10 @@ def _check_adapter(path: Path, model: AdaptedModel) -> None:
     config = path / "adapter_config.json"
     if not config.is_file():
         return
-    saved = json.loads(config.read_text(encoding="utf-8"))
+    try:
+        saved = dict(json.loads(config.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{config} is damaged: {error}. Use another checkpoint.") from error
     live = model.model.peft_config["default"]
     for name, mine in (
         ("r", live.r),

@@ -101,3 +101,24 @@ def test_every_stop_token_comes_back(tmp_path):
     loaded = qlora_kit.load_quantized(path, load_in_4bit=False, cache_dir=tmp_path / "cache")
     assert loaded.base.stop_token_ids == (2, 0)
     assert loaded.base.source == "gguf"
+
+
+def test_a_model_trained_again_under_the_same_name_is_read_anew(tmp_path):
+    """Files of one size that differ in a single layer, far from their beginning and end."""
+    from gguf import GGUFReader
+
+    tokenizer = tiny.byte_level_tokenizer()
+    config = tiny.make_config("llama", intermediate_size=4096)
+    path = export(tmp_path, tiny.make_model(config).to(torch.bfloat16), tokenizer, "f32")
+    first = dequantize_gguf(path, tmp_path / "cache")
+    assert dequantize_gguf(path, tmp_path / "cache") == first
+    reader = GGUFReader(path, "r+")
+    middle = path.stat().st_size // 2
+    tensor = max(
+        (tensor for tensor in reader.tensors if tensor.data_offset < middle),
+        key=lambda tensor: tensor.data_offset,
+    )
+    assert 5 * 2**20 < tensor.data_offset < path.stat().st_size - tensor.n_bytes - 5 * 2**20
+    tensor.data[:] *= 2
+    reader.data.flush()
+    assert dequantize_gguf(path, tmp_path / "cache") != first

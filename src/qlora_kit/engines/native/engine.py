@@ -116,7 +116,11 @@ class NativeEngine:
         with torch.random.fork_rng():
             torch.manual_seed(config.random_state)
             try:
-                model = get_peft_model(loaded.model, _make_lora_config(config, use_loftq=use_loftq))
+                model = get_peft_model(
+                    loaded.model,
+                    _make_lora_config(config, use_loftq=use_loftq),
+                    revision=loaded.config.revision,
+                )
             except (ValueError, TypeError) as error:
                 raise ConfigError(f"peft refuses this adapter: {error}") from error
             if use_loftq:

@@ -41,8 +41,6 @@ _READ_CORRECTLY: Final = ("llama", "phi3", "qwen2", "qwen3")
 #: Biases that transformers' models of these architectures have without being told.
 _READ_BIASES: Final = {"qwen2": ("attn_q.bias", "attn_k.bias", "attn_v.bias")}
 
-_SAMPLE_BYTES: Final = 4 * 1024 * 1024
-
 
 def dequantize_gguf(path: Path, cache_dir: Path) -> Path:
     """The checkpoint folder for a GGUF file, written on first use.
@@ -89,13 +87,9 @@ def dequantize_gguf(path: Path, cache_dir: Path) -> Path:
 
 
 def _fingerprint(path: Path) -> str:
-    """A hash of the file's size, head and tail: whole-file hashing would cost minutes at 70B."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(f"{_CACHE_VERSION}:{size}:".encode())
+    """A hash of the whole file: models trained again differ in the middle, with the same size."""
     with path.open("rb") as file:
-        digest.update(file.read(_SAMPLE_BYTES))
-        file.seek(max(0, size - _SAMPLE_BYTES))
-        digest.update(file.read(_SAMPLE_BYTES))
+        digest = hashlib.file_digest(file, lambda: hashlib.sha256(f"{_CACHE_VERSION}:".encode()))
     return digest.hexdigest()[:16]
 
 
