@@ -471,6 +471,21 @@ def test_a_reporter_that_is_not_installed_is_named(model, alpaca_rows, tmp_path)
         _train(model, alpaca_rows, tmp_path, report_to="wandb")
 
 
+@pytest.mark.parametrize("plan", [None, False])
+def test_a_trainer_that_is_refused_leaves_the_model_as_found(model, alpaca_rows, tmp_path, plan):
+    import torch
+
+    forward = model.model.get_base_model().forward.__func__
+    trained = {n: p.detach().clone() for n, p in model.model.named_parameters() if p.requires_grad}
+    with pytest.raises(ConfigError, match="nowhere"):
+        _train(model, alpaca_rows, tmp_path, report_to="nowhere", plan=plan)
+    for name, parameter in model.model.named_parameters():
+        if name in trained:
+            assert parameter.dtype is torch.float32, name
+            assert torch.equal(parameter, trained[name]), name
+    assert model.model.get_base_model().forward.__func__ is forward
+
+
 def test_training_touches_no_network(make_model, alpaca_rows, tmp_path, no_network, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     _train(make_model(), alpaca_rows, tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
