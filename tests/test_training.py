@@ -88,6 +88,32 @@ def test_defaults_are_the_classic_scripts(model, alpaca_rows, tmp_path):
     assert {name: arguments[name] for name in wanted} == wanted
 
 
+@pytest.mark.parametrize(
+    ("dtype", "given", "bf16", "fp16"),
+    [
+        ("float32", {"fp16": False}, False, False),
+        ("float32", {"bf16": False}, False, False),
+        ("float32", {"bf16": True}, True, False),
+        ("bfloat16", {"fp16": False}, True, False),
+        ("bfloat16", {"bf16": False}, False, False),
+        ("bfloat16", {"fp16": True}, False, True),
+    ],
+)
+def test_one_precision_flag_leaves_the_other_to_the_model(
+    tiny_llama, tmp_path, dtype, given, bf16, fp16
+):
+    import torch
+
+    from qlora_kit.training.arguments import Optimizer, build_arguments
+
+    model = attach_lora(load_quantized(tiny_llama, 128, dtype), r=4)
+    arguments = build_arguments(
+        model, given, output_dir=tmp_path, device=torch.device("cpu"),
+        optimizer=Optimizer("sgd"), has_eval=False,
+    )  # fmt: skip
+    assert (arguments.bf16, arguments.fp16) == (bf16, fp16)
+
+
 def test_the_same_seed_gives_the_same_losses(make_model, alpaca_rows, tmp_path):
     first = _train(make_model(), alpaca_rows, tmp_path / "a")
     second = _train(make_model(), alpaca_rows, tmp_path / "b")
