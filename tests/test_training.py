@@ -486,6 +486,39 @@ def test_an_interrupt_inside_a_step_keeps_the_finished_steps(model, alpaca_rows,
     assert json.loads(result.manifest_path.read_text())["result"]["was_interrupted"] is True
 
 
+@pytest.mark.parametrize("is_hard", [False, True])
+def test_ctrl_c_in_the_last_evaluation_interrupts_no_training(
+    model, alpaca_rows, tmp_path, is_hard
+):
+    from transformers import TrainerCallback
+
+    pressed = []
+
+    class Interrupts(TrainerCallback):
+        def on_prediction_step(self, args, state, control, **kwargs):
+            if state.global_step == 2 and not pressed:
+                pressed.append(True)
+                if is_hard:
+                    raise KeyboardInterrupt
+                os.kill(os.getpid(), signal.SIGINT)
+
+    result = _train(
+        model, alpaca_rows, tmp_path, max_steps=2, callbacks=[Interrupts()],
+        eval_dataset=alpaca_rows[:4],
+    )  # fmt: skip
+    assert pressed
+    assert result.steps == len(result.losses) == 2
+    assert not result.was_interrupted
+
+
+def test_another_runs_checkpoint_is_not_reported(make_model, alpaca_rows, tmp_path):
+    saved = _train(
+        make_model(), alpaca_rows, tmp_path, max_steps=2, save_strategy="steps", save_steps=2
+    )
+    assert saved.checkpoint == tmp_path / "checkpoint-2"
+    assert _train(make_model(), alpaca_rows, tmp_path, max_steps=2).checkpoint is None
+
+
 def test_a_reporter_that_is_not_installed_is_named(model, alpaca_rows, tmp_path):
     from importlib.util import find_spec
 
