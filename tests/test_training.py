@@ -543,6 +543,9 @@ def test_a_trainer_that_is_refused_leaves_the_model_as_found(model, alpaca_rows,
             assert parameter.dtype is torch.float32, name
             assert torch.equal(parameter, trained[name]), name
     assert model.model.get_base_model().forward.__func__ is forward
+    assert model.record.formatter is None
+    _train(model, alpaca_rows, tmp_path, max_steps=1, plan=plan)
+    assert model.record.formatter.tokenizer is model.tokenizer
 
 
 def test_training_touches_no_network(make_model, alpaca_rows, tmp_path, no_network, monkeypatch):

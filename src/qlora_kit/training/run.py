@@ -70,6 +70,9 @@ def run_training(
         replace_progress_callbacks(trainer, line)
         trainer.add_callback(interrupts)
         trainer.add_callback(saves)
+        # Only now: exports take their stop token from it, and a refused run trained nothing.
+        if data.formatter is not None:
+            model.record.formatter = data.formatter
         started = time.perf_counter()
         try:
             with interrupts.listening():
