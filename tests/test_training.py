@@ -88,6 +88,32 @@ def test_defaults_are_the_classic_scripts(model, alpaca_rows, tmp_path):
     assert {name: arguments[name] for name in wanted} == wanted
 
 
+@pytest.mark.parametrize(
+    ("dtype", "given", "bf16", "fp16"),
+    [
+        ("float32", {"fp16": False}, False, False),
+        ("float32", {"bf16": False}, False, False),
+        ("float32", {"bf16": True}, True, False),
+        ("bfloat16", {"fp16": False}, True, False),
+        ("bfloat16", {"bf16": False}, False, False),
+        ("bfloat16", {"fp16": True}, False, True),
+    ],
+)
+def test_one_precision_flag_leaves_the_other_to_the_model(
+    tiny_llama, tmp_path, dtype, given, bf16, fp16
+):
+    import torch
+
+    from qlora_kit.training.arguments import Optimizer, build_arguments
+
+    model = attach_lora(load_quantized(tiny_llama, 128, dtype), r=4)
+    arguments = build_arguments(
+        model, given, output_dir=tmp_path, device=torch.device("cpu"),
+        optimizer=Optimizer("sgd"), has_eval=False,
+    )  # fmt: skip
+    assert (arguments.bf16, arguments.fp16) == (bf16, fp16)
+
+
 def test_the_same_seed_gives_the_same_losses(make_model, alpaca_rows, tmp_path):
     first = _train(make_model(), alpaca_rows, tmp_path / "a")
     second = _train(make_model(), alpaca_rows, tmp_path / "b")
@@ -463,6 +489,39 @@ def test_an_interrupt_inside_a_step_keeps_the_finished_steps(model, alpaca_rows,
     assert json.loads(result.manifest_path.read_text())["result"]["was_interrupted"] is True
 
 
+@pytest.mark.parametrize("is_hard", [False, True])
+def test_ctrl_c_in_the_last_evaluation_interrupts_no_training(
+    model, alpaca_rows, tmp_path, is_hard
+):
+    from transformers import TrainerCallback
+
+    pressed = []
+
+    class Interrupts(TrainerCallback):
+        def on_prediction_step(self, args, state, control, **kwargs):
+            if state.global_step == 2 and not pressed:
+                pressed.append(True)
+                if is_hard:
+                    raise KeyboardInterrupt
+                os.kill(os.getpid(), signal.SIGINT)
+
+    result = _train(
+        model, alpaca_rows, tmp_path, max_steps=2, callbacks=[Interrupts()],
+        eval_dataset=alpaca_rows[:4],
+    )  # fmt: skip
+    assert pressed
+    assert result.steps == len(result.losses) == 2
+    assert not result.was_interrupted
+
+
+def test_another_runs_checkpoint_is_not_reported(make_model, alpaca_rows, tmp_path):
+    saved = _train(
+        make_model(), alpaca_rows, tmp_path, max_steps=2, save_strategy="steps", save_steps=2
+    )
+    assert saved.checkpoint == tmp_path / "checkpoint-2"
+    assert _train(make_model(), alpaca_rows, tmp_path, max_steps=2).checkpoint is None
+
+
 def test_a_reporter_that_is_not_installed_is_named(model, alpaca_rows, tmp_path):
     from importlib.util import find_spec
 
@@ -472,6 +531,24 @@ def test_a_reporter_that_is_not_installed_is_named(model, alpaca_rows, tmp_path)
         pytest.skip("wandb is installed here")
     with pytest.raises(MissingDependencyError, match="wandb"):
         _train(model, alpaca_rows, tmp_path, report_to="wandb")
+
+
+@pytest.mark.parametrize("plan", [None, False])
+def test_a_trainer_that_is_refused_leaves_the_model_as_found(model, alpaca_rows, tmp_path, plan):
+    import torch
+
+    forward = model.model.get_base_model().forward.__func__
+    trained = {n: p.detach().clone() for n, p in model.model.named_parameters() if p.requires_grad}
+    with pytest.raises(ConfigError, match="nowhere"):
+        _train(model, alpaca_rows, tmp_path, report_to="nowhere", plan=plan)
+    for name, parameter in model.model.named_parameters():
+        if name in trained:
+            assert parameter.dtype is torch.float32, name
+            assert torch.equal(parameter, trained[name]), name
+    assert model.model.get_base_model().forward.__func__ is forward
+    assert model.record.formatter is None
+    _train(model, alpaca_rows, tmp_path, max_steps=1, plan=plan)
+    assert model.record.formatter.tokenizer is model.tokenizer
 
 
 def test_training_touches_no_network(make_model, alpaca_rows, tmp_path, no_network, monkeypatch):

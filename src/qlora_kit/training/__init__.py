@@ -128,8 +128,6 @@ def train_sft(
             and model.adapter.use_gradient_checkpointing == "auto"
         ),
     )
-    if data.formatter is not None:
-        model.record.formatter = data.formatter
     return run_training(model, job, data, optimizer, device, folder, resume, options)
 
 

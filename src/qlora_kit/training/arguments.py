@@ -228,9 +228,10 @@ def build_arguments(
     merged = {**SCRIPT_TRAINING_DEFAULTS, **_device_defaults(model, device)}
     if "num_train_epochs" in fields and "max_steps" not in fields:
         del merged["max_steps"]
-    if "bf16" in fields or "fp16" in fields:
-        merged.pop("bf16")
-        merged.pop("fp16")
+    # The other one's default gives way; left out, TRL would turn bf16 on wherever fp16 is off.
+    for name, other in (("bf16", "fp16"), ("fp16", "bf16")):
+        if fields.get(name):
+            merged[other] = False
     if has_eval:
         merged.update(_evaluation_defaults({**merged, **fields}))
     merged.update(fields)

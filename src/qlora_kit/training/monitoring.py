@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-__all__ = ["InterruptCallback", "ProgressLine", "replace_progress_callbacks"]
+__all__ = ["InterruptCallback", "LastSave", "ProgressLine", "replace_progress_callbacks"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,20 @@ class InterruptCallback(TrainerCallback):
         if self.was_requested:
             control.should_save = True
             control.should_training_stop = True
+
+
+class LastSave(TrainerCallback):
+    """Which step this run saved last.
+
+    Attributes:
+        step: Optimizer steps done at the last checkpoint; ``None`` before the first.
+    """
+
+    def __init__(self) -> None:
+        self.step: int | None = None
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step = state.global_step
 
 
 class ProgressLine(TrainerCallback):

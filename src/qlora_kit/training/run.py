@@ -31,7 +31,7 @@ from qlora_kit.training.checkpoints import CHECKPOINT_PREFIX, Checkpoint
 from qlora_kit.training.examples import TrainingData
 
 if TYPE_CHECKING:
-    from qlora_kit.training.monitoring import InterruptCallback
+    from qlora_kit.training.monitoring import InterruptCallback, LastSave
 
 __all__ = ["run_training"]
 
@@ -56,11 +56,12 @@ def run_training(
     """
     from qlora_kit.training.monitoring import (
         InterruptCallback,
+        LastSave,
         ProgressLine,
         replace_progress_callbacks,
     )
 
-    interrupts, line = InterruptCallback(), ProgressLine()
+    interrupts, line, saves = InterruptCallback(), ProgressLine(), LastSave()
     device_module.reset_peak_memory(device)
     memory_before = device_module.measure_memory_gib(device)
     with _released_afterwards(model) as release:
@@ -68,13 +69,17 @@ def run_training(
         release.append(trainer)
         replace_progress_callbacks(trainer, line)
         trainer.add_callback(interrupts)
+        trainer.add_callback(saves)
+        # Only now: exports take their stop token from it, and a refused run trained nothing.
+        if data.formatter is not None:
+            model.record.formatter = data.formatter
         started = time.perf_counter()
         try:
             with interrupts.listening():
                 trainer.train(resume_from_checkpoint=None if resume is None else str(resume.path))
         except KeyboardInterrupt:
             interrupts.was_requested = True
-            _save_checkpoint(trainer)
+            _save_checkpoint(trainer, saves)
         # CUDA's out-of-memory error is a RuntimeError of its own class in every torch we support.
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":
@@ -91,7 +96,7 @@ def run_training(
         plan = str(getattr(trainer, "fast_plan", None) or "TRL and peft")
     peak = device_module.measure_peak_memory_gib(device)
     result = _make_result(
-        model, trainer, interrupts, optimizer, device, folder,
+        model, trainer, interrupts, saves, optimizer, device, folder,
         seconds=seconds, memory_before=memory_before, peak_memory=max(peak, memory_before),
         resumed=resume, plan=plan,
     )  # fmt: skip
@@ -163,16 +168,28 @@ def _released_afterwards(model: AdaptedModel) -> Iterator[list[Any]]:
         module.train(was_training)
 
 
-def _save_checkpoint(trainer: Any) -> None:
+def _save_checkpoint(trainer: Any, saves: LastSave) -> None:
     """Save after a hard interrupt, unless no step was done yet."""
     if trainer.state.global_step > 0 and trainer.optimizer is not None:
         trainer._save_checkpoint(trainer.model, trial=None)
+        saves.on_save(trainer.args, trainer.state, trainer.control)
+
+
+def _find_saved(
+    folder: Path, step: int, saves: LastSave, resumed: Checkpoint | None
+) -> Path | None:
+    """The checkpoint of the last step done; another run's in the same folder is not one."""
+    saved = folder / f"{CHECKPOINT_PREFIX}{step}"
+    if saves.step == step and saved.is_dir():
+        return saved
+    return resumed.path if resumed is not None and resumed.step == step else None
 
 
 def _make_result(
     model: AdaptedModel,
     trainer: Any,
     interrupts: InterruptCallback,
+    saves: LastSave,
     optimizer: Optimizer,
     device: Any,
     folder: Path,
@@ -186,7 +203,6 @@ def _make_result(
     steps = trainer.state.global_step
     begun = trainer.step_losses
     first = 0 if resumed is None else resumed.step
-    checkpoint = folder / f"{CHECKPOINT_PREFIX}{steps}"
     history = tuple(dict(entry) for entry in trainer.state.log_history)
     # A hard interrupt can leave a step that was begun and not finished.
     losses = tuple(begun[: max(0, steps - first)])
@@ -209,8 +225,9 @@ def _make_result(
         total_parameters=model.total_parameters,
         optimizer=optimizer.name,
         optimizer_note=optimizer.note,
-        was_interrupted=interrupts.was_requested,
-        checkpoint=checkpoint if checkpoint.is_dir() else None,
+        # Pressed in the last evaluation, it cut no step off. Until training begins max_steps is 0.
+        was_interrupted=interrupts.was_requested and not 0 < trainer.state.max_steps <= steps,
+        checkpoint=_find_saved(folder, steps, saves, resumed),
         output_dir=folder,
         manifest_path=folder / "qlora_kit_manifest.json",
         versions=device_module.get_versions(),

@@ -65,12 +65,19 @@ class NativeTrainer(StepRecorder, FastSteps, PortableLoss, NoTelemetry, SFTTrain
             if parameter.requires_grad
         }
         self._own_forward = model.get_base_model().__dict__.get("forward")
-        super().__init__(model=model, args=args, **kwargs)
-        for name, parameter in model.named_parameters():
-            if name in before and parameter.dtype != before[name].dtype:
-                parameter.data = before[name].to(parameter.device)
-        if is_fast:
-            self.start_fast(model, asked)
+        # TRL changes the model before transformers has looked at the settings, and may refuse them.
+        try:
+            try:
+                super().__init__(model=model, args=args, **kwargs)
+            finally:
+                for name, parameter in model.named_parameters():
+                    if name in before and parameter.dtype != before[name].dtype:
+                        parameter.data = before[name].to(parameter.device)
+            if is_fast:
+                self.start_fast(model, asked)
+        except BaseException:
+            self._put_forward_back(model)
+            raise
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
@@ -84,7 +91,10 @@ class NativeTrainer(StepRecorder, FastSteps, PortableLoss, NoTelemetry, SFTTrain
         """Give the model back its own ``forward``, and free what training allocated."""
         self.stop_fast()
         self.model.__dict__.pop("_is_accelerate_prepared", None)
-        base = self.model.get_base_model()
+        self._put_forward_back(self.model)
+
+    def _put_forward_back(self, model: Any) -> None:
+        base = model.get_base_model()
         if self._own_forward is None:
             base.__dict__.pop("forward", None)
         else:
