@@ -163,6 +163,25 @@ def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_kept(adapted,
     assert not living.folder.exists()
 
 
+@pytest.mark.skipif(staging.fcntl is None, reason="needs flock")
+def test_a_folder_that_another_run_is_about_to_remove_is_not_written_into(tmp_path, monkeypatch):
+    mkdir = Path.mkdir
+    other = []
+
+    def mkdir_and_be_seen(path, *args, **kwargs):
+        mkdir(path, *args, **kwargs)
+        if path.name.endswith(".partial") and not other:
+            other.append(os.open(path, os.O_RDONLY))
+            staging.fcntl.flock(other[0], staging.fcntl.LOCK_EX)
+            other.append(path)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir_and_be_seen)
+    with staging.stage_folder(tmp_path / "out") as staged:
+        assert staged.folder != other[1]
+        assert not staging._is_abandoned(staged.folder)
+    os.close(other[0])
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_any_moment_the_destination_is_absent_old_or_whole(tmp_path):
     rounds = 36

@@ -225,9 +225,15 @@ def _make_locked_folder(destination: Path) -> tuple[Path, int | None]:
         if fcntl is None:
             return folder, None
         handle = os.open(folder, os.O_RDONLY)
-        # A file system without locks just keeps its leftovers.
-        with contextlib.suppress(OSError):
+        try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            # Another run takes it for a leftover and is about to remove it.
+            os.close(handle)
+            continue
+        except OSError:
+            # A file system without locks just keeps its leftovers.
+            return folder, handle
         # Another run may have taken it for a leftover before it was locked.
         if folder.is_dir():
             return folder, handle
