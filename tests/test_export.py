@@ -93,6 +93,12 @@ def test_overwriting_never_removes_more_than_an_export(adapted, tiny_llama, tmp_
     link.symlink_to(tmp_path / "target")
     with pytest.raises(ConfigError, match="is a link"):
         export_model(adapted, "lora", link, overwrite=True)
+    (tmp_path / "target" / "x").unlink()
+    with pytest.raises(ConfigError, match="is a link"):
+        export_model(adapted, "lora", link)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "target")
+    with pytest.raises(ConfigError, match="a mount point"):
+        export_model(adapted, "lora", tmp_path / "target")
 
 
 def test_an_error_half_way_leaves_the_destination_as_it_was(adapted, tmp_path, monkeypatch):
