@@ -1,5 +1,6 @@
 """The export stage: all or nothing, several formats, wrong arguments, full disks."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -99,6 +100,17 @@ def test_overwriting_never_removes_more_than_an_export(adapted, tiny_llama, tmp_
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "target")
     with pytest.raises(ConfigError, match="a mount point"):
         export_model(adapted, "lora", tmp_path / "target")
+
+
+def test_overwriting_never_removes_the_gguf_file_a_base_was_read_from(adapted, tmp_path):
+    file = tmp_path / "models" / "base.gguf"
+    file.parent.mkdir()
+    file.write_bytes(b"GGUF")
+    base = dataclasses.replace(adapted.base, name_or_path=str(file), source="gguf")
+    model = dataclasses.replace(adapted, base=base)
+    with pytest.raises(ConfigError, match=r"which contains .*base\.gguf"):
+        export_model(model, "lora", tmp_path / "models", overwrite=True)
+    assert file.read_bytes() == b"GGUF"
 
 
 def test_an_error_half_way_leaves_the_destination_as_it_was(adapted, tmp_path, monkeypatch):
