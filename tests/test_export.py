@@ -1,5 +1,6 @@
 """The export stage: all or nothing, several formats, wrong arguments, full disks."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -93,6 +94,23 @@ def test_overwriting_never_removes_more_than_an_export(adapted, tiny_llama, tmp_
     link.symlink_to(tmp_path / "target")
     with pytest.raises(ConfigError, match="is a link"):
         export_model(adapted, "lora", link, overwrite=True)
+    (tmp_path / "target" / "x").unlink()
+    with pytest.raises(ConfigError, match="is a link"):
+        export_model(adapted, "lora", link)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "target")
+    with pytest.raises(ConfigError, match="a mount point"):
+        export_model(adapted, "lora", tmp_path / "target")
+
+
+def test_overwriting_never_removes_the_gguf_file_a_base_was_read_from(adapted, tmp_path):
+    file = tmp_path / "models" / "base.gguf"
+    file.parent.mkdir()
+    file.write_bytes(b"GGUF")
+    base = dataclasses.replace(adapted.base, name_or_path=str(file), source="gguf")
+    model = dataclasses.replace(adapted, base=base)
+    with pytest.raises(ConfigError, match=r"which contains .*base\.gguf"):
+        export_model(model, "lora", tmp_path / "models", overwrite=True)
+    assert file.read_bytes() == b"GGUF"
 
 
 def test_an_error_half_way_leaves_the_destination_as_it_was(adapted, tmp_path, monkeypatch):
@@ -161,6 +179,25 @@ def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_kept(adapted,
         assert living.folder.exists()
         assert other.exists()
     assert not living.folder.exists()
+
+
+@pytest.mark.skipif(staging.fcntl is None, reason="needs flock")
+def test_a_folder_that_another_run_is_about_to_remove_is_not_written_into(tmp_path, monkeypatch):
+    mkdir = Path.mkdir
+    other = []
+
+    def mkdir_and_be_seen(path, *args, **kwargs):
+        mkdir(path, *args, **kwargs)
+        if path.name.endswith(".partial") and not other:
+            other.append(os.open(path, os.O_RDONLY))
+            staging.fcntl.flock(other[0], staging.fcntl.LOCK_EX)
+            other.append(path)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir_and_be_seen)
+    with staging.stage_folder(tmp_path / "out") as staged:
+        assert staged.folder != other[1]
+        assert not staging._is_abandoned(staged.folder)
+    os.close(other[0])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -301,7 +301,7 @@ class Leaks(Signs):
         elif self.place == "facts":
             facts["secret"] = secret
         else:
-            logging.getLogger("anything").warning("signing with %s", secret)
+            logging.getLogger("anything").debug("signing with %s", secret)
         return facts
 
 

@@ -159,3 +159,26 @@ def test_a_broken_export_is_caught_and_removed(adapted, tmp_path, monkeypatch, d
     with pytest.raises(VerificationError, match="does not match the model in memory"):
         export_model(adapted, "lora", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("error:.*loftq_config")
+@pytest.mark.parametrize("arguments", [{"loftq_config": {"loftq_bits": 4}},
+                                       {"init_lora_weights": "loftq"}])  # fmt: skip
+def test_loftq_is_remembered_by_what_is_saved(make_adapted, alpaca_rows, tmp_path, arguments):
+    from qlora_kit import AlpacaFormatter, train_sft
+    from qlora_kit.weights.choosing import choose_merge_base
+
+    model = make_adapted(**arguments)
+    formatter = AlpacaFormatter(model.tokenizer)
+    train_sft(
+        model, formatter.load(alpaca_rows), output_dir=tmp_path / "run", max_steps=1, save_steps=1,
+        save_strategy="steps", disable_tqdm=True,
+    )  # fmt: skip
+    export_model(model, "lora", tmp_path / "out", verify="full")
+    again = load_quantized(tmp_path / "out", 64, "float32", engine="native")
+    export_model(again, "lora", tmp_path / "again")
+    for folder in ("out", "again", "run/checkpoint-1"):
+        loaded = load_quantized(tmp_path / folder, 64, "float32", engine="native")
+        assert choose_merge_base(loaded, "auto") == "dequantized"
+        expected = logits_of(model.model)
+        assert (logits_of(loaded.model) - expected).abs().max() < 1e-4

@@ -119,6 +119,11 @@ def check_destination(destination: Path, *, overwrite: bool, protected: tuple[Pa
         raise ConfigError(f"{destination} is a link to nothing. Remove it or give another path.")
     if destination.exists() and not destination.is_dir():
         raise ConfigError(f"{destination} is a file; give the path of a folder.")
+    if destination.is_symlink() or os.path.ismount(destination):
+        raise ConfigError(
+            f"{destination} is a link or a mount point, which cannot be replaced by renaming. "
+            "Give the path of a folder inside it."
+        )
     if not destination.exists() or not any(destination.iterdir()):
         return
     if not overwrite:
@@ -136,11 +141,6 @@ def check_destination(destination: Path, *, overwrite: bool, protected: tuple[Pa
                 f"overwrite=True would remove everything in {destination}, which contains {kept}. "
                 "Give the path of a folder of its own."
             )
-    if destination.is_symlink() or os.path.ismount(whole):
-        raise ConfigError(
-            f"{destination} is a link or a mount point, which cannot be replaced by renaming. "
-            "Give the path of a folder inside it."
-        )
 
 
 def clean_leftovers(destination: Path) -> None:
@@ -225,9 +225,15 @@ def _make_locked_folder(destination: Path) -> tuple[Path, int | None]:
         if fcntl is None:
             return folder, None
         handle = os.open(folder, os.O_RDONLY)
-        # A file system without locks just keeps its leftovers.
-        with contextlib.suppress(OSError):
+        try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            # Another run takes it for a leftover and is about to remove it.
+            os.close(handle)
+            continue
+        except OSError:
+            # A file system without locks just keeps its leftovers.
+            return folder, handle
         # Another run may have taken it for a leftover before it was locked.
         if folder.is_dir():
             return folder, handle

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from pathlib import Path
@@ -54,6 +55,8 @@ def attach_saved_adapter(loaded: LoadedModel, folder: Path, *, is_trainable: boo
         with warnings.catch_warnings():
             # peft would go on with random weights for what is missing.
             warnings.filterwarnings("error", message=".*missing adapter keys")
+            # peft drops it, and _read_adapter_config puts it back.
+            warnings.filterwarnings("ignore", message="`loftq_config` specified")
             model = PeftModel.from_pretrained(
                 loaded.model, str(folder), is_trainable=is_trainable, local_files_only=True
             )
@@ -62,11 +65,14 @@ def attach_saved_adapter(loaded: LoadedModel, folder: Path, *, is_trainable: boo
             f"The adapter in {folder} does not fit {loaded.base.name_or_path}, or is damaged: "
             f"{error}"
         ) from error
-    return make_adapted(loaded, model, _read_adapter_config(model))
+    return make_adapted(loaded, model, _read_adapter_config(model, folder))
 
 
-def _read_adapter_config(model: Any) -> AdapterConfig:
+def _read_adapter_config(model: Any, folder: Path) -> AdapterConfig:
     saved = model.peft_config["default"]
+    # A merge has to know about LoftQ, and peft forgets it unless it may start anew.
+    text = (folder / "adapter_config.json").read_text(encoding="utf-8")
+    saved.loftq_config = json.loads(text).get("loftq_config") or {}
     targets = saved.target_modules
     return AdapterConfig(
         r=saved.r,
@@ -76,6 +82,7 @@ def _read_adapter_config(model: Any) -> AdapterConfig:
         bias=saved.bias,
         use_rslora=saved.use_rslora,
         use_dora=saved.use_dora,
+        loftq_config=saved.loftq_config or None,
         modules_to_save=saved.modules_to_save,
         layers_to_transform=saved.layers_to_transform,
         rank_pattern=saved.rank_pattern or None,

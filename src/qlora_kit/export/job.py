@@ -111,7 +111,7 @@ class ExportJob:
             raise ConfigError(f"Format {name!r} leaves nothing on this disk and takes no path.")
         if destination is not None:
             check_destination(
-                destination, overwrite=settings.overwrite, protected=(model.base.path,)
+                destination, overwrite=settings.overwrite, protected=_find_base_paths(model)
             )
         request = ExportRequest(model, built, destination, settings.verify, shared=settings.shared)
         if settings.progress is not None:
@@ -257,6 +257,12 @@ class ExportJob:
                 f"{_format_size(shutil.disk_usage(where).free)} free now. "
                 f"{self.request.destination or 'Nothing'} is as it was before."
             ) from error
+
+
+def _find_base_paths(model: LoadedModel) -> tuple[Path, ...]:
+    """Where the base was read from, and the user's own file where that is a cached copy of it."""
+    given = Path(model.base.name_or_path).expanduser()
+    return (model.base.path, given) if given.exists() else (model.base.path,)
 
 
 def _raise_for_mismatch(name: str, verification: Verification) -> None:

@@ -222,6 +222,31 @@ def test_names_and_the_modelfile_follow_the_request(checkpoint, tmp_path):
     assert GgufFile(tmp_path / "bare" / facts["files"]["q8_0"]).value("general.name")
 
 
+def test_the_end_token_of_the_training_template_is_a_stop_token(checkpoint, tmp_path):
+    model = load(checkpoint, r=2)
+    end = next(
+        index
+        for index in model.tokenizer.all_special_ids
+        if index not in (*model.base.stop_token_ids, model.tokenizer.unk_token_id)
+    )
+    spec = Spec(kind="chat", name="mine", eos_token=model.tokenizer.convert_ids_to_tokens(end))
+    model.record.formatter = spec
+    exporter = GgufExporter()
+    facts, verification = run(exporter, model, tmp_path / "out")
+    assert verification.passed
+    path = tmp_path / "out" / facts["files"]["q8_0"]
+    assert end in GgufFile(path).vocabulary().special_ids.values()
+    with Llama(path) as llama:
+        assert llama.is_end(end)
+    # A file that does not know the token does not verify.
+    model.record.formatter = None
+    run(exporter, model, tmp_path / "other")
+    model.record.formatter = spec
+    failed = exporter.verify(ask(exporter, model, tmp_path / "other"), tmp_path / "other")
+    assert [check.passed for check in failed.checks] == [True, False]
+    assert spec.spec["eos_token"] in failed.checks[1].detail
+
+
 def test_options_are_checked_when_they_are_given():
     assert GgufOptions().chosen == "q8_0"
     assert GgufOptions(quantization_method=["f16"]).chosen == ["f16"]

@@ -125,6 +125,11 @@ class NativeEngine:
                 raise ConfigError(f"peft refuses this adapter: {error}") from error
             if use_loftq:
                 loftq.initialize(model, loaded.base.path)
+                # Whatever is saved from here on must still say how the adapter was started.
+                model.peft_config["default"].loftq_config = {
+                    "loftq_bits": 4,
+                    **(config.loftq_config or {}),
+                }
         model.config.use_cache = True
         return make_adapted(loaded, model, config)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from qlora_kit.checkpoint.companions import collect_stop_token_ids
 from qlora_kit.errors import ConfigError
 from qlora_kit.exporters.gguf.convert import convert
 from qlora_kit.exporters.gguf.ggml import find_missing_encoder
@@ -100,7 +101,7 @@ class GgufExporter:
                 name=choose_name(request),
             )
         vocabulary = read_vocabulary(
-            request.model.tokenizer, plan.vocabulary_size, request.model.base.stop_token_ids
+            request.model.tokenizer, plan.vocabulary_size, collect_stop_token_ids(request.model)
         )
         _, notes = check_vocabulary(vocabulary, request.model.tokenizer)
         size = sum(plan.data_bytes(recipe) + _count_bytes(vocabulary) for recipe in plan.recipes)
@@ -120,7 +121,7 @@ class GgufExporter:
                 name=choose_name(request),
                 threads=options.threads,
                 progress=request.progress,
-                stop_token_ids=model.base.stop_token_ids,
+                stop_token_ids=collect_stop_token_ids(model),
             )
             base = source.base
         rounding = choose_rounding(model, options.dtype)
@@ -136,7 +137,7 @@ class GgufExporter:
         if options.modelfile:
             formatter = model.record.formatter
             spec = None if formatter is None else formatter.template_spec()
-            modelfile = describe_prompt(spec, model.tokenizer, model.base.stop_token_ids)
+            modelfile = describe_prompt(spec, model.tokenizer, collect_stop_token_ids(model))
             text = write_modelfile(modelfile, [path.name for path in done.files.values()])
             if text is None:
                 facts["notes"].append(
@@ -160,7 +161,9 @@ class GgufExporter:
                 name=choose_name(request),
             )
             files = [(recipe, folder / plan.file_name(recipe)) for recipe in plan.recipes]
-            checks = check_files(files, plan, source, model.tokenizer)
+            checks = check_files(
+                files, plan, source, model.tokenizer, collect_stop_token_ids(model)
+            )
             into_original = source.base == "original"
         if request.verify != "full":
             return Verification("standard", tuple(checks))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from qlora_kit.checkpoint.companions import collect_stop_token_ids
 from qlora_kit.errors import ConfigError, ExportError, UnsupportedModelError
 from qlora_kit.exporters.gguf.convert import convert
 from qlora_kit.exporters.gguf.exporter import choose_name
@@ -131,7 +132,7 @@ class GgufLoraExporter:
                     model.tokenizer,
                     Path(scratch),
                     quantization="f16",
-                    stop_token_ids=model.base.stop_token_ids,
+                    stop_token_ids=collect_stop_token_ids(model),
                 )
             files = [(RECIPES["f16"], done.files["f16"])]
             checks += check_run(model, files, merges_into_original=True, lora=path)

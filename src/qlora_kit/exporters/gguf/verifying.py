@@ -19,6 +19,7 @@ from qlora_kit.exporters.gguf.recipes import Recipe
 from qlora_kit.exporters.gguf.running import LlamaRun
 from qlora_kit.exporters.gguf.tensors import PlannedTensor
 from qlora_kit.exporters.gguf.tokens import check_vocabulary
+from qlora_kit.exporters.gguf.vocabulary import find_special_ids
 from qlora_kit.results import Check, LoadedModel
 from qlora_kit.weights.source import TensorSource
 
@@ -85,10 +86,12 @@ def check_files(
     plan: Plan,
     source: TensorSource,
     tokenizer: PreTrainedTokenizerBase,
+    stop_token_ids: Sequence[int] = (),
 ) -> list[Check]:
     """Read files back: their tensors against the source, their vocabulary against the tokenizer.
 
-    Every tensor is read from the source once, whatever the number of files.
+    Every tensor is read from the source once, whatever the number of files. The special ids
+    must be those that the tokenizer and ``stop_token_ids`` ask for.
     """
     opened = [(recipe, GgufFile(path)) for recipe, path in files]
     faults = {recipe.name: _find_layout_fault(file, plan, recipe) for recipe, file in opened}
@@ -108,7 +111,7 @@ def check_files(
             checks.append(Check(f"tensors of {recipe.name}", False, faults[recipe.name]))
         else:
             checks.append(_describe_worst(recipe, *worst[recipe.name], len(plan.tensors)))
-        checks.append(_check_tokenizer(file, tokenizer, recipe))
+        checks.append(_check_tokenizer(file, tokenizer, stop_token_ids, recipe))
     return checks
 
 
@@ -166,12 +169,23 @@ def _relative_error(
     return error / scale if scale > 0 else error
 
 
-def _check_tokenizer(file: GgufFile, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Check:
+def _check_tokenizer(
+    file: GgufFile,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_token_ids: Sequence[int],
+    recipe: Recipe,
+) -> Check:
     name = f"tokenizer of {recipe.name}"
+    written = file.vocabulary()
     try:
-        count, _ = check_vocabulary(file.vocabulary(), tokenizer)
+        count, _ = check_vocabulary(written, tokenizer)
     except UnsupportedModelError as error:
         return Check(name, False, str(error))
+    for role, wanted in find_special_ids(tokenizer, stop_token_ids).items():
+        found = written.special_ids.get(role)
+        if found != wanted:
+            token = tokenizer.convert_ids_to_tokens(wanted)
+            return Check(name, False, f"{role} is token {found}, and should be {wanted} ({token}).")
     return Check(name, True, f"{count} texts are tokenized as by the live tokenizer.", 0.0, 0.0)
 
 

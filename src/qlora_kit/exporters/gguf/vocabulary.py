@@ -19,7 +19,13 @@ from qlora_kit.exporters.gguf.pretokenizers import recognize_pre_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TAKEN_FOR_SPECIAL", "Vocabulary", "describe_backend", "read_vocabulary"]
+__all__ = [
+    "TAKEN_FOR_SPECIAL",
+    "Vocabulary",
+    "describe_backend",
+    "find_special_ids",
+    "read_vocabulary",
+]
 
 # llama.cpp's token types (llama.h, enum llama_token_type).
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -153,7 +159,7 @@ def read_vocabulary(
     if refused:
         raise UnsupportedModelError(f"llama.cpp's BPE has no {', '.join(refused)}.")
     tokens, types = _list_tokens(backend, description, size)
-    special_ids = _find_special_ids(tokenizer, stop_token_ids)
+    special_ids = find_special_ids(tokenizer, stop_token_ids)
     adds_bos, adds_eos = _find_added_ends(tokenizer)
     template = tokenizer.chat_template
     notes: tuple[str, ...] = ()
@@ -220,9 +226,14 @@ def _list_tokens(
     return tokens, types
 
 
-def _find_special_ids(
+def find_special_ids(
     tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]
 ) -> dict[str, int]:
+    """Ids by role, as in :attr:`Vocabulary.special_ids`.
+
+    Raises:
+        UnsupportedModelError: When the tokenizer names no end token.
+    """
     roles = {
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
