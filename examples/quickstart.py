@@ -94,7 +94,7 @@ def main() -> None:
               f"({len(artifact.verification.checks)} checks passed)")  # fmt: skip
 
     print("\n6. Load the adapter back, its base with it, and ask once more")
-    # Merged into the 16-bit original, so small a model answers differently: see docs/exports.md.
+    # A merge into the 16-bit original would answer differently: see docs/exports.md.
     ask(load_quantized(output / "lora", max_seq_length=512, is_trainable=False), formatter)
 
     print(f"\nDone in {time.perf_counter() - began:.0f} s. Ask it about another animal:")

@@ -178,3 +178,12 @@ def test_a_reader_that_goes_away_is_no_traceback(trained):
         timeout=300,
     )
     assert process.stderr == ""
+
+
+def test_settings_that_have_an_argument_of_their_own_are_refused():
+    from qlora_kit.cli import _read_settings
+    from qlora_kit.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="an argument of its own"):
+        _read_settings(["output-dir=x"], "output_dir")
+    assert _read_settings(["max_steps=3"], "output_dir") == {"max_steps": 3}

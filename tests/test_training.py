@@ -555,3 +555,34 @@ def test_training_touches_no_network(make_model, alpaca_rows, tmp_path, no_netwo
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     _train(make_model(), alpaca_rows, tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
     assert no_network == []
+
+
+def test_a_chat_template_of_ones_own_goes_into_exports(make_model, tmp_path):
+    from transformers import AutoTokenizer
+
+    from qlora_kit import ChatFormatter, export_model
+
+    model = make_model()
+    template = (
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there"}]
+    rows = ChatFormatter(model.tokenizer, chat_template=template).load([{"messages": turns}] * 8)
+    train_sft(model, rows, output_dir=tmp_path / "run", **{**FAST, "max_steps": 1})
+    export_model(model, "lora", tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == template
+
+
+def test_a_text_column_that_is_not_used_is_said(make_model, tmp_path, caplog):
+    row = {"instruction": "Say hi.", "input": "", "output": "Hi.", "text": "Q: Say hi. A: Hi."}
+    with caplog.at_level("WARNING"):
+        train_sft(make_model(), [row] * 8, output_dir=tmp_path, **{**FAST, "max_steps": 1})
+    assert "'text' is not used" in caplog.text
+
+
+def test_a_finished_run_is_not_resumed(make_model, alpaca_rows, tmp_path):
+    saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    _train(make_model(), alpaca_rows, tmp_path, **saving)
+    with pytest.raises(ConfigError, match="has done 2 steps already"):
+        _train(make_model(), alpaca_rows, tmp_path, resume_from_checkpoint=True, **saving)

@@ -147,13 +147,20 @@ def _add_settings(parser: argparse.ArgumentParser, what: str) -> None:
     )
 
 
-def _read_settings(pairs: Sequence[str]) -> dict[str, Any]:
-    """``name=value`` pairs; values are JSON where they parse as such, text otherwise."""
+def _read_settings(pairs: Sequence[str], *taken: str) -> dict[str, Any]:
+    """``name=value`` pairs; values are JSON where they parse as such, text otherwise.
+
+    Args:
+        pairs: What ``--set`` was given.
+        *taken: Names that the command line has arguments of its own for.
+    """
     settings: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name:
             raise ConfigError(f"--set takes NAME=VALUE, got {pair!r}.")
+        if name.replace("-", "_") in taken:
+            raise ConfigError(f"--set {pair}: {name} has an argument of its own, see --help.")
         try:
             settings[name.replace("-", "_")] = json.loads(text)
         except json.JSONDecodeError:
@@ -181,7 +188,9 @@ def _train(options: argparse.Namespace) -> int:
     from qlora_kit import AdaptedModel, AlpacaFormatter, attach_lora, export_model, train_sft
     from qlora_kit import get_exporter as find_exporter
 
-    settings = _read_settings(options.settings)
+    settings = _read_settings(
+        options.settings, "output_dir", "packing", "eval_dataset", "resume_from_checkpoint"
+    )
     formats = _split_names(options.export)
     target = options.export_to or options.output
     for name in formats:
@@ -229,7 +238,7 @@ def _train(options: argparse.Namespace) -> int:
 def _generate(options: argparse.Namespace) -> None:
     from qlora_kit import AlpacaFormatter, generate_stream
 
-    settings = _read_settings(options.settings)
+    settings = _read_settings(options.settings, "max_new_tokens")
     model = _load(options)
     formatter = model.record.formatter or AlpacaFormatter(model.tokenizer)
     prompt = formatter.prompt(options.instruction, options.input)
@@ -247,7 +256,7 @@ def _generate(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> int:
     from qlora_kit import export_model, get_exporter
 
-    settings = _read_settings(options.settings)
+    settings = _read_settings(options.settings, "overwrite", "path", "format")
     formats = _split_names(options.format)
     for name in formats:
         get_exporter(name)  # before a model is loaded for nothing

@@ -112,6 +112,11 @@ def train_sft(
         optimizer=optimizer,
         has_eval=eval_dataset is not None,
     )
+    if resume is not None and 0 < args.max_steps <= resume.step:
+        raise ConfigError(
+            f"{resume.path} has done {resume.step} steps already, and max_steps={args.max_steps}. "
+            "Raise max_steps to go on."
+        )
     data = prepare_training_data(model, train_dataset, formatter, options, args.seed)
     eval_rows = _prepare_eval(model, eval_dataset, data, options)
     is_flat = data.is_packed or options.padding_free

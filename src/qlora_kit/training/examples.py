@@ -102,6 +102,12 @@ def prepare_examples(
             f"{type(formatter).__name__}."
         )
     is_text = formatter is None and "text" in columns and not columns & _STRUCTURED
+    if formatter is None and "text" in columns and not is_text:
+        logger.warning(
+            "The rows have a 'text' column beside %s; the template is applied to the latter and "
+            "'text' is not used. To train on it: dataset.select_columns(['text']).",
+            " and ".join(sorted(columns & _STRUCTURED)),
+        )
     if formatter is None:
         formatter = _choose_formatter(model, columns)
     if not isinstance(rows, Rows):

@@ -73,6 +73,7 @@ def run_training(
         # Only now: exports take their stop token from it, and a refused run trained nothing.
         if data.formatter is not None:
             model.record.formatter = data.formatter
+            _adopt_chat_template(model, data.formatter)
         started = time.perf_counter()
         try:
             with interrupts.listening():
@@ -119,6 +120,15 @@ def run_training(
             + next(i for i, loss in enumerate(result.losses, 1) if not math.isfinite(loss)),
         )  # fmt: skip
     return result
+
+
+def _adopt_chat_template(model: AdaptedModel, formatter: Any) -> None:
+    """The tokenizer takes over a chat template that the model is trained with."""
+    spec = formatter.template_spec()
+    template = spec.get("chat_template")
+    if spec.get("name") == "custom" and isinstance(template, str):
+        model.tokenizer.chat_template = template
+        logger.info("The tokenizer's chat template is the formatter's from now on.")
 
 
 def _make_trainer(model: AdaptedModel, job: TrainJob) -> Any:
