@@ -120,6 +120,37 @@ def test_the_model_is_left_in_the_mode_it_was_found_in(model, mode):
         model.model.config.use_cache = True
 
 
+@pytest.mark.parametrize("first_to_leave", [0, 1])
+def test_streams_that_overlap_leave_the_model_as_the_first_one_found_it(model, first_to_leave):
+    model.model.train()
+    model.model.config.use_cache = False
+    try:
+        streams = [generate_stream(model, PROMPT, max_new_tokens=50) for _ in range(2)]
+        for stream in streams:
+            next(stream)
+        streams[first_to_leave].close()
+        assert not any(part.training for part in model.model.modules())
+        assert model.model.config.use_cache is True
+        streams[1 - first_to_leave].close()
+        assert all(part.training for part in model.model.modules())
+        assert model.model.config.use_cache is False
+    finally:
+        model.model.train(False)
+        model.model.config.use_cache = True
+
+
+def test_training_under_an_open_stream_goes_on_after_another_one(model):
+    stream = generate_stream(model, PROMPT, max_new_tokens=50)
+    next(stream)
+    try:
+        model.model.train()
+        _text(model, max_new_tokens=2)
+        assert all(part.training for part in model.model.modules())
+    finally:
+        stream.close()
+        model.model.train(False)
+
+
 def test_sampling_repeats_with_a_seed_and_leaves_torchs_generator_alone(model):
     import torch
 

@@ -12,6 +12,7 @@ from qlora_kit.config import AdapterConfig, LoadConfig
 from qlora_kit.device import choose_compute_dtype, get_device, to_torch_dtype
 from qlora_kit.engines.base import TrainJob
 from qlora_kit.engines.native import loftq, quantization
+from qlora_kit.engines.native.inference import inference_mode
 from qlora_kit.engines.native.tokenizer import load_tokenizer
 from qlora_kit.engines.shared import (
     attach_saved_adapter,
@@ -158,21 +159,9 @@ class NativeEngine:
 
     @contextlib.contextmanager
     def inference(self, model: LoadedModel) -> Iterator[Any]:
-        """Eval mode with the key/value cache on; both are put back on exit."""
-        # By module: a new adapter trains inside a base that was loaded for evaluation.
-        training = [part for part in model.model.modules() if part.training]
-        had_checkpointing = getattr(model.model, "is_gradient_checkpointing", False)
-        use_cache = model.model.config.use_cache
-        model.model.eval()
-        model.model.config.use_cache = True
-        try:
+        """Eval mode with the key/value cache on; the last of several readers puts both back."""
+        with inference_mode(model.model):
             yield model.model
-        finally:
-            model.model.config.use_cache = use_cache
-            for part in training:
-                part.training = True
-            if had_checkpointing and not model.model.is_gradient_checkpointing:
-                model.model.gradient_checkpointing_enable()
 
 
 def _make_lora_config(config: AdapterConfig, *, use_loftq: bool) -> Any:
