@@ -113,6 +113,31 @@ def test_overwriting_never_removes_the_gguf_file_a_base_was_read_from(adapted, t
     assert file.read_bytes() == b"GGUF"
 
 
+def test_a_path_that_cannot_be_a_folder_is_told_first(adapted, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"file is a file, so .*out cannot be a folder"):
+        export_model(adapted, "lora", tmp_path / "file" / "deep" / "out")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        export_model(adapted, "lora", tmp_path / ("x" * 300))
+
+
+def test_a_place_that_is_lost_meanwhile_fails_one_format(adapted, tmp_path, monkeypatch):
+    write = Merged16bit.write
+
+    def fill(self, request, folder):
+        monkeypatch.setattr(staging, "clean_leftovers", refuse)
+        return write(self, request, folder)
+
+    def refuse(destination):
+        raise PermissionError(13, "Permission denied", str(destination))
+
+    monkeypatch.setattr(Merged16bit, "write", fill)
+    results = export_model(adapted, ["lora", "merged_16bit"], tmp_path / "out", verify=False)
+    assert list(results) == ["merged_16bit"]
+    assert isinstance(results.failures["lora"], ExportError)
+    assert "found no place to write to: PermissionError" in str(results.failures["lora"])
+
+
 def test_an_error_half_way_leaves_the_destination_as_it_was(adapted, tmp_path, monkeypatch):
     export_model(adapted, "lora", tmp_path / "out", verify=False)
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
@@ -454,6 +479,16 @@ def test_formats_that_fit_alone_but_not_together(adapted, tmp_path, monkeypatch)
     assert list(results) == ["merged_16bit"]
     with pytest.raises(DiskSpaceError, match=r"which has 17\.. MiB free after the formats before"):
         raise results.failures["lora"]
+
+
+def test_formats_on_different_disks_do_not_share_their_room(adapted, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 50 * 1024**2})
+    monkeypatch.setattr(qlora_kit.export.job.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(
+        qlora_kit.export.job.ExportJob, "device", property(lambda job: len(job.name))
+    )
+    results = export_model(adapted, ["lora", "merged_16bit"], tmp_path / "out", verify=False)
+    assert list(results) == ["lora", "merged_16bit"]
 
 
 class Reading:

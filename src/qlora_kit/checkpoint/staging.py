@@ -113,8 +113,21 @@ def check_destination(destination: Path, *, overwrite: bool, protected: tuple[Pa
 
     Raises:
         DestinationExistsError: When it holds files and ``overwrite`` is off.
-        ConfigError: When it is a file, or replacing it would remove more than an export.
+        ConfigError: When it is a file or below one, may not be looked at, or replacing it would
+            remove more than an export.
     """
+    try:
+        _check_destination(destination, overwrite=overwrite, protected=protected)
+    except OSError as error:
+        raise ConfigError(
+            f"{destination} cannot be written: {error}. Give the path of a folder of your own."
+        ) from error
+
+
+def _check_destination(destination: Path, *, overwrite: bool, protected: tuple[Path, ...]) -> None:
+    file = next((parent for parent in destination.parents if parent.is_file()), None)
+    if file is not None:
+        raise ConfigError(f"{file} is a file, so {destination} cannot be a folder below it.")
     if destination.is_symlink() and not destination.exists():
         raise ConfigError(f"{destination} is a link to nothing. Remove it or give another path.")
     if destination.exists() and not destination.is_dir():

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -123,6 +123,11 @@ class ExportJob:
         """The format's name."""
         return self.exporter.name
 
+    @property
+    def device(self) -> int:
+        """The file system it writes to, as ``st_dev``."""
+        return self._existing_parent().stat().st_dev
+
     def check(self, reserved_bytes: int = 0) -> None:
         """Let the exporter refuse, and see that the disk has room.
 
@@ -216,7 +221,11 @@ class ExportJob:
             with tempfile.TemporaryDirectory(prefix="qlora_kit-") as folder:
                 yield Path(folder), lambda: None
             return
-        with stage_folder(self.request.destination, overwrite=self.overwrite) as staged:
+        with ExitStack() as stack:
+            with self._explained_errors("found no place to write to"):
+                staged = stack.enter_context(
+                    stage_folder(self.request.destination, overwrite=self.overwrite)
+                )
             yield staged.folder, staged.commit
 
     def _existing_parent(self) -> Path:

@@ -128,11 +128,11 @@ def _spread_options(
 
 
 def _check_all(jobs: list[ExportJob], failures: dict[str, Exception]) -> list[ExportJob]:
-    """The jobs that can run, on a disk that has to hold all of them."""
+    """The jobs that can run, on disks that have to hold all of theirs."""
     passed: list[ExportJob] = []
     for job in jobs:
         try:
-            job.check(sum(other.needed_bytes for other in passed))
+            job.check(sum(other.needed_bytes for other in passed if other.device == job.device))
         except QloraKitError as error:
             _report(job, error, failures)
         else:
