@@ -1,5 +1,6 @@
 """``hub`` against a hub on this machine, through the real client and real connections."""
 
+import hashlib
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hub_endpoint import GOOD_TOKEN, READ_TOKEN, HubEndpoint
-from qlora_kit import export_model, load_quantized
+from qlora_kit import AlpacaFormatter, export_model, load_quantized, train_sft
 from qlora_kit.checkpoint import hub_session
 from qlora_kit.errors import (
     ConfigError,
@@ -135,12 +136,49 @@ def test_an_existing_repository_keeps_its_card_and_its_visibility(push, hub):
     assert artifact.facts["kept_card"] is False
 
 
-def test_weights_meant_to_be_private_do_not_go_to_a_public_repository(push, hub):
+@pytest.mark.parametrize("format", ["lora", "merged_16bit"])
+def test_no_local_path_is_pushed_and_nobody_else_reads_along(
+    push, hub, format, alpaca_rows, make_adapted, tiny_llama, tmp_path, monkeypatch
+):
+    model = make_adapted()
+    formatter = AlpacaFormatter(model.tokenizer)
+    run = tmp_path / "run"
+    train_sft(
+        model, formatter.load(alpaca_rows), output_dir=run, max_steps=1, save_strategy="no",
+        disable_tqdm=True,
+    )  # fmt: skip
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    modes = set()
+
+    def look(what, done, total):
+        modes.update(path.stat().st_mode & 0o777 for path in tmp_path.glob("*qlora_kit-*"))
+
+    artifact = push(model=model, format=format, progress=look)
+    assert modes == {0o700}
+    files = hub.repositories["me/model"].files
+    for name, data in files.items():
+        for path in (tiny_llama, run, tmp_path):
+            assert str(path).encode() not in data, name
+    manifest = json.loads(files["qlora_kit_manifest.json"])
+    assert manifest["base"]["path"] == tiny_llama.name
+    for entry in manifest["files"]:
+        assert entry["sha256"] == hashlib.sha256(files[entry["name"]]).hexdigest()
+    assert {file.name for file in artifact.files} <= set(files) | {"README.md"}
+
+
+def test_weights_meant_to_be_private_do_not_go_to_a_public_repository(push, hub, monkeypatch):
+    from qlora_kit.exporters.merged_16bit import Merged16bit
+
     repo = hub.add("me/model", private=False)
     with pytest.raises(ExportError, match=r"is public, and private=True.*nothing was pushed"):
         push(private=True)
     assert repo.files == {}
     assert not repo.commits
+    # Told before any work.
+    with monkeypatch.context() as patch:
+        patch.setattr(Merged16bit, "write", None)
+        with pytest.raises(ExportError, match="is public"):
+            push(private=True)
     push("me/open", private=False, format="lora")
     assert not hub.repositories["me/open"].private
 

@@ -110,6 +110,16 @@ class HubSession:
             self.repo_id = f"{answer['name']}/{self.repo_id}"
         return str(answer["name"])
 
+    def check_visibility(self) -> None:
+        """Refuse a repository that exists and is public, before any work.
+
+        Raises:
+            ExportError: When it is.
+        """
+        doing = f"Looking at the repository {self.repo_id}"
+        if self._call(lambda: self._api.repo_exists(self.repo_id), doing):
+            self._refuse_public(self._call(lambda: self._api.model_info(self.repo_id), doing))
+
     def open_repository(self, private: bool | None) -> bool:
         """Make the repository if it is not there.
 
@@ -132,13 +142,17 @@ class HubSession:
         info = self._call(
             lambda: self._api.model_info(self.repo_id), f"Looking at the repository {self.repo_id}"
         )
-        if private and not info.private:
+        if private:
+            self._refuse_public(info)
+        return bool(info.private)
+
+    def _refuse_public(self, info: Any) -> None:
+        if not info.private:
             raise ExportError(
                 f"{self.repo_id} exists and is public, and private=True was asked for, so nothing "
                 f"was pushed. Make it private at {self.endpoint}/{self.repo_id}/settings, give "
                 "another repo_id, or leave private out to push to it as it is."
             )
-        return bool(info.private)
 
     def list_files(self) -> list[str]:
         """Names of the files on the main branch."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from qlora_kit.checkpoint.anonymizing import hide_base_paths, hide_paths
 from qlora_kit.checkpoint.hub_session import HubSession
 from qlora_kit.checkpoint.model_card import describe_merged
 from qlora_kit.errors import ConfigError, MissingDependencyError
@@ -29,6 +30,7 @@ __all__ = ["Hub", "HubOptions"]
 logger = logging.getLogger(__name__)
 
 _CARD: Final = "README.md"
+_INNER: Final = ".export"
 #: Weight files whose names depend on how many there are, and the part they have in common.
 _SHARD: Final = re.compile(r"(\w+?)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
@@ -93,6 +95,8 @@ class Hub:
         estimate = inner.check(inner_request)
         # Last, because everything else can be told without the network.
         account = session.check_token()
+        if request.options.private:
+            session.check_visibility()
         where = f"pushing {inner.name} to {session.repo_id} as {account}."
         return ExportEstimate(estimate.disk_bytes, (where, *estimate.notes))
 
@@ -103,20 +107,26 @@ class Hub:
         artifact = export_model(
             request.model,
             options.format,
-            folder,
+            # Inside, because an export replaces its folder, and this one nobody else can read.
+            folder / _INNER,
             verify=request.verify,
             progress=request.progress,
             **options.format_options,
         )
+        for path in (folder / _INNER).iterdir():
+            path.rename(folder / path.name)
+        (folder / _INNER).rmdir()
+        files = hide_paths(request.model, folder, artifact.files)
         session = _connect(options)
         was_private = session.open_repository(options.private)
         remote = session.list_files()
-        names = [file.name for file in artifact.files]
+        names = [file.name for file in files]
         if _CARD in remote and not options.replace_card:
             names = [name for name in names if name != _CARD]
         extra = {}
         if _CARD not in remote and _CARD not in names:
-            extra[_CARD] = describe_merged(request.model, session.repo_id, inner.name).encode()
+            card = describe_merged(request.model, session.repo_id, inner.name)
+            extra[_CARD] = hide_base_paths(request.model, card).encode()
         commit = session.push(
             folder,
             names,
@@ -125,7 +135,7 @@ class Hub:
             message=options.commit_message or f"Upload {inner.name} made with qlora_kit",
             create_pr=options.create_pr,
         )
-        sizes = {file.name: file.size for file in artifact.files}
+        sizes = {file.name: file.size for file in files}
         session.confirm({name: sizes[name] for name in names}, commit.revision)
         return {
             **artifact.facts,
@@ -137,7 +147,7 @@ class Hub:
             "kept_card": _CARD in remote and not options.replace_card,
             "format": inner.name,
             "format_options": to_jsonable(inner_request.options),
-            "sha256": {file.name: file.sha256 for file in artifact.files},
+            "sha256": {file.name: file.sha256 for file in files},
         }
 
     def verify(self, request: ExportRequest, folder: Path) -> Verification:
