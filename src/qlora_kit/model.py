@@ -20,9 +20,9 @@ from qlora_kit.errors import (
     ModelNotFoundError,
     OfflineError,
     UnsupportedModelError,
-    did_you_mean,
 )
 from qlora_kit.manifest import read_manifest
+from qlora_kit.paths import describe_nearest, get_cache_folder
 from qlora_kit.results import AdaptedModel, LoadedModel
 
 if TYPE_CHECKING:
@@ -30,12 +30,9 @@ if TYPE_CHECKING:
 
     from qlora_kit.engines.base import Engine
 
-__all__ = ["CACHE_VARIABLE", "load_quantized"]
+__all__ = ["load_quantized"]
 
 logger = logging.getLogger(__name__)
-
-#: Where files that are made once and kept go, instead of ``~/.cache/qlora_kit``.
-CACHE_VARIABLE = "QLORA_KIT_CACHE"
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -126,7 +123,7 @@ def _load_base(path: Path, config: LoadConfig, engine: Engine) -> LoadedModel:
     if is_gguf:
         from qlora_kit.engines.native.gguf_base import dequantize_gguf
 
-        folder = dequantize_gguf(path, _cache_folder(config) / "gguf")
+        folder = dequantize_gguf(path, get_cache_folder(config.cache_dir) / "gguf")
     else:
         folder = path
         _check_checkpoint(folder)
@@ -220,7 +217,7 @@ def _find(name: str, config: LoadConfig) -> Path:
             )
         return path
     if not _looks_like_hub_name(name):
-        raise ModelNotFoundError(f"There is nothing at {path}.{_nearest(path)}")
+        raise ModelNotFoundError(f"There is nothing at {path}.{describe_nearest(path)}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -239,7 +236,7 @@ def _find(name: str, config: LoadConfig) -> Path:
         if config.local_files_only:
             raise OfflineError(
                 f"There is no folder {name!r}, and no model of that name in the local hub cache."
-                f"{_nearest(path)} Download it first, or allow it here with "
+                f"{describe_nearest(path)} Download it first, or allow it here with "
                 "local_files_only=False."
             ) from error
         raise ModelNotFoundError(f"{name!r} could not be downloaded: {error}") from error
@@ -253,18 +250,6 @@ def _looks_like_hub_name(name: str) -> bool:
         and "\\" not in name
         and not name.endswith((".gguf", "/"))
     )
-
-
-def _nearest(path: Path) -> str:
-    """A hint with existing names near a path that does not exist."""
-    parent = path.parent
-    while not parent.is_dir() and parent != parent.parent:
-        path, parent = parent, parent.parent
-    if not parent.is_dir():
-        return ""
-    names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
-    hint = did_you_mean(path.name, names)
-    return hint or (f" {parent} holds: {', '.join(names[:8])}." if names else "")
 
 
 def _check_checkpoint(folder: Path) -> None:
@@ -311,11 +296,3 @@ def _exists(path: str | Path) -> bool:
     # A name that no file system can hold: too long, or with a zero byte.
     except (OSError, ValueError):
         return False
-
-
-def _cache_folder(config: LoadConfig) -> Path:
-    chosen = config.cache_dir or os.environ.get(CACHE_VARIABLE)
-    if chosen:
-        return Path(chosen).expanduser()
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "qlora_kit"

@@ -11,11 +11,12 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+
+from qlora_kit.paths import get_cache_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,7 +39,7 @@ def find_cached(key: str) -> tuple[Dataset, dict[str, Any]] | None:
     """The dataset and report stored under a key, if they are there and whole."""
     from datasets import load_from_disk
 
-    folder = _folder() / key
+    folder = get_cache_folder() / "encoded" / key
     if not folder.is_dir():
         return None
     try:
@@ -54,7 +55,7 @@ def find_cached(key: str) -> tuple[Dataset, dict[str, Any]] | None:
 
 def store(key: str, dataset: Dataset, report: dict[str, Any]) -> Dataset:
     """Keep a dataset; returns it as read back, memory-mapped. A full disk only costs the cache."""
-    root = _folder()
+    root = get_cache_folder() / "encoded"
     try:
         root.mkdir(parents=True, exist_ok=True)
         # Written beside its place and renamed, so that no reader ever sees half of it.
@@ -87,11 +88,3 @@ def _without_progress() -> Any:
     finally:
         if not was_off:
             enable_progress_bars()
-
-
-def _folder() -> Path:
-    chosen = os.environ.get("QLORA_KIT_CACHE")
-    if chosen:
-        return Path(chosen).expanduser() / "encoded"
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "qlora_kit" / "encoded"

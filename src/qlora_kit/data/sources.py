@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from qlora_kit.data.problems import Location
 from qlora_kit.data.reading import READERS, RawRow, drop_nulls_inside, read_file
 from qlora_kit.errors import DataError, DataNotFoundError, OfflineError, QloraKitError, did_you_mean
+from qlora_kit.paths import describe_nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -73,7 +74,7 @@ def _read_named(name: str, split: str, *, local_files_only: bool) -> tuple[str, 
     if path.is_dir():
         return str(path), _read_folder(path, split)
     if not _looks_like_hub_name(name):
-        raise DataNotFoundError(f"There is nothing at {path}.{_nearest(path)}")
+        raise DataNotFoundError(f"There is nothing at {path}.{describe_nearest(path)}")
     return _read_hub(name, path, split, local_files_only=local_files_only)
 
 
@@ -164,7 +165,7 @@ def _read_hub(
     except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise OfflineError(
             f"There is no file or folder {name!r}, and no dataset of that name in the local hub "
-            f"cache.{_nearest(path)} Download it first, or allow it here with "
+            f"cache.{describe_nearest(path)} Download it first, or allow it here with "
             "local_files_only=False."
         ) from error
     return name, _read_folder(Path(folder), split)
@@ -176,15 +177,3 @@ def _looks_like_hub_name(name: str) -> bool:
         and not name.startswith(".")
         and Path(name).suffix.lower() not in {*READERS, ".txt", ".tsv", ".xlsx", ".gz", ".zip"}
     )
-
-
-def _nearest(path: Path) -> str:
-    """A hint with existing names near a path that does not exist."""
-    parent = path.parent
-    while not parent.is_dir() and parent != parent.parent:
-        path, parent = parent, parent.parent
-    if not parent.is_dir():
-        return ""
-    names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
-    hint = did_you_mean(path.name, names)
-    return hint or (f" {parent.absolute()} holds: {', '.join(names[:8])}." if names else "")
