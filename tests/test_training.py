@@ -511,6 +511,26 @@ def test_ctrl_c_in_the_last_evaluation_interrupts_no_training(
     assert not result.was_interrupted
 
 
+@pytest.mark.parametrize(
+    ("plan", "advice"),
+    [
+        ({"micro_batch_tokens": 96}, r'plan=\{"micro_batch_tokens": 48, "checkpointing": "full"\}'),
+        (False, "Lower per_device_train_batch_size"),
+    ],
+)
+def test_out_of_memory_advice_is_for_the_step_that_ran(model, alpaca_rows, tmp_path, plan, advice):
+    import torch
+
+    from qlora_kit.errors import TrainingError
+
+    def run_out():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    callback = _interrupting(1, run_out)
+    with pytest.raises(TrainingError, match=advice):
+        _train(model, alpaca_rows, tmp_path, plan=plan, callbacks=[callback])
+
+
 def test_another_runs_checkpoint_is_not_reported(make_model, alpaca_rows, tmp_path):
     saved = _train(
         make_model(), alpaca_rows, tmp_path, max_steps=2, save_strategy="steps", save_steps=2
