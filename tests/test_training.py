@@ -344,6 +344,18 @@ def test_optimizers_fall_back_where_they_do_not_run(model, alpaca_rows, tmp_path
     assert _train(model, alpaca_rows, tmp_path, optim="sgd").optimizer_note == ""
 
 
+def test_optimizers_are_taken_by_transformers_own_names():
+    import torch
+    from transformers.training_args import OptimizerNames
+
+    from qlora_kit.training.arguments import choose_optimizer
+
+    cpu = torch.device("cpu")
+    assert choose_optimizer(OptimizerNames.SGD, cpu).name == "sgd"
+    assert choose_optimizer(OptimizerNames.ADAMW_8BIT, cpu).name == "adamw_torch"
+    assert choose_optimizer("paged_ademamix_8bit", cpu).name == "adamw_torch"
+
+
 def test_resuming_goes_on_as_if_it_had_not_stopped(make_model, alpaca_rows, tmp_path):
     whole = _train(
         make_model(), alpaca_rows, tmp_path / "a", max_steps=6, save_strategy="steps", save_steps=3
