@@ -344,6 +344,18 @@ def test_optimizers_fall_back_where_they_do_not_run(model, alpaca_rows, tmp_path
     assert _train(model, alpaca_rows, tmp_path, optim="sgd").optimizer_note == ""
 
 
+def test_optimizers_are_taken_by_transformers_own_names():
+    import torch
+    from transformers.training_args import OptimizerNames
+
+    from qlora_kit.training.arguments import choose_optimizer
+
+    cpu = torch.device("cpu")
+    assert choose_optimizer(OptimizerNames.SGD, cpu).name == "sgd"
+    assert choose_optimizer(OptimizerNames.ADAMW_8BIT, cpu).name == "adamw_torch"
+    assert choose_optimizer("paged_ademamix_8bit", cpu).name == "adamw_torch"
+
+
 def test_resuming_goes_on_as_if_it_had_not_stopped(make_model, alpaca_rows, tmp_path):
     whole = _train(
         make_model(), alpaca_rows, tmp_path / "a", max_steps=6, save_strategy="steps", save_steps=3
@@ -512,6 +524,26 @@ def test_ctrl_c_in_the_last_evaluation_interrupts_no_training(
     assert pressed
     assert result.steps == len(result.losses) == 2
     assert not result.was_interrupted
+
+
+@pytest.mark.parametrize(
+    ("plan", "advice"),
+    [
+        ({"micro_batch_tokens": 96}, r'plan=\{"micro_batch_tokens": 48, "checkpointing": "full"\}'),
+        (False, "Lower per_device_train_batch_size"),
+    ],
+)
+def test_out_of_memory_advice_is_for_the_step_that_ran(model, alpaca_rows, tmp_path, plan, advice):
+    import torch
+
+    from qlora_kit.errors import TrainingError
+
+    def run_out():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    callback = _interrupting(1, run_out)
+    with pytest.raises(TrainingError, match=advice):
+        _train(model, alpaca_rows, tmp_path, plan=plan, callbacks=[callback])
 
 
 def test_another_runs_checkpoint_is_not_reported(make_model, alpaca_rows, tmp_path):

@@ -56,7 +56,11 @@ _AT_LEAST_ONE: Final = (
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
 )  # fmt: skip
 
-_EIGHT_BIT: Final = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
+#: Optimizers of bitsandbytes that are left to a GPU.
+_ON_GPU: Final = (
+    "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit",
+    "paged_ademamix_8bit", "paged_ademamix_32bit",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,9 +200,10 @@ def choose_optimizer(asked: str | None, device: torch.device) -> Optimizer:
 
     On a CPU, bitsandbytes' optimizers go through triton, which fails or compiles for minutes.
     """
-    wanted = asked or "adamw_8bit"
-    if wanted not in _EIGHT_BIT:
-        return Optimizer(str(wanted))
+    # transformers' OptimizerNames is taken as well as its value.
+    wanted = str(getattr(asked, "value", asked) or "adamw_8bit")
+    if wanted not in _ON_GPU:
+        return Optimizer(wanted)
     if device.type in ("cuda", "xpu") and importlib.util.find_spec("bitsandbytes") is not None:
         return Optimizer(wanted)
     reason = (

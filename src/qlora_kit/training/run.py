@@ -86,9 +86,8 @@ def run_training(
             if type(error).__name__ != "OutOfMemoryError":
                 raise
             raise TrainingError(
-                f"Out of memory: {str(error).splitlines()[0]} The batch was not changed. Lower "
-                "per_device_train_batch_size (and raise gradient_accumulation_steps alike, which "
-                "keeps the maths), lower max_length, or set gradient_checkpointing=True."
+                f"Out of memory: {str(error).splitlines()[0]} The batch was not changed. "
+                f"{_advise_on_memory(trainer)}"
             ) from error
         finally:
             line.close()
@@ -129,6 +128,21 @@ def _adopt_chat_template(model: AdaptedModel, formatter: Any) -> None:
     if spec.get("name") == "custom" and isinstance(template, str):
         model.tokenizer.chat_template = template
         logger.info("The tokenizer's chat template is the formatter's from now on.")
+
+
+def _advise_on_memory(trainer: Any) -> str:
+    plan = getattr(trainer, "fast_plan", None)
+    if plan is None:
+        return (
+            "Lower per_device_train_batch_size (and raise gradient_accumulation_steps alike, which "
+            "keeps the maths), lower max_length, or set gradient_checkpointing=True."
+        )
+    # This step lays a whole effective batch out anew, however the settings split it.
+    fewer = max(1, plan.micro_batch_tokens // 2)
+    return (
+        f'Set plan={{"micro_batch_tokens": {fewer}, "checkpointing": "full"}}, which keeps the '
+        "maths, or lower max_length: no example is split."
+    )
 
 
 def _make_trainer(model: AdaptedModel, job: TrainJob) -> Any:
