@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from qlora_kit.errors import ConfigError, DestinationExistsError, ExportError
+from qlora_kit.errors import ConfigError, DestinationExistsError, ExportError, QloraKitError
 
 __all__ = ["StagedFolder", "check_destination", "clean_leftovers", "stage_folder"]
 
@@ -118,6 +118,8 @@ def check_destination(destination: Path, *, overwrite: bool, protected: tuple[Pa
     """
     try:
         _check_destination(destination, overwrite=overwrite, protected=protected)
+    except QloraKitError:  # some of which are OSErrors too
+        raise
     except OSError as error:
         raise ConfigError(
             f"{destination} cannot be written: {error}. Give the path of a folder of your own."
