@@ -222,7 +222,8 @@ def test_wrong_options_fail_before_any_work(adapted, tmp_path):
 def test_merging_needs_memory_for_a_tensor_not_for_a_model(tmp_path, load_in_4bit, format):
     """A 135 MB checkpoint whose largest tensor has 4 MiB, pages of its files counted in.
 
-    Shards are written two at a time, so the second bound is twice the first.
+    Twelve measurements gave 7.1 to 8.1 and, with two shards at a time, 8.0 to 9.1 times that
+    tensor; the whole checkpoint would be 33 times.
     """
     import os
     import subprocess
@@ -265,7 +266,7 @@ print(measure("one"), measure("several", max_shard_size="10MB"))
     largest = 1024 * 2048 * 2
     # bitsandbytes quantizes in float32 and 32-bit integers.
     size = largest * (2 if format == "merged_4bit" else 1)
-    assert one < 8 * size
+    assert one < 11 * size
     assert several < 14 * size
 
 
