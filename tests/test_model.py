@@ -356,10 +356,6 @@ def test_four_bit_without_bitsandbytes_says_the_way_out(tiny_llama, monkeypatch)
 
 
 def test_auto_logs_which_engine_and_why(tiny_llama, caplog):
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU, where auto may take unsloth")
     with caplog.at_level("INFO"):
         assert load_quantized(tiny_llama).engine.name == "native"
     assert "Engine 'native': " in caplog.text

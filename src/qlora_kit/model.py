@@ -72,7 +72,9 @@ def load_quantized(
         load_in_8bit: bitsandbytes' LLM.int8() instead.
         local_files_only: Never touch the network; a hub name is looked up in the local cache.
             ``False`` downloads what is missing.
-        engine: ``"auto"``, ``"native"``, ``"unsloth"``, or an engine of your own.
+        engine: ``"native"``, ``"unsloth"``, an engine of your own, or ``"auto"``: native where it
+            computes the architecture's training steps itself and where unsloth is missing or has
+            no GPU, else unsloth.
         is_trainable: For a saved adapter: whether it trains on, or only answers.
         token: Hub token for private models.
         revision: Hub branch, tag or commit.
@@ -113,12 +115,14 @@ def load_quantized(
         is_trainable=is_trainable,
     )
     path = _find(name, config)
+    # An engine that was named is made first: unsloth patches what is imported after it.
+    chosen = engine if engine == "auto" else resolve_engine(engine)
     if path.is_dir() and (path / _ADAPTER_CONFIG).is_file():
-        return _load_adapter(path, config, resolve_engine(engine))
-    return _load_base(path, config, resolve_engine(engine))
+        return _load_adapter(path, config, chosen)
+    return _load_base(path, config, chosen)
 
 
-def _load_base(path: Path, config: LoadConfig, engine: Engine) -> LoadedModel:
+def _load_base(path: Path, config: LoadConfig, engine: str | Engine) -> LoadedModel:
     is_gguf = path.is_file()
     if is_gguf:
         from qlora_kit.engines.native.gguf_base import dequantize_gguf
@@ -127,6 +131,8 @@ def _load_base(path: Path, config: LoadConfig, engine: Engine) -> LoadedModel:
     else:
         folder = path
         _check_checkpoint(folder)
+    if isinstance(engine, str):
+        engine = resolve_engine(engine, folder)
     loaded = engine.load(dataclasses.replace(config, model_name=str(folder)))
     base = dataclasses.replace(
         loaded.base,
@@ -137,7 +143,7 @@ def _load_base(path: Path, config: LoadConfig, engine: Engine) -> LoadedModel:
     return dataclasses.replace(loaded, base=base, config=config)
 
 
-def _load_adapter(path: Path, config: LoadConfig, engine: Engine) -> AdaptedModel:
+def _load_adapter(path: Path, config: LoadConfig, engine: str | Engine) -> AdaptedModel:
     saved = _read_adapter_config(path)
     manifest = read_manifest(path)
     base_name = _find_base_of(path, saved, manifest)
@@ -148,7 +154,7 @@ def _load_adapter(path: Path, config: LoadConfig, engine: Engine) -> AdaptedMode
         config, model_name=base_name, revision=asked or saved.get("revision")
     )
     loaded = _load_base(_find(base_name, base_config), base_config, engine)
-    adapted = engine.attach_saved(loaded, path, is_trainable=config.is_trainable)
+    adapted = loaded.engine.attach_saved(loaded, path, is_trainable=config.is_trainable)
     spec = manifest.get("formatter")
     return _restore_formatter(adapted, spec) if isinstance(spec, Mapping) else adapted
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.engines.base import Engine
@@ -20,12 +22,14 @@ logger = logging.getLogger(__name__)
 ENGINE_NAMES = ("auto", "native", "unsloth")
 
 
-def resolve_engine(engine: str | Engine = "auto") -> Engine:
+def resolve_engine(engine: str | Engine = "auto", folder: Path | None = None) -> Engine:
     """Turn ``engine=`` into an engine, log the choice and its reason.
 
     Args:
-        engine: ``"auto"`` takes unsloth on a GPU it supports when it is installed and native
-            otherwise; a name takes that engine or fails; an instance is used as it is.
+        engine: ``"auto"`` takes native where it computes the model's training steps itself and
+            wherever unsloth is missing or has no GPU that it supports, else unsloth; a name
+            takes that engine or fails; an instance is used as it is.
+        folder: The checkpoint to be loaded, whose ``config.json`` decides for ``"auto"``.
 
     Raises:
         ConfigError: When there is no engine of that name.
@@ -44,7 +48,7 @@ def resolve_engine(engine: str | Engine = "auto") -> Engine:
             f"There is no engine {engine!r}.{did_you_mean(engine, ENGINE_NAMES)} "
             f"Choose one of {', '.join(ENGINE_NAMES)}."
         )
-    name, reason = (engine, "asked for by name") if engine != "auto" else _choose()
+    name, reason = (engine, "asked for by name") if engine != "auto" else _choose(folder)
     made = _MAKERS[name]()
     logger.info("Engine %r: %s.", name, reason)
     if name == "native" and "unsloth" in sys.modules:
@@ -56,7 +60,7 @@ def resolve_engine(engine: str | Engine = "auto") -> Engine:
     return made
 
 
-def _choose() -> tuple[str, str]:
+def _choose(folder: Path | None) -> tuple[str, str]:
     if importlib.util.find_spec("unsloth") is None:
         return "native", "unsloth is not installed"
     import torch
@@ -66,7 +70,23 @@ def _choose() -> tuple[str, str]:
     capability = torch.cuda.get_device_capability()
     if capability < (7, 0):
         return "native", f"unsloth needs compute capability 7.0, this GPU has {capability}"
-    return "unsloth", f"unsloth is installed and supports {torch.cuda.get_device_name()}"
+    obstacle = _find_obstacle(folder)
+    if obstacle is None:
+        return "native", "it computes this architecture's training steps itself"
+    return "unsloth", (
+        f"it is installed and supports {torch.cuda.get_device_name()}, and native would train "
+        f"through TRL and peft: {obstacle}"
+    )
+
+
+def _find_obstacle(folder: Path | None) -> str | None:
+    if folder is None:
+        return "the architecture is not known"
+    from qlora_kit.engines.native.fast.families import find_architecture_obstacle
+
+    return find_architecture_obstacle(
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    )
 
 
 def _make_native() -> Engine:

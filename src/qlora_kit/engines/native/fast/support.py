@@ -6,17 +6,13 @@ from typing import Any, Final
 
 import torch
 
-__all__ = ["find_obstacle"]
+from qlora_kit.engines.native.fast.families import DECODERS, find_architecture_obstacle
 
-#: transformers' decoders whose layers are what ``layer.decoder_layer`` computes.
-_DECODERS: Final = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
+__all__ = ["find_obstacle"]
 
 #: The projections of a layer, where every parameter may train.
 _ATTENTION: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP: Final = ("gate_proj", "up_proj", "down_proj")
-
-#: Rotary embeddings that do not depend on the length of the batch.
-_ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
 
 
 def find_obstacle(model: Any, args: Any, extra: dict[str, Any]) -> str | None:
@@ -38,22 +34,13 @@ def _dtype_of(model: Any) -> torch.dtype:
 def _find_in_model(model: Any) -> str | None:
     base = model.get_base_model()
     decoder: Any = getattr(base, "model", None)
-    name = type(decoder).__name__
-    if name not in _DECODERS or not type(decoder).__module__.startswith("transformers.models."):
-        return f"{type(base).__name__} is not of the Llama family"
-    config = base.config
-    if config.hidden_act != "silu":
-        return f"the activation is {config.hidden_act}"
-    if getattr(config, "attention_dropout", 0.0):
-        return f"attention_dropout={config.attention_dropout}"
-    layer_types = getattr(config, "layer_types", None) or ()
-    if "sliding_attention" in layer_types or (
-        name == "MistralModel" and getattr(config, "sliding_window", None)
+    if type(decoder).__name__ not in DECODERS.values() or not type(decoder).__module__.startswith(
+        "transformers.models."
     ):
-        return "the model attends through a sliding window"
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope not in _ROPE_TYPES:
-        return f"rotary embeddings of type {rope!r}"
+        return f"{type(base).__name__} is not of the Llama family"
+    obstacle = find_architecture_obstacle(base.config.to_dict())
+    if obstacle is not None:
+        return obstacle
     head = base.get_output_embeddings()
     if type(head) is not torch.nn.Linear or head.bias is not None or head.weight.requires_grad:
         return "the language-model head is trained, adapted, quantized or has a bias"
