@@ -14,10 +14,11 @@ import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from qlora_kit.engines.native.fast.execution import StepRunner
-from qlora_kit.engines.native.fast.layout import Example, keep_rows, split_rows
+from qlora_kit.engines.native.fast.layout import IGNORED, Example, keep_rows, split_rows
 from qlora_kit.engines.native.fast.plan import FastPlan, resolve_plan
 from qlora_kit.engines.native.fast.runtime import FastRuntime
 
@@ -37,10 +38,15 @@ class FastSteps:
 
     _runner: StepRunner | None = None
     _asked: FastPlan
+    train_dataset: Any
 
     def start_fast(self, model: Any, asked: FastPlan) -> None:
         """Compute training steps of a ``PeftModel`` here from now on."""
         self._runner = StepRunner(FastRuntime(model, asked))
+        # Arrays out of the dataset's memory: as lists, numbers would be turned over one by one
+        # while the GPU waits.
+        if hasattr(self.train_dataset, "with_format"):
+            self.train_dataset = self.train_dataset.with_format("numpy")
         self._asked = asked
         self._fast_metrics: dict[str, list[Any]] = {"train": [], "eval": []}
         self._parameter_count: int | None = None
@@ -207,13 +213,13 @@ class FastSteps:
 
 def _as_sample(examples: list[Example]) -> dict[str, Any]:
     """What other code may look at (token ids, and labels in place), and the examples."""
-    labels = []
-    for example in examples:
-        # In a row, the label of a token lies where the token lies; the first has none.
-        labels += [torch.tensor([-100]), torch.from_numpy(example.targets[:-1])]
+    input_ids = np.concatenate([example.input_ids for example in examples])
+    # In a row, the label of a token lies where the token lies. An example's last target is -100,
+    # which becomes the label of the next one's first token.
+    labels = np.concatenate([[IGNORED], *(example.targets for example in examples)])[:-1]
     return {
-        "input_ids": torch.cat([torch.from_numpy(example.input_ids) for example in examples]),
-        "labels": torch.cat(labels),
+        "input_ids": torch.from_numpy(input_ids),
+        "labels": torch.from_numpy(labels),
         _EXAMPLES: examples,
     }
 
@@ -223,6 +229,8 @@ def _measure_rows(dataset: Any, rows: int, lengths: list[int]) -> tuple[int, int
     longest, step_tokens = max(lengths), sum(lengths)
     if not hasattr(dataset, "column_names") or "input_ids" not in (dataset.column_names or ()):
         return longest, step_tokens, step_tokens
+    # As lists: a whole column of arrays takes five times as long.
+    dataset = dataset.with_format(None)
     sizes = sorted((len(ids) for ids in dataset["input_ids"]), reverse=True)
     if "seq_lengths" in dataset.column_names:
         longest = max(max(parts, default=0) for parts in dataset["seq_lengths"])
