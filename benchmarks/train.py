@@ -60,8 +60,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="where the model goes; default: --out")
     parser.add_argument("--rows", nargs="*", help=f"of: {', '.join(row.name for row in ROWS)}")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument(
+        "--packed-steps", type=int, default=0, help="of lines with packed rows; default: --steps"
+    )
     parser.add_argument("--warmup", type=int, default=6, help="steps not counted")
     parser.add_argument("--max-length", type=int, default=2048)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--timeout", type=int, default=300, help="seconds per line")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -90,7 +94,9 @@ def _prepare(options: argparse.Namespace) -> dict[str, Any]:
         "prepare_seconds": round(time.perf_counter() - started, 1),
         "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(),
+        "dtype": options.dtype,
         "steps": options.steps,
+        "packed_steps": options.packed_steps or options.steps,
         "warmup": options.warmup,
     }
     print(f"prepared in {facts['prepare_seconds']} s: {facts['device']}", flush=True)
@@ -104,7 +110,7 @@ def _run(row: Row, facts: dict[str, Any], options: argparse.Namespace) -> dict[s
         "kind": "train",
         "row": row.name,
         "facts": facts,
-        "steps": row.steps or options.steps,
+        "steps": row.steps or (row.packed and options.packed_steps) or options.steps,
         "warmup": options.warmup,
         "result": str(result_file.resolve()),
         "work": str((options.work or options.out).resolve()),
@@ -151,21 +157,22 @@ def _render(facts: dict[str, Any], results: list[dict[str, Any]]) -> str:
     classic = next((r for r in done if r["row"].startswith("trl-classic")), None)
     lines = [
         f"{facts['date']}, {facts['device']}, {facts['model_name']}, "
-        f"{facts['parameters'] / 1e9:.2f} B parameters, {facts['versions']}",
+        f"{facts['parameters'] / 1e9:.2f} B parameters, {facts['dtype']}, {facts['versions']}",
         "",
-        "| line | tokens/s | of TRL's classic | of the limit | ms/step | processor s/step | "
-        "peak GiB (allocated / reserved) | first step s | loss of the last step |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| line | tokens/s | median step's | of TRL's classic | of the limit | ms/step | "
+        "processor s/step | peak GiB (allocated / reserved) | first step s | last loss |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         if "error" in result:
-            lines.append(f"| {result['row']} | {result['error'][:160]} | | | | | | | |")
+            lines.append(f"| {result['row']} | {result['error'][:160]} | | | | | | | | |")
             continue
         speed = result["tokens_per_second"]
         ratio = f"{speed / classic['tokens_per_second']:.2f} x" if classic else ""
         share = f"{speed / limit:.0%}" if limit else ""
         lines.append(
-            f"| {result['row']} | {speed:,.0f} | {ratio} | {share} | "
+            f"| {result['row']} | {speed:,.0f} | "
+            f"{result['median_tokens_per_second']:,.0f} | {ratio} | {share} | "
             f"{result['step_seconds'] * 1000:,.0f} | {result['processor_seconds']:.2f} | "
             f"{result['peak_gib']:.2f} / "
             f"{result['reserved_gib']:.2f} | {result['first_step_seconds']:.1f} | "
@@ -173,20 +180,22 @@ def _render(facts: dict[str, Any], results: list[dict[str, Any]]) -> str:
         )
     if limit:
         lines += ["", f"Arithmetic limit: {limit:,.0f} tokens/s."]
-    lines += _compare_curves(done, classic)
+    for peer in ("trl-classic", "unsloth-classic"):
+        lines += _compare_curves(done, peer)
     return "\n".join(lines) + "\n"
 
 
-def _compare_curves(done: list[dict[str, Any]], classic: dict[str, Any] | None) -> list[str]:
-    """How far each run of the same steps is from TRL's classic run, step by step."""
-    if classic is None:
+def _compare_curves(done: list[dict[str, Any]], peer: str) -> list[str]:
+    """How far each run of the same steps is from a peer's run of the classic script."""
+    reference = next((result for result in done if result["row"].startswith(peer)), None)
+    if reference is None:
         return []
     same = {row.name for row in ROWS if (row.batch * row.accumulation, row.packed) == (8, 0)}
-    lines = ["", "Loss per step against TRL's classic run, over the steps both did:", ""]
+    lines = ["", f"Loss per step against {reference['row']}, over the steps both did:", ""]
     for result in done:
-        if result is classic or result["row"] not in same:
+        if result is reference or result["row"] not in same:
             continue
-        pairs = list(zip(result["losses"], classic["losses"], strict=False))
+        pairs = list(zip(result["losses"], reference["losses"], strict=False))
         gaps = [abs(ours - theirs) for ours, theirs in pairs]
         lines.append(
             f"- {result['row']}: {len(gaps)} steps, largest difference {max(gaps):.4f}, "

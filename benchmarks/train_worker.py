@@ -138,6 +138,7 @@ def _train(job: dict[str, Any]) -> dict[str, Any]:
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {
         "tokens_per_second": sum(t for _, t in kept) / sum(s for s, _ in kept),
+        "median_tokens_per_second": statistics.median(t / s for s, t in kept),
         "step_seconds": statistics.median(s for s, _ in kept),
         "processor_seconds": statistics.median(watch.processor_seconds[first:]),
         "tokens_per_step": statistics.mean(t for _, t in kept),
@@ -169,7 +170,7 @@ def _arguments(row: Row, job: dict[str, Any]) -> dict[str, Any]:
         "seed": 3407,
         "report_to": "none",
         "optim": "adamw_8bit" if on_gpu else "adamw_torch",
-        "bf16": True,
+        "bf16": job["facts"]["dtype"] == "bfloat16",
         "use_cpu": not on_gpu,
         "save_strategy": "no",
         "disable_tqdm": True,
@@ -191,7 +192,8 @@ def _make_ours(row: Row, job: dict[str, Any]) -> Run:
     logging.basicConfig(level=logging.INFO)
     from qlora_kit import attach_lora, load_quantized, train_sft
 
-    model = attach_lora(load_quantized(job["facts"]["model"], dtype="bfloat16", engine="native"))
+    facts = job["facts"]
+    model = attach_lora(load_quantized(facts["model"], dtype=facts["dtype"], engine="native"))
     plan = dict(row.plan)
     if row.checkpointing is not None:
         plan["checkpointing"] = row.checkpointing
@@ -230,7 +232,8 @@ def _make_trl(row: Row, job: dict[str, Any]) -> Run:
     from qlora_kit import attach_lora, load_quantized
     from qlora_kit.engines.native.trainer import NativeTrainer
 
-    model = attach_lora(load_quantized(job["facts"]["model"], dtype="bfloat16", engine="native"))
+    facts = job["facts"]
+    model = attach_lora(load_quantized(facts["model"], dtype=facts["dtype"], engine="native"))
     packing = {"packing": True, "max_length": row.packed} if row.packed else {"max_length": None}
     args = SFTConfig(
         **_arguments(row, job), gradient_checkpointing=bool(row.checkpointing), **packing
@@ -251,8 +254,8 @@ def _make_unsloth(row: Row, job: dict[str, Any]) -> Run:
 
     length = row.packed or job["facts"]["max_length"]
     model, tokenizer = FastLanguageModel.from_pretrained(
-        job["facts"]["model"], max_seq_length=length, dtype=torch.bfloat16, load_in_4bit=True,
-        local_files_only=True,
+        job["facts"]["model"], max_seq_length=length, load_in_4bit=True,
+        dtype=getattr(torch, job["facts"]["dtype"]), local_files_only=True,
     )  # fmt: skip
     model = FastLanguageModel.get_peft_model(
         model, r=16, lora_alpha=16, lora_dropout=0, bias="none", random_state=3407,
