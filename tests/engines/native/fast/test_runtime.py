@@ -194,9 +194,11 @@ def test_compiled_equals_eager(make_adapted, token_rows):
 def test_without_a_compiler_it_runs_plainly_and_says_why(
     make_adapted, token_rows, caplog, monkeypatch
 ):
-    import shutil
+    from types import SimpleNamespace
 
     from torch._inductor import cpp_builder, exc
+
+    from qlora_kit.engines.native.fast import compilation
 
     def refuse(*args, **kwargs):
         raise exc.InvalidCxxCompiler
@@ -204,7 +206,7 @@ def test_without_a_compiler_it_runs_plainly_and_says_why(
     model = make_adapted("llama").model
     if model.device.type == "cuda":
         # Triton compiles its launchers as C.
-        monkeypatch.setattr(shutil, "which", lambda *args, **kwargs: None)
+        monkeypatch.setattr(compilation, "shutil", SimpleNamespace(which=lambda name: None))
         said = "triton needs a C compiler, and none was found"
     else:
         monkeypatch.setattr(cpp_builder, "get_cpp_compiler", refuse)
