@@ -37,8 +37,11 @@ def _train(model, rows, folder, **arguments):
 
 
 def again(losses, rel=0.0):
-    """The losses of a run repeated: within ``rel`` on a CPU, bit for bit by default."""
-    return pytest.approx(losses, rel=tolerance(cpu=rel, gpu=1e-3), abs=0.0)
+    """The losses of a run repeated: within ``rel`` on a CPU, bit for bit by default.
+
+    Another order of the rows moves them by 2e-4 and more.
+    """
+    return pytest.approx(losses, rel=tolerance(cpu=rel, gpu=5e-5), abs=0.0)
 
 
 def test_training_lowers_the_loss_and_reports_what_it_did(model, alpaca_rows, tmp_path):
