@@ -2,6 +2,7 @@
 
 import pytest
 
+from forward import logits_of
 from qlora_kit import attach_lora, load_quantized
 from qlora_kit.config import DEFAULT_TARGET_MODULES
 from qlora_kit.errors import ConfigError
@@ -25,17 +26,10 @@ def _adapted_names(model):
     }
 
 
-def _logits(model):
-    import torch
-
-    with torch.no_grad():
-        return model.model.eval()(torch.tensor([[5, 6, 7, 8, 9]])).logits.float()
-
-
 def test_the_classic_scripts_call_works_by_position_and_name(base, caplog):
     import torch
 
-    before = _logits(base)
+    before = logits_of(base.model)
     with caplog.at_level("INFO"):
         model = attach_lora(
             base,
@@ -57,7 +51,7 @@ def test_the_classic_scripts_call_works_by_position_and_name(base, caplog):
     assert sum(p.numel() for p in trained) == model.trainable_parameters
     assert {p.dtype for p in trained} == {torch.float32}
     # B starts at zero, so a fresh adapter changes nothing.
-    assert torch.equal(_logits(model), before)
+    assert torch.equal(logits_of(model.model), before)
 
 
 @pytest.mark.parametrize(
@@ -141,18 +135,18 @@ def test_dora_starts_at_the_base_and_trains_magnitudes(tiny_llama, quantized):
     import torch
 
     loaded = load_quantized(tiny_llama, dtype="float32", load_in_4bit=quantized)
-    before = _logits(loaded)
+    before = logits_of(loaded.model)
     model = attach_lora(loaded, r=4, use_dora=True)
     assert any("magnitude" in n for n, p in model.model.named_parameters() if p.requires_grad)
-    torch.testing.assert_close(_logits(model), before, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(logits_of(model.model), before, atol=2e-5, rtol=1e-4)
 
 
 def test_pissa_starts_at_the_base_with_principal_directions(base16):
     import torch
 
-    before = _logits(base16)
+    before = logits_of(base16.model)
     model = attach_lora(base16, r=8, init_lora_weights="pissa")
-    torch.testing.assert_close(_logits(model), before, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits_of(model.model), before, atol=1e-4, rtol=1e-4)
     assert any(p.abs().max() > 0 for n, p in model.model.named_parameters() if "lora_B" in n), (
         "PiSSA starts with B away from zero"
     )
@@ -168,11 +162,12 @@ def test_starts_that_change_the_base_say_the_way_out_of_a_quantized_one(base, st
                                        {"init_lora_weights": "loftq"}])  # fmt: skip
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_loftq_brings_a_four_bit_base_nearer_to_the_original(tiny_llama, arguments, use_rslora):
-    original = _logits(load_quantized(tiny_llama, dtype="float32", load_in_4bit=False))
+    exact = load_quantized(tiny_llama, dtype="float32", load_in_4bit=False)
+    original = logits_of(exact.model)
     loaded = load_quantized(tiny_llama, dtype="float32")
-    quantized_error = (_logits(loaded) - original).norm()
+    quantized_error = (logits_of(loaded.model) - original).norm()
     model = attach_lora(loaded, r=32, lora_alpha=8, use_rslora=use_rslora, **arguments)
-    assert (_logits(model) - original).norm() < 0.8 * quantized_error
+    assert (logits_of(model.model) - original).norm() < 0.8 * quantized_error
 
 
 def test_loftq_needs_a_four_bit_base_with_an_original(base16, tiny_llama, tmp_path):

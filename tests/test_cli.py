@@ -177,7 +177,9 @@ def test_a_reader_that_goes_away_is_no_traceback(trained):
         check=False,
         timeout=300,
     )
-    assert process.stderr == ""
+    # Packages may warn there; what is looked for is what a closed pipe leads to.
+    assert "Traceback" not in process.stderr
+    assert "BrokenPipe" not in process.stderr
 
 
 def test_settings_that_have_an_argument_of_their_own_are_refused():

@@ -232,7 +232,8 @@ def test_killed_at_any_moment_the_destination_is_absent_old_or_whole(tmp_path):
     result = subprocess.run(
         [sys.executable, str(script), str(tmp_path), str(rounds)],
         capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # On the CPU everywhere: CUDA does not survive a fork.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     report = json.loads(result.stdout.splitlines()[-1])

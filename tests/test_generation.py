@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from forward import logits_of
 from qlora_kit import AlpacaFormatter, attach_lora, generate_stream, load_quantized
 from qlora_kit.errors import ConfigError, UnknownOptionError
 
@@ -28,7 +29,7 @@ def _threads():
 
 
 def test_the_text_is_what_plain_generate_decodes_to(model):
-    ids = model.tokenizer(PROMPT, return_tensors="pt")
+    ids = model.tokenizer(PROMPT, return_tensors="pt").to(model.model.device)
     plain = model.model.eval().generate(**ids, max_new_tokens=24, do_sample=False)
     new = plain[0, ids["input_ids"].shape[1] :]
     expected = model.tokenizer.decode(new, skip_special_tokens=True)
@@ -44,10 +45,7 @@ def test_the_text_is_what_plain_generate_decodes_to(model):
 def test_it_stops_at_the_end_token(model):
     first = next(iter(generate_stream(model, PROMPT, max_new_tokens=1)))
     ids = model.tokenizer(PROMPT)["input_ids"]
-    import torch
-
-    with torch.no_grad():
-        token = int(model.model(torch.tensor([ids])).logits[0, -1].argmax())
+    token = int(logits_of(model.model, [ids])[0, -1].argmax())
     chunks = list(generate_stream(model, PROMPT, max_new_tokens=8, eos_token_id=token))
     assert [chunk.finish_reason for chunk in chunks] == ["eos"]
     assert chunks[0].text == ""

@@ -100,7 +100,7 @@ def test_the_adapter_answers_alike_in_plain_peft(trained, tmp_path):
     ).eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "lora")
     prompt = formatter.prompt(*QUESTION)
-    ids = torch.tensor([tokenizer(str(prompt))["input_ids"]])
+    ids = torch.tensor([tokenizer(str(prompt))["input_ids"]], device=model.model.device)
     assert ids[0].tolist() == list(prompt.token_ids)
     with torch.no_grad(), model.engine.inference(model) as live:
         expected = live(ids).logits.float().log_softmax(-1)

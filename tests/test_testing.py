@@ -61,7 +61,7 @@ class Raw:
 
     def read(self, request):
         parameters = request.model.model.parameters()
-        return b"".join(p.detach().numpy().tobytes() for p in parameters if p.requires_grad)
+        return b"".join(p.detach().cpu().numpy().tobytes() for p in parameters if p.requires_grad)
 
 
 def test_a_good_exporter_passes_and_the_model_is_put_back(tiny):

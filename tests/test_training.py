@@ -7,6 +7,7 @@ import signal
 
 import pytest
 
+from forward import tolerance
 from qlora_kit import AlpacaFormatter, attach_lora, load_quantized, train_sft
 from qlora_kit.errors import ConfigError, DataError, UnknownOptionError
 
@@ -35,6 +36,14 @@ def _train(model, rows, folder, **arguments):
     return train_sft(model, formatter.load(rows), output_dir=folder, **{**FAST, **arguments})
 
 
+def again(losses, rel=0.0):
+    """The losses of a run repeated: within ``rel`` on a CPU, bit for bit by default.
+
+    Another order of the rows moves them by 2e-4 and more.
+    """
+    return pytest.approx(losses, rel=tolerance(cpu=rel, gpu=5e-5), abs=0.0)
+
+
 def test_training_lowers_the_loss_and_reports_what_it_did(model, alpaca_rows, tmp_path):
     result = _train(model, alpaca_rows, tmp_path, max_steps=8)
     assert result.steps == len(result.losses) == 8
@@ -42,7 +51,9 @@ def test_training_lowers_the_loss_and_reports_what_it_did(model, alpaca_rows, tm
     assert result.losses[0] == pytest.approx(math.log(384), rel=0.1)
     assert 0 < result.trained_tokens < result.tokens_seen
     assert result.tokens_per_second == pytest.approx(result.tokens_seen / result.seconds)
-    assert result.peak_memory_gib >= result.memory_before_gib > 0.1
+    # A GPU counts what torch has reserved on it, a CPU the whole process.
+    least = 0 if model.model.device.type == "cuda" else 0.1
+    assert result.peak_memory_gib >= result.memory_before_gib > least
     assert result.device
     assert {"torch", "trl", "peft", "transformers"} <= set(result.versions)
     assert not result.was_interrupted
@@ -118,8 +129,8 @@ def test_the_same_seed_gives_the_same_losses(make_model, alpaca_rows, tmp_path):
     first = _train(make_model(), alpaca_rows, tmp_path / "a")
     second = _train(make_model(), alpaca_rows, tmp_path / "b")
     other = _train(make_model(), alpaca_rows, tmp_path / "c", seed=1)
-    assert first.losses == second.losses
-    assert first.losses != other.losses
+    assert first.losses == again(second.losses)
+    assert first.losses != again(other.losses)
 
 
 @pytest.mark.parametrize("arguments", [
@@ -216,7 +227,7 @@ def test_generating_before_and_during_training_does_not_change_it(
     asked.extend(generate_stream(model, "Say the number", max_new_tokens=3))
     result = _train(model, alpaca_rows, tmp_path / "b", callbacks=[Asks()])
     assert len(asked) >= 5
-    assert result.losses == pytest.approx(plain.losses, rel=1e-6)
+    assert result.losses == again(plain.losses, rel=1e-6)
 
 
 def test_evaluation_runs_by_itself_when_rows_are_given(model, alpaca_rows, tmp_path):
@@ -303,12 +314,12 @@ def test_plain_datasets_and_tokenized_rows_are_taken(make_model, alpaca_rows, tm
     by_dataset = train_sft(
         make_model(), Dataset.from_list(alpaca_rows), output_dir=tmp_path / "b", **FAST
     )
-    assert by_dataset.losses == by_rows.losses
+    assert by_dataset.losses == again(by_rows.losses)
     model = make_model()
     formatter = AlpacaFormatter(model.tokenizer)
     encoded = formatter.encode(formatter.load(alpaca_rows), max_length=128).dataset
     tokenized = train_sft(model, encoded, output_dir=tmp_path / "c", **FAST)
-    assert tokenized.losses == by_rows.losses
+    assert tokenized.losses == again(by_rows.losses)
 
 
 def test_the_notebooks_text_column_is_taken_with_its_end_token(make_model, alpaca_rows, tmp_path):
@@ -329,10 +340,17 @@ def test_the_notebooks_text_column_is_taken_with_its_end_token(make_model, alpac
         assert result.losses[0] == pytest.approx(by_rows.losses[0], rel=0.02)
 
 
-def test_optimizers_fall_back_where_they_do_not_run(model, alpaca_rows, tmp_path, caplog):
-    import torch
+def test_eight_bit_adam_is_taken_where_it_runs(model, alpaca_rows, tmp_path):
+    if model.model.device.type != "cuda":
+        pytest.skip("needs a CUDA GPU")
+    result = _train(model, alpaca_rows, tmp_path)
+    assert result.optimizer == "adamw_8bit"
+    assert result.optimizer_note == ""
+    assert result.losses[-1] < result.losses[0]
 
-    if torch.cuda.is_available():
+
+def test_optimizers_fall_back_where_they_do_not_run(model, alpaca_rows, tmp_path, caplog):
+    if model.model.device.type == "cuda":
         pytest.skip("8-bit Adam runs on this machine")
     with caplog.at_level("INFO"):
         result = _train(model, alpaca_rows, tmp_path, optim="adamw_8bit")
@@ -365,7 +383,7 @@ def test_resuming_goes_on_as_if_it_had_not_stopped(make_model, alpaca_rows, tmp_
         save_steps=3, resume_from_checkpoint=tmp_path / "a" / "checkpoint-3",
     )  # fmt: skip
     assert resumed.steps == 6
-    assert resumed.losses == pytest.approx(whole.losses[3:], rel=1e-5)
+    assert resumed.losses == again(whole.losses[3:], rel=1e-5)
 
 
 def test_resuming_passes_over_what_is_not_whole_or_does_not_fit(
@@ -376,13 +394,13 @@ def test_resuming_passes_over_what_is_not_whole_or_does_not_fit(
     # As a process that was killed while saving leaves it.
     (tmp_path / "checkpoint-4" / "trainer_state.json").unlink()
     rest = _train(make_model(), alpaca_rows, tmp_path, resume_from_checkpoint=True, **saving)
-    assert rest.losses == pytest.approx(whole.losses[2:], rel=1e-5)
+    assert rest.losses == again(whole.losses[2:], rel=1e-5)
     # Any name will do.
     (tmp_path / "checkpoint-2").rename(tmp_path / "the good one")
     rest = _train(
         make_model(), alpaca_rows, tmp_path / "b", resume_from_checkpoint=tmp_path / "the good one"
     )
-    assert rest.losses == pytest.approx(whole.losses[2:], rel=1e-5)
+    assert rest.losses == again(whole.losses[2:], rel=1e-5)
     other = attach_lora(load_quantized(tiny_llama, 128, "float32"), r=8)
     with pytest.raises(ConfigError, match="r=4 and this adapter has 8"):
         _train(other, alpaca_rows, tmp_path, resume_from_checkpoint=tmp_path / "the good one")
@@ -485,7 +503,7 @@ def test_ctrl_c_saves_a_checkpoint_and_returns_what_was_done(
     assert signal.getsignal(signal.SIGINT) is before
     whole = _train(make_model(), alpaca_rows, tmp_path / "whole", max_steps=6)
     rest = _train(make_model(), alpaca_rows, tmp_path, max_steps=6, resume_from_checkpoint=True)
-    assert [*result.losses, *rest.losses] == pytest.approx(list(whole.losses), rel=1e-5)
+    assert [*result.losses, *rest.losses] == again(list(whole.losses), rel=1e-5)
 
 
 def test_an_interrupt_inside_a_step_keeps_the_finished_steps(model, alpaca_rows, tmp_path):

@@ -149,7 +149,8 @@ def shared_data() -> Path:
     """The folder of real Alpaca rows, or a skip that says where it was looked for."""
     here = Path(__file__).resolve().parents[2]
     folder = Path(os.environ.get("QLORA_KIT_SHARED_DATA", here.parent / "shared" / "data"))
-    if not (folder / "alpaca_en_demo.json").is_file():
+    files = [folder / f"alpaca_{language}_demo.json" for language in ("en", "zh")]
+    if not all(file.is_file() for file in files):
         pytest.skip(f"no shared rows in {folder}; set QLORA_KIT_SHARED_DATA")
     return folder
 

@@ -4,18 +4,10 @@ import json
 
 import pytest
 
+from forward import logits_of
 from qlora_kit import export_model, load_quantized
 from qlora_kit.errors import UnsupportedModelError, VerificationError
 from qlora_kit.exporters.lora import Lora
-
-IDS = [[5, 6, 7, 8, 9, 40, 41, 300]]
-
-
-def logits_of(model):
-    import torch
-
-    with torch.no_grad():
-        return model.eval()(torch.tensor(IDS)).logits.float()
 
 
 def load_in_plain_peft(base, folder):

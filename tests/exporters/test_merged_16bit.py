@@ -5,18 +5,10 @@ import json
 import pytest
 
 from checkpoints import make_checkpoint
+from forward import logits_of
 from qlora_kit import export_model, load_quantized
 from qlora_kit.errors import ConfigError, UnknownOptionError, VerificationError
 from qlora_kit.exporters.merged_16bit import Merged16bit
-
-IDS = [[5, 6, 7, 8, 9, 40, 41, 300]]
-
-
-def logits_of(model):
-    import torch
-
-    with torch.no_grad():
-        return model.eval()(torch.tensor(IDS)).logits.float()
 
 
 def load_plain(folder, dtype="float32"):
@@ -93,7 +85,8 @@ def test_a_base_without_an_adapter_is_exported_as_it_is(tiny_llama, tmp_path):
 
     base = load_quantized(tiny_llama, 64, "float32", load_in_4bit=False, engine="native")
     export_model(base, "merged_16bit", tmp_path / "out", verify="full")
-    assert torch.equal(logits_of(load_plain(tmp_path / "out")), logits_of(base.model))
+    again = load_plain(tmp_path / "out").to(base.model.device)
+    assert torch.equal(logits_of(again), logits_of(base.model))
 
 
 def test_the_export_stops_where_the_live_model_stops(tmp_path, make_adapted):

@@ -5,19 +5,11 @@ import json
 import pytest
 
 from checkpoints import make_checkpoint, make_tokenizer, randomize
+from forward import logits_of
 from qlora_kit import attach_lora, export_model, load_quantized
 from qlora_kit.engines.shared import keep_weights_unpacked
 from qlora_kit.errors import ConfigError, VerificationError
 from qlora_kit.exporters.merged_4bit import Merged4bit
-
-IDS = [[5, 6, 7, 8, 9, 40, 41, 300]]
-
-
-def logits_of(model):
-    import torch
-
-    with torch.no_grad():
-        return model.eval()(torch.tensor(IDS)).logits.float()
 
 
 def load_plain(folder, **options):

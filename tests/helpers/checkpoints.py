@@ -76,5 +76,7 @@ def randomize(model, *, std=0.05, seed=1):
     with torch.no_grad():
         for parameter in model.model.parameters():
             if parameter.requires_grad:
-                parameter.add_(std * torch.randn(parameter.shape, generator=generator))
+                # Drawn on the CPU, so that the values are the same wherever the model is.
+                noise = std * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(noise.to(parameter.device))
     return model

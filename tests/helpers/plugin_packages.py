@@ -31,7 +31,8 @@ class Sums:
 
     def text(self, request):
         import torch
-        digest = lambda t: hashlib.sha256(t.detach().contiguous().view(torch.uint8).numpy())
+        read = lambda t: t.detach().cpu().contiguous().view(torch.uint8).numpy()
+        digest = lambda t: hashlib.sha256(read(t))
         parameters = request.model.model.named_parameters()
         return "".join(f"{digest(p.data).hexdigest()} {n}\\n" for n, p in parameters)
 

@@ -5,18 +5,10 @@ import math
 import pytest
 
 from checkpoints import make_checkpoint, randomize
+from forward import logits_of
 from qlora_kit import attach_lora, load_quantized
 from qlora_kit.errors import ConfigError, UnsupportedModelError
 from qlora_kit.weights.merged import MergedWeights, choose_merge_base
-
-IDS = [[5, 6, 7, 8, 9, 40, 41, 300]]
-
-
-def logits_of(model):
-    import torch
-
-    with torch.no_grad():
-        return model.eval()(torch.tensor(IDS)).logits.float()
 
 
 def rebuild(merged, live):
@@ -300,4 +292,4 @@ def test_the_scale_of_an_update_is_read_from_the_layer(tiny_llama):
     expected = layer.base_layer.weight + 6 / math.sqrt(4) * b @ a
     with MergedWeights(model) as merged:
         actual = merged.load("model.layers.1.mlp.down_proj.weight")
-    torch.testing.assert_close(actual, expected.detach(), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(actual, expected.detach().cpu(), atol=1e-6, rtol=1e-6)

@@ -8,6 +8,7 @@ import pytest
 
 import gguf_tiny as tiny
 import qlora_kit
+from forward import logits_of
 from gguf_llamacpp import Llama, kl_divergence
 from qlora_kit.engines.native.gguf_base import dequantize_gguf
 from qlora_kit.engines.native.gguf_tokenizer import build_tokenizer
@@ -45,8 +46,7 @@ def test_a_family_is_read_back_as_it_was_or_refused(case, tmp_path, monkeypatch)
         path, load_in_4bit=False, dtype="float32", cache_dir=tmp_path / "cache"
     )
     ids = tokenizer("The quick brown fox jumps over the lazy dog, 1234 times.")["input_ids"]
-    with torch.no_grad():
-        right, got = (m(torch.tensor([ids])).logits[0].numpy() for m in (model, loaded.model))
+    right, got = (logits_of(m, [ids])[0].numpy() for m in (model, loaded.model))
     assert kl_divergence(right, got).mean() < 1e-5
 
 
@@ -59,8 +59,7 @@ def test_a_quantized_file_is_read_as_llama_cpp_reads_it(quantization, tmp_path):
         path, load_in_4bit=False, dtype="float32", cache_dir=tmp_path / "cache"
     )
     ids = tokenizer("The quick brown fox jumps over the lazy dog, 1234 times.")["input_ids"]
-    with torch.no_grad():
-        got = loaded.model(torch.tensor([ids])).logits[0].numpy()
+    got = logits_of(loaded.model, [ids])[0].numpy()
     with Llama(path) as llama:
         # The cache rounds to bfloat16, and llama.cpp the activations to 8 bits.
         assert kl_divergence(llama.logits(ids), got).mean() < 2e-3

@@ -10,6 +10,7 @@ import pytest
 
 import gguf_tiny as tiny
 import qlora_kit
+from forward import logits_of
 from gguf_llamacpp import Llama, kl_divergence
 from qlora_kit.errors import ConfigError, UnsupportedModelError
 from qlora_kit.exporters.gguf import GgufExporter, GgufLoraExporter, qlora_kit_register_exporters
@@ -74,8 +75,7 @@ def run(exporter, model, folder, **settings):
 
 
 def live_logits(model, ids):
-    with torch.no_grad():
-        return model.model(torch.tensor([ids])).logits[0].float().numpy()
+    return logits_of(model.model, [ids])[0].numpy()
 
 
 def test_the_merged_model_runs_as_the_live_one(checkpoint, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import gguf_tiny as tiny
 import qlora_kit
 from checkpoints import randomize
+from forward import logits_of
 from gguf_llamacpp import Llama, kl_divergence
 from qlora_kit import export_model
 from qlora_kit.errors import ConfigError
@@ -82,8 +83,7 @@ def test_several_types_share_the_merge(merges, tmp_path):
 def test_the_merge_is_rounded_once_to_the_bases_own_dtype(tmp_path):
     model = load(tmp_path / "base", "bfloat16")
     ids = model.tokenizer("The quick brown fox jumps over the lazy dog, 1234 times.")["input_ids"]
-    with torch.no_grad():
-        right = model.model(torch.tensor([ids])).logits[0].numpy()
+    right = logits_of(model.model, [ids])[0].numpy()
     kl = {}
     for dtype in ("auto", "bfloat16", "float16", "float32"):
         artifact = export_model(
@@ -129,7 +129,6 @@ def test_experts_and_a_shared_merge(four_bit, merges, tmp_path):
     )
     assert artifact.verification.passed
     ids = model.tokenizer("The quick brown fox jumps over the lazy dog, 1234 times.")["input_ids"]
-    with torch.no_grad():
-        right = model.model(torch.tensor([ids])).logits[0].numpy()
+    right = logits_of(model.model, [ids])[0].numpy()
     with Llama(artifact.path / artifact.facts["files"]["f32"]) as llama:
         assert kl_divergence(right, llama.logits(ids)).mean() < (0.1 if four_bit else 1e-4)

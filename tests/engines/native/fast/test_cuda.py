@@ -96,18 +96,21 @@ def test_a_changed_example_leaves_its_neighbours_bit_equal(make_adapted, token_r
     assert not torch.equal(before[start:end], after[start:end])
 
 
-def test_fused_softmax_equals_the_plain_one():
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("columns", [30, 4096, 9001, 151936])
+def test_fused_softmax_equals_the_plain_one(columns, dtype, tolerance):
     from qlora_kit.engines.native.fast.loss import plain_softmax_step
     from qlora_kit.engines.native.fast.softmax import fused_softmax_step
 
     generator = torch.Generator().manual_seed(0)
-    logits = (4 * torch.randn((64, 151936), generator=generator)).cuda().bfloat16()
-    targets = torch.randint(0, 151936, (64,), generator=generator).cuda()
-    targets[3] = -100
-    targets[0] = logits[0].argmax()
+    logits = (4 * torch.randn((64, columns), generator=generator)).to("cuda", dtype)
+    targets = torch.randint(0, columns, (64,), generator=generator).cuda()
+    targets[3] = targets[10] = -100
+    targets[0], targets[1] = logits[0].argmax(), columns - 1
     expected, sums = plain_softmax_step(logits.clone(), targets)
     gradient, found = fused_softmax_step(logits, targets)
-    torch.testing.assert_close(gradient, expected, rtol=1e-2, atol=1e-5)
+    assert gradient is logits
+    torch.testing.assert_close(gradient, expected, rtol=tolerance, atol=1e-5)
     torch.testing.assert_close(found, sums, rtol=1e-4, atol=1e-3)
 
 

@@ -175,10 +175,10 @@ def test_compiled_equals_eager(make_adapted, token_rows):
     pytest.importorskip("torch._inductor")
     from qlora_kit.engines.native.fast.compilation import find_compile_obstacle
 
-    obstacle = find_compile_obstacle(torch.device("cpu"))
+    model = make_adapted("qwen3").model
+    obstacle = find_compile_obstacle(model.device)
     if obstacle:
         pytest.skip(f"torch.compile does not run here: {obstacle}")
-    model = make_adapted("qwen3").model
     torch._dynamo.reset()
     eager_loss, eager, _, _ = _fast(model, token_rows[:ROWS], 100)
     # Other sizes must not mean other graphs: fail on the second compilation of a function.
@@ -194,17 +194,27 @@ def test_compiled_equals_eager(make_adapted, token_rows):
 def test_without_a_compiler_it_runs_plainly_and_says_why(
     make_adapted, token_rows, caplog, monkeypatch
 ):
+    from types import SimpleNamespace
+
     from torch._inductor import cpp_builder, exc
+
+    from qlora_kit.engines.native.fast import compilation
 
     def refuse(*args, **kwargs):
         raise exc.InvalidCxxCompiler
 
-    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", refuse)
     model = make_adapted("llama").model
+    if model.device.type == "cuda":
+        # Triton compiles its launchers as C.
+        monkeypatch.setattr(compilation, "shutil", SimpleNamespace(which=lambda name: None))
+        said = "triton needs a C compiler, and none was found"
+    else:
+        monkeypatch.setattr(cpp_builder, "get_cpp_compiler", refuse)
+        said = "no C++ compiler was found"
     with caplog.at_level(logging.INFO):
         _, _, _, runtime = _fast(model, token_rows[:ROWS], 100, compile="auto")
     assert not runtime._layer_call.is_compiled
-    assert "no C++ compiler was found" in caplog.text
+    assert said in caplog.text
 
 
 def test_the_model_is_only_read(make_adapted, token_rows):
