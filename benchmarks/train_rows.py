@@ -65,6 +65,10 @@ ROWS = (
         devices=_GPU,
     ),
     Row(
+        "ours-packed-16384-none-graphs", "ours", 1, 1, 16384, "none",
+        {"weights": "cache", "cuda_graphs": True}, devices=_GPU,
+    ),
+    Row(
         "profile-packed-16384-none", "ours", 1, 1, 16384, "none", {"weights": "nf4"},
         devices=_GPU, steps=8, profile=True,
     ),
