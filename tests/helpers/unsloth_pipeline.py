@@ -178,6 +178,7 @@ def make_speaker():
 def load_others(folder):
     """What loading each of a folder's checkpoints says."""
     from qlora_kit import load_quantized
+    from qlora_kit.errors import EngineError
 
     said = {
         path.name: say_refusal(load_quantized, path, dtype="float32", engine="unsloth")
@@ -185,8 +186,11 @@ def load_others(folder):
     }
     whole = folder / "nf4"
     said["kept"] = load_quantized(whole, load_in_4bit=False, engine="unsloth").base.quantization
-    said["int8"] = say_refusal(load_quantized, whole.parent / "plain", load_in_8bit=True,
-                               engine="unsloth")  # fmt: skip
+    try:
+        loaded = load_quantized(folder / "plain", load_in_8bit=True, engine="unsloth")
+        said["int8"] = loaded.base.quantization
+    except EngineError:
+        said["int8"] = "refused"
     functional = sys.modules["bitsandbytes.functional"]
     sys.modules["bitsandbytes.functional"] = None
     try:

@@ -128,6 +128,7 @@ def _check_tensors(folder: Path, model_config: Any, *, trust_remote_code: bool) 
     What is missing it would draw at random, and not every engine's loading says so. A checkpoint
     that cannot be matched this way is left for the engine to judge.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     # Quantized tensors have other shapes, and cannot be unpacked without their numbers.
@@ -145,7 +146,10 @@ def _check_tensors(folder: Path, model_config: Any, *, trust_remote_code: bool) 
                 local_files_only=True,
                 trust_remote_code=trust_remote_code,
             )
-        except (RuntimeError, TypeError, AttributeError, ImportError) as error:
+        except (ValueError, KeyError, OSError, SafetensorError):
+            raise
+        # Whatever else fails on tensors without numbers may well load.
+        except Exception as error:  # noqa: BLE001
             logger.info("The tensors of %s were not checked first: %s", folder, error)
             return
     refuse_missing_tensors(folder, loading["missing_keys"])
