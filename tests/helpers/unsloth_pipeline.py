@@ -83,6 +83,8 @@ def say_refusal(action, *arguments, **options):
 
 
 def refuse_adapters(model):
+    import torch
+
     from qlora_kit import attach_lora
 
     asked = {
@@ -94,12 +96,14 @@ def refuse_adapters(model):
     refused = {
         name: say_refusal(attach_lora, model, r=4, **options) for name, options in asked.items()
     }
-    peft = sys.modules["peft"]
-    sys.modules["peft"] = None
-    try:
-        refused["no peft"] = say_refusal(attach_lora, model, r=4)
-    finally:
-        sys.modules["peft"] = peft
+    # On a GPU unsloth imported it before, and would attach the adapter.
+    if not torch.cuda.is_available():
+        peft = sys.modules["peft"]
+        sys.modules["peft"] = None
+        try:
+            refused["no peft"] = say_refusal(attach_lora, model, r=4)
+        finally:
+            sys.modules["peft"] = peft
     return refused
 
 

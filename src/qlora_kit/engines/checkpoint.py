@@ -20,6 +20,7 @@ from qlora_kit.engines.quantization import (
     check_bitsandbytes,
     read_stored_quantization,
 )
+from qlora_kit.engines.shared import keep_random_states
 from qlora_kit.engines.tokenizer import load_tokenizer
 from qlora_kit.errors import UnsupportedModelError
 
@@ -135,7 +136,8 @@ def _check_tensors(folder: Path, model_config: Any, *, trust_remote_code: bool) 
     plain = copy.deepcopy(model_config)
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config
-    with explain_load_errors(folder), _without_reports():
+    # Patched libraries draw numbers for it all the same.
+    with explain_load_errors(folder), _without_reports(), keep_random_states():
         try:
             _, loading = AutoModelForCausalLM.from_pretrained(
                 str(folder),
