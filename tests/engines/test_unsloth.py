@@ -140,7 +140,12 @@ def test_whole_checkpoints_are_loaded_as_they_were_asked_for(run):
     assert said["plain"] is None
     assert said["nf4"] is None
     assert said["kept"] == "nf4"
-    # unsloth's CPU backend would load 16-bit weights and go on.
+    # Its CPU backend replaces float16, which is then said and recorded.
+    stated, actual = said["half"]
+    assert actual == f"torch.{stated}"
+    replaced = any(text.startswith("unsloth computes in") for text in run["messages"])
+    assert replaced is (stated != "float16")
+    # It would load 16-bit weights and go on.
     assert said["int8"] == ("int8" if torch.cuda.is_available() else "refused")
     assert said["no bitsandbytes"][0] == "MissingDependencyError"
     assert "load_in_4bit=False" in said["no bitsandbytes"][1]

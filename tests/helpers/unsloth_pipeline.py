@@ -190,6 +190,8 @@ def load_others(folder):
     }
     whole = folder / "nf4"
     said["kept"] = load_quantized(whole, load_in_4bit=False, engine="unsloth").base.quantization
+    half = load_quantized(folder / "plain", 64, "float16", engine="unsloth")
+    said["half"] = [half.base.compute_dtype, str(half.model.dtype)]
     try:
         loaded = load_quantized(folder / "plain", load_in_8bit=True, engine="unsloth")
         said["int8"] = loaded.base.quantization

@@ -22,6 +22,10 @@ def log_prints_of(package: str, logger: logging.Logger) -> Iterator[None]:
         package: What the names of its modules begin with, in lower case.
         logger: Gets a record of level INFO for each line.
     """
+    # Programs without a console have no standard output.
+    if sys.stdout is None:
+        yield
+        return
     divider = _Divider(sys.stdout, package, logger)
     sys.stdout = divider
     try:

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.config import AdapterConfig, LoadConfig
-from qlora_kit.device import get_device, to_torch_dtype
+from qlora_kit.config import AdapterConfig, DtypeName, LoadConfig
+from qlora_kit.device import choose_compute_dtype, get_device, to_torch_dtype
 from qlora_kit.engines.base import TrainJob
 from qlora_kit.engines.checkpoint import OpenedCheckpoint, open_checkpoint
 from qlora_kit.engines.inference import inference_mode
@@ -126,7 +126,7 @@ class UnslothEngine:
             name_or_path=config.model_name,
             path=folder,
             quantization=opened.quantization,
-            compute_dtype=opened.dtype,
+            compute_dtype=_read_dtype(model, opened),
             is_prequantized=opened.stored is not None,
             stop_token_ids=settle_stop_tokens(model, tokenizer),
         )
@@ -279,6 +279,15 @@ def _undo_limits(model: Any, tokenizer: Any, opened: OpenedCheckpoint, max_seq_l
     model.generation_config.max_length = stated.get("max_length")
     tokenizer.model_max_length = opened.tokenizer.model_max_length
     tokenizer.padding_side = "right"
+
+
+def _read_dtype(model: Any, opened: OpenedCheckpoint) -> DtypeName:
+    """What unsloth made of the dtype: it replaces float16 where that would not train."""
+    if model.dtype == to_torch_dtype(opened.dtype):
+        return opened.dtype
+    dtype = choose_compute_dtype(model.dtype, opened.device)
+    logger.warning("unsloth computes in %s here, and not in %s.", dtype, opened.dtype)
+    return dtype
 
 
 def _read_quantization(model: Any) -> Any:
