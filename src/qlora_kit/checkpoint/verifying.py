@@ -24,7 +24,7 @@ from qlora_kit.checkpoint.comparing import (
 )
 from qlora_kit.checkpoint.reference import check_against_original
 from qlora_kit.device import to_torch_dtype
-from qlora_kit.engines.native.quantization import set_compute_dtype
+from qlora_kit.engines.quantization import set_compute_dtype
 from qlora_kit.engines.shared import keep_weights_unpacked
 from qlora_kit.errors import QloraKitError
 from qlora_kit.results import Check, LoadedModel, Verification

@@ -7,7 +7,7 @@ not know files of rows, manifests or export formats.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -18,7 +18,7 @@ from qlora_kit.results import AdaptedModel, LoadedModel
 if TYPE_CHECKING:
     from trl import SFTConfig, SFTTrainer
 
-__all__ = ["Engine", "TrainJob"]
+__all__ = ["Engine", "TrainJob", "quietly"]
 
 
 @dataclass(frozen=True)
@@ -80,3 +80,13 @@ class Engine(Protocol):
     def inference(self, model: LoadedModel) -> AbstractContextManager[Any]:
         """The model ready to generate; on exit it is in the mode it was found in."""
         ...
+
+
+def quietly(engine: Engine) -> AbstractContextManager[Any]:
+    """Keep what an engine's libraries print off standard output, if it has a way.
+
+    Args:
+        engine: One that may have a method ``quietly``, which returns a context manager.
+    """
+    context: AbstractContextManager[Any] = getattr(engine, "quietly", nullcontext)()
+    return context

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import logging
+import random
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import AdapterConfig
-from qlora_kit.errors import UnsupportedModelError
+from qlora_kit.errors import ConfigError, UnsupportedModelError
 from qlora_kit.results import AdaptedModel, LoadedModel
 
 if TYPE_CHECKING:
@@ -17,13 +19,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "attach_saved_adapter",
-    "collect_stop_token_ids",
+    "check_start",
+    "keep_random_states",
     "keep_weights_unpacked",
     "make_adapted",
-    "warn_beyond_positions",
+    "settle_stop_tokens",
 ]
-
-logger = logging.getLogger(__name__)
 
 
 def make_adapted(loaded: LoadedModel, model: Any, config: AdapterConfig) -> AdaptedModel:
@@ -90,14 +91,51 @@ def _read_adapter_config(model: Any, folder: Path) -> AdapterConfig:
     )
 
 
-def collect_stop_token_ids(
-    tokenizer: PreTrainedTokenizerBase, generation_config: Any
-) -> tuple[int, ...]:
-    """Every token that ends an answer: the tokenizer's end token, then the generation config's."""
-    stored = generation_config.eos_token_id
+def check_start(loaded: LoadedModel, config: AdapterConfig) -> None:
+    """Refuse a start that changes the base where the base cannot hold the change.
+
+    Raises:
+        ConfigError: For PiSSA and OLoRA on a quantized base.
+    """
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.startswith(("pissa", "olora")) and loaded.base.quantization:
+        raise ConfigError(
+            f"init_lora_weights={init!r} changes the base weights, which a "
+            f"{loaded.base.quantization} base cannot hold. Load with load_in_4bit=False, or use "
+            "LoftQ on the 4-bit base: loftq_config={'loftq_bits': 4}."
+        )
+
+
+@contextlib.contextmanager
+def keep_random_states() -> Iterator[None]:
+    """Put the global generators of Python, NumPy and torch back as they were found."""
+    import numpy as np
+    import torch
+
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        # Named, because torch warns of several devices that were not.
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def settle_stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Let the model generate up to every token that ends an answer, and pad as its tokenizer does.
+
+    Returns:
+        Those tokens: the tokenizer's end token, then what the generation config has besides.
+    """
+    settings = model.generation_config
+    stored = settings.eos_token_id
     stored = [] if stored is None else [stored] if isinstance(stored, int) else list(stored)
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return tuple(dict.fromkeys([*own, *stored]))
+    stop_token_ids = tuple(dict.fromkeys([*own, *stored]))
+    settings.eos_token_id = list(stop_token_ids)
+    settings.pad_token_id = tokenizer.pad_token_id
+    return stop_token_ids
 
 
 def keep_weights_unpacked(model: Any) -> None:
@@ -112,16 +150,3 @@ def keep_weights_unpacked(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
-
-
-def warn_beyond_positions(max_seq_length: int, model_config: Any) -> None:
-    """Say so when sequences will be longer than the model was trained for."""
-    text_config = model_config.get_text_config()
-    positions = getattr(text_config, "max_position_embeddings", None)
-    if positions and max_seq_length > positions:
-        logger.warning(
-            "max_seq_length=%d is beyond the %d positions this model was trained for; "
-            "answers past that point may be poor.",
-            max_seq_length,
-            positions,
-        )

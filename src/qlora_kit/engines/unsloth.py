@@ -7,27 +7,41 @@ only when this engine was chosen. Checked with unsloth 2026.10.9, on a CPU and o
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import json
 import logging
 import sys
-from collections.abc import Iterator
+import threading
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.config import AdapterConfig, LoadConfig
+from qlora_kit.config import AdapterConfig, DtypeName, LoadConfig
 from qlora_kit.device import choose_compute_dtype, get_device, to_torch_dtype
 from qlora_kit.engines.base import TrainJob
+from qlora_kit.engines.checkpoint import OpenedCheckpoint, open_checkpoint
+from qlora_kit.engines.inference import inference_mode
 from qlora_kit.engines.offline import NoTelemetry
 from qlora_kit.engines.portable_loss import PortableLoss
+from qlora_kit.engines.printing import log_prints_of
+from qlora_kit.engines.quantization import set_compute_dtype
 from qlora_kit.engines.recording import StepRecorder
 from qlora_kit.engines.shared import (
     attach_saved_adapter,
-    collect_stop_token_ids,
+    check_start,
+    keep_random_states,
     keep_weights_unpacked,
     make_adapted,
-    warn_beyond_positions,
+    settle_stop_tokens,
 )
-from qlora_kit.errors import ConfigError, EngineError, MissingDependencyError, UnsupportedModelError
+from qlora_kit.errors import (
+    EngineError,
+    MissingDependencyError,
+    QloraKitError,
+    UnsupportedModelError,
+)
 from qlora_kit.results import AdaptedModel, BaseInfo, LoadedModel
 
 if TYPE_CHECKING:
@@ -37,9 +51,18 @@ __all__ = ["UnslothEngine"]
 
 logger = logging.getLogger(__name__)
 
+# Its banners and notes go to standard output, which belongs to the program.
+_log_prints = functools.partial(log_prints_of, "unsloth", logger)
+
+# unsloth decodes with one key/value buffer on each attention module (``paged_attention``), which
+# answers computed at once would overwrite for each other.
+_generating = threading.RLock()
+
 
 class UnslothEngine:
     """Loads, adapts and trains through unsloth's ``FastLanguageModel``.
+
+    What unsloth prints is logged. Streams that overlap are computed one after another.
 
     Raises:
         MissingDependencyError: When unsloth cannot be imported on this machine.
@@ -56,50 +79,56 @@ class UnslothEngine:
                 ", ".join(late),
             )
         try:
-            self._unsloth = importlib.import_module("unsloth")
+            with _log_prints():
+                self._unsloth = importlib.import_module("unsloth")
         # unsloth raises NotImplementedError or RuntimeError where it cannot run.
         except (ImportError, NotImplementedError, RuntimeError, OSError) as error:
             raise MissingDependencyError(
                 f"unsloth is installed but cannot be imported here: {error}. Use engine='native'."
             ) from error
 
+    def quietly(self) -> contextlib.AbstractContextManager[None]:
+        """Log what unsloth prints meanwhile."""
+        return _log_prints()
+
     def load(self, config: LoadConfig) -> LoadedModel:
         """Put the checkpoint in ``config.model_name``, a local folder, into memory."""
-        folder = Path(config.model_name)
-        device = get_device()
-        dtype = choose_compute_dtype(config.dtype, device)
+        opened = open_checkpoint(config)
+        folder = opened.folder
         placement = {} if config.device_map is None else {"device_map": config.device_map}
-        try:
+        with _log_prints(), keep_random_states(), _explain(f"load {folder}", UnsupportedModelError):
             model, tokenizer = self._unsloth.FastLanguageModel.from_pretrained(
                 model_name=str(folder),
-                max_seq_length=config.max_seq_length,
-                dtype=to_torch_dtype(dtype),
-                load_in_4bit=config.load_in_4bit,
-                load_in_8bit=config.load_in_8bit,
+                # Beyond the model's positions unsloth would scale RoPE, in memory alone: an adapter
+                # trained so would not fit the base anywhere else.
+                max_seq_length=_stay_within_positions(config.max_seq_length, opened),
+                dtype=to_torch_dtype(opened.dtype),
+                load_in_4bit=opened.quantization in ("nf4", "fp4"),
+                load_in_8bit=opened.quantization == "int8",
                 trust_remote_code=config.trust_remote_code,
                 # The files are here already, whatever the user allowed for finding them.
                 local_files_only=True,
                 **placement,
             )
-        except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError) as error:
-            raise UnsupportedModelError(
-                f"unsloth cannot load {folder}: {error}. engine='native' may."
-            ) from error
-        warn_beyond_positions(config.max_seq_length, model.config)
         quantization = _read_quantization(model)
+        if quantization != opened.quantization:
+            raise EngineError(
+                f"unsloth loads {folder} {quantization or 'unquantized'} here, and not in "
+                f"{opened.quantization}. Use engine='native'."
+            )
         if quantization in ("nf4", "fp4"):
             keep_weights_unpacked(model)
-        tokenizer.padding_side = "right"
-        stop_token_ids = collect_stop_token_ids(tokenizer, model.generation_config)
-        model.generation_config.eos_token_id = list(stop_token_ids)
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
+            if opened.stored:
+                set_compute_dtype(model, to_torch_dtype(opened.dtype))
+        model.generate = types.MethodType(_one_at_a_time(model.generate.__func__), model)
+        _undo_limits(model, tokenizer, opened, config.max_seq_length)
         base = BaseInfo(
             name_or_path=config.model_name,
             path=folder,
-            quantization=quantization,
-            compute_dtype=dtype,
-            is_prequantized="quantization_config" in (folder / "config.json").read_text("utf-8"),
-            stop_token_ids=stop_token_ids,
+            quantization=opened.quantization,
+            compute_dtype=_read_dtype(model, opened),
+            is_prequantized=opened.stored is not None,
+            stop_token_ids=settle_stop_tokens(model, tokenizer),
         )
         return LoadedModel(model, tokenizer, self, base, config)
 
@@ -115,15 +144,11 @@ class UnslothEngine:
         for name, value in refused.items():
             if value:
                 raise EngineError(f"unsloth ignores {name}; engine='native' supports it.")
-        init = config.init_lora_weights
-        if isinstance(init, str) and init.startswith("pissa") and loaded.base.quantization:
-            raise ConfigError(
-                f"init_lora_weights={init!r} needs a base loaded with load_in_4bit=False."
-            )
+        check_start(loaded, config)
         checkpointing: Any = config.use_gradient_checkpointing
         if checkpointing == "auto":
             checkpointing = "unsloth" if get_device().type != "cpu" else False
-        try:
+        with _log_prints(), keep_random_states(), _explain("attach this adapter", EngineError):
             model = self._unsloth.FastLanguageModel.get_peft_model(
                 loaded.model,
                 r=config.r,
@@ -144,8 +169,8 @@ class UnslothEngine:
                 init_lora_weights=config.init_lora_weights,
                 loftq_config={},
             )
-        except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
-            raise EngineError(f"unsloth cannot attach this adapter: {error}") from error
+        # As peft does when it is told; unsloth does not tell it.
+        model.peft_config["default"].revision = loaded.config.revision
         return make_adapted(loaded, model, config)
 
     def attach_saved(
@@ -171,36 +196,27 @@ class UnslothEngine:
                 "packing or padding_free with engine='unsloth' on a GPU would let the examples of "
                 "a row see each other. Use engine='native' for them, or leave them out."
             )
-        if hasattr(self._unsloth.FastLanguageModel, "for_training"):
+        with _log_prints():
             self._unsloth.FastLanguageModel.for_training(
                 model.model, use_gradient_checkpointing=job.args.gradient_checkpointing
             )
-        trainer_class = _make_trainer_class()
-        return trainer_class(
-            model=model.model,
-            args=job.args,
-            train_dataset=job.train_dataset,
-            eval_dataset=job.eval_dataset,
-            processing_class=model.tokenizer,
-            data_collator=job.collator,
-            callbacks=list(job.callbacks),
-            **job.extra,
-        )
+            return _make_trainer_class()(
+                model=model.model,
+                args=job.args,
+                train_dataset=job.train_dataset,
+                eval_dataset=job.eval_dataset,
+                processing_class=model.tokenizer,
+                data_collator=job.collator,
+                callbacks=list(job.callbacks),
+                **job.extra,
+            )
 
     @contextlib.contextmanager
     def inference(self, model: LoadedModel) -> Iterator[Any]:
-        """Unsloth's inference mode, left again on exit when the model was training."""
-        fast = self._unsloth.FastLanguageModel
-        was_training = model.model.training
-        had_checkpointing = getattr(model.model, "is_gradient_checkpointing", False)
-        fast.for_inference(model.model)
-        model.model.eval()
-        try:
+        """Unsloth's inference mode; the last of several readers puts everything back."""
+        switch = self._unsloth.FastLanguageModel.for_inference
+        with inference_mode(model.model, model.tokenizer, switch=switch):
             yield model.model
-        finally:
-            if was_training:
-                fast.for_training(model.model, use_gradient_checkpointing=had_checkpointing)
-            model.model.train(was_training)
 
 
 def _make_trainer_class() -> Any:
@@ -210,7 +226,68 @@ def _make_trainer_class() -> Any:
     class UnslothTrainer(StepRecorder, PortableLoss, NoTelemetry, trl.SFTTrainer):
         """``SFTTrainer`` as patched by unsloth, with this library's counters."""
 
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            """Train; what callbacks print stays on standard output."""
+            with _log_prints():
+                return super().train(*args, **kwargs)
+
     return UnslothTrainer
+
+
+@contextlib.contextmanager
+def _explain(action: str, kind: type[QloraKitError]) -> Iterator[None]:
+    """Turn what unsloth raises, bare ``Exception`` included, into an error of ours."""
+    import torch
+
+    try:
+        yield
+    except (QloraKitError, torch.OutOfMemoryError):
+        raise
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"unsloth needs another package to {action}: {error}. Or use engine='native'."
+        ) from error
+    except Exception as error:
+        raise kind(f"unsloth cannot {action}: {error}. engine='native' may.") from error
+
+
+def _one_at_a_time(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``generate`` method that waits for the answer being computed."""
+
+    @functools.wraps(generate)
+    def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _generating:
+            return generate(self, *args, **kwargs)
+
+    return alone
+
+
+def _stay_within_positions(max_seq_length: int, opened: OpenedCheckpoint) -> int:
+    text_config = opened.model_config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None)
+    return min(max_seq_length, positions) if positions else max_seq_length
+
+
+def _undo_limits(model: Any, tokenizer: Any, opened: OpenedCheckpoint, max_seq_length: int) -> None:
+    """Take back limits that unsloth sets, and that would be saved or cut rows short."""
+    # It cuts what is longer than this.
+    for module in model.modules():
+        if "max_seq_length" in vars(module):
+            module.max_seq_length = max_seq_length
+    path = opened.folder / "generation_config.json"
+    stated = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    model.generation_config.max_length = stated.get("max_length")
+    tokenizer.model_max_length = opened.tokenizer.model_max_length
+    tokenizer.padding_side = "right"
+
+
+def _read_dtype(model: Any, opened: OpenedCheckpoint) -> DtypeName:
+    """What unsloth made of the dtype: it replaces float16 where that would not train."""
+    if model.dtype == to_torch_dtype(opened.dtype):
+        return opened.dtype
+    dtype = choose_compute_dtype(model.dtype, opened.device)
+    logger.warning("unsloth computes in %s here, and not in %s.", dtype, opened.dtype)
+    return dtype
 
 
 def _read_quantization(model: Any) -> Any:

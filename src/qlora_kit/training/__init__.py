@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit import device as device_module
-from qlora_kit.engines.base import TrainJob
+from qlora_kit.engines.base import TrainJob, quietly
 from qlora_kit.errors import ConfigError, DataError
 from qlora_kit.results import AdaptedModel, LoadedModel, TrainResult
 from qlora_kit.training.arguments import (
@@ -104,14 +104,15 @@ def train_sft(
     if optimizer.note:
         logger.info("Optimizer: %s.", optimizer.note)
     resume = find_checkpoint(resume_from_checkpoint, folder, model)
-    args = build_arguments(
-        model,
-        fields,
-        output_dir=folder,
-        device=device,
-        optimizer=optimizer,
-        has_eval=eval_dataset is not None,
-    )
+    with quietly(model.engine):
+        args = build_arguments(
+            model,
+            fields,
+            output_dir=folder,
+            device=device,
+            optimizer=optimizer,
+            has_eval=eval_dataset is not None,
+        )
     if resume is not None and 0 < args.max_steps <= resume.step:
         raise ConfigError(
             f"{resume.path} has done {resume.step} steps already, and max_steps={args.max_steps}. "

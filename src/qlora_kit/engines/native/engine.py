@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import AdapterConfig, LoadConfig
-from qlora_kit.device import choose_compute_dtype, get_device, to_torch_dtype
+from qlora_kit.device import to_torch_dtype
 from qlora_kit.engines.base import TrainJob
-from qlora_kit.engines.native import loftq, quantization
-from qlora_kit.engines.native.inference import inference_mode
-from qlora_kit.engines.native.tokenizer import load_tokenizer
+from qlora_kit.engines.checkpoint import (
+    explain_load_errors,
+    open_checkpoint,
+    refuse_missing_tensors,
+)
+from qlora_kit.engines.inference import inference_mode
+from qlora_kit.engines.native import loftq
+from qlora_kit.engines.quantization import make_quantization_config, set_compute_dtype
 from qlora_kit.engines.shared import (
     attach_saved_adapter,
-    collect_stop_token_ids,
+    check_start,
     keep_weights_unpacked,
     make_adapted,
-    warn_beyond_positions,
+    settle_stop_tokens,
 )
-from qlora_kit.errors import ConfigError, UnsupportedModelError
+from qlora_kit.errors import ConfigError
 from qlora_kit.results import AdaptedModel, BaseInfo, LoadedModel
 
 if TYPE_CHECKING:
     from trl import SFTTrainer
 
 __all__ = ["NativeEngine"]
-
-logger = logging.getLogger(__name__)
 
 
 class NativeEngine:
@@ -39,70 +41,38 @@ class NativeEngine:
 
     def load(self, config: LoadConfig) -> LoadedModel:
         """Put the checkpoint in ``config.model_name``, a local folder, into memory."""
-        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
 
-        folder = Path(config.model_name)
-        device = get_device()
-        dtype = choose_compute_dtype(config.dtype, device)
-        stored = quantization.read_stored_quantization(folder)
-        wanted: quantization.QuantizationName | None = (
-            "nf4" if config.load_in_4bit else "int8" if config.load_in_8bit else None
-        )
-        if stored is not None and wanted != stored:
-            logger.info("%s is already quantized to %s and stays so.", folder, stored)
-        active = stored or wanted
-        if active is not None:
-            quantization.check_bitsandbytes(device, active)
-        model_config = _read_model_config(folder, config)
-        warn_beyond_positions(config.max_seq_length, model_config)
-        tokenizer = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
-        try:
+        opened = open_checkpoint(config)
+        folder, dtype, stored = opened.folder, opened.dtype, opened.stored
+        with explain_load_errors(folder):
             model, loading = AutoModelForCausalLM.from_pretrained(
                 str(folder),
                 output_loading_info=True,
-                config=model_config,
+                config=opened.model_config,
                 dtype=to_torch_dtype(dtype),
-                quantization_config=(
-                    None if stored else quantization.make_quantization_config(config, dtype)
-                ),
-                device_map={"": device} if config.device_map is None else config.device_map,
+                quantization_config=None if stored else make_quantization_config(config, dtype),
+                device_map={"": opened.device} if config.device_map is None else config.device_map,
                 local_files_only=True,
                 trust_remote_code=config.trust_remote_code,
                 attn_implementation="sdpa",
             )
-        except (ValueError, KeyError, OSError) as error:
-            raise UnsupportedModelError(
-                f"transformers cannot load {folder} as a causal language model: {error}"
-            ) from error
-        except SafetensorError as error:
-            raise UnsupportedModelError(
-                f"A weight file in {folder} is damaged or cut short ({error}). Download it again."
-            ) from error
-        # transformers would leave these at random values and go on.
-        if loading["missing_keys"]:
-            missing = sorted(loading["missing_keys"])
-            raise UnsupportedModelError(
-                f"{folder} lacks {len(missing)} of the model's tensors, such as {missing[0]}. "
-                "Download the model again."
-            )
-        if active in ("nf4", "fp4"):
+        refuse_missing_tensors(folder, loading["missing_keys"])
+        if opened.quantization in ("nf4", "fp4"):
             keep_weights_unpacked(model)
             if stored:
-                quantization.set_compute_dtype(model, to_torch_dtype(dtype))
-        stop_token_ids = collect_stop_token_ids(tokenizer, model.generation_config)
-        model.generation_config.eos_token_id = list(stop_token_ids)
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
+                set_compute_dtype(model, to_torch_dtype(dtype))
+        stop_token_ids = settle_stop_tokens(model, opened.tokenizer)
         model.requires_grad_(False)
         base = BaseInfo(
             name_or_path=config.model_name,
             path=folder,
-            quantization=active,
+            quantization=opened.quantization,
             compute_dtype=dtype,
             is_prequantized=stored is not None,
             stop_token_ids=stop_token_ids,
         )
-        return LoadedModel(model, tokenizer, self, base, config)
+        return LoadedModel(model, opened.tokenizer, self, base, config)
 
     def attach(self, loaded: LoadedModel, config: AdapterConfig) -> AdaptedModel:
         """Attach a LoRA adapter through peft; parameters stay in float32 for training."""
@@ -112,7 +82,7 @@ class NativeEngine:
         use_loftq = loftq.is_requested(config)
         if use_loftq:
             loftq.check(loaded.base, config)
-        _check_start(loaded, config)
+        check_start(loaded, config)
         # peft draws the initial weights from the global generators; they are put back after.
         with torch.random.fork_rng():
             torch.manual_seed(config.random_state)
@@ -160,7 +130,7 @@ class NativeEngine:
     @contextlib.contextmanager
     def inference(self, model: LoadedModel) -> Iterator[Any]:
         """Eval mode with the key/value cache on; the last of several readers puts both back."""
-        with inference_mode(model.model):
+        with inference_mode(model.model, model.tokenizer):
             yield model.model
 
 
@@ -188,27 +158,3 @@ def _make_lora_config(config: AdapterConfig, *, use_loftq: bool) -> Any:
         rank_pattern=dict(config.rank_pattern or {}),
         alpha_pattern=dict(config.alpha_pattern or {}),
     )
-
-
-def _read_model_config(folder: Path, config: LoadConfig) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=config.trust_remote_code
-        )
-    except (ValueError, KeyError, OSError) as error:
-        raise UnsupportedModelError(
-            f"transformers does not know the model in {folder}: {error}"
-        ) from error
-
-
-def _check_start(loaded: LoadedModel, config: AdapterConfig) -> None:
-    """Refuse a start that changes the base where the base cannot hold the change."""
-    init = config.init_lora_weights
-    if isinstance(init, str) and init.startswith(("pissa", "olora")) and loaded.base.quantization:
-        raise ConfigError(
-            f"init_lora_weights={init!r} changes the base weights, which a "
-            f"{loaded.base.quantization} base cannot hold. Load with load_in_4bit=False, or use "
-            "LoftQ on the 4-bit base: loftq_config={'loftq_bits': 4}."
-        )

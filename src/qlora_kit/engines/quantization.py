@@ -1,4 +1,4 @@
-"""bitsandbytes as the native engine uses it: what to load with, and whether it runs here."""
+"""bitsandbytes as the engines use it: what to load with, and whether it runs here."""
 
 from __future__ import annotations
 

@@ -1,0 +1,87 @@
+"""Inference mode that several readers of one model share."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+__all__ = ["inference_mode"]
+
+
+@dataclasses.dataclass(eq=False)
+class _Found:
+    """How the first reader found the model, and how many read it now."""
+
+    # By module: a new adapter trains inside a base that was loaded for evaluation.
+    training: list[Any]
+    checkpointing: list[tuple[Any, Any]]
+    use_cache: bool
+    max_length: int | None
+    padding_side: str
+    readers: int = 0
+
+
+_found: weakref.WeakKeyDictionary[Any, _Found] = weakref.WeakKeyDictionary()
+# Reentrant: a forgotten stream is closed wherever the garbage collector happens to run.
+_lock = threading.RLock()
+
+
+@contextlib.contextmanager
+def inference_mode(
+    model: Any, tokenizer: Any, *, switch: Callable[[Any], object] | None = None
+) -> Iterator[None]:
+    """Eval mode with the key/value cache on; the last reader to leave puts everything back.
+
+    Args:
+        model: A transformers or peft model.
+        tokenizer: Its tokenizer, whose padding side is put back as well.
+        switch: What else an engine does with a model that is to generate.
+    """
+    with _lock:
+        training = [part for part in model.modules() if part.training]
+        found = _found.get(model)
+        # Training began since the first reader came, and goes on when this one leaves.
+        if found is None or training or not model.config.use_cache:
+            found = _found[model] = _look_at(model, tokenizer, training, found)
+        found.readers += 1
+        if switch is not None:
+            switch(model)
+        model.eval()
+        model.config.use_cache = True
+        # Answers are limited by max_new_tokens; transformers warns of every limit beside it.
+        model.generation_config.max_length = None
+    try:
+        yield
+    finally:
+        with _lock:
+            found.readers -= 1
+            if found.readers == 0:
+                if _found.get(model) is found:
+                    del _found[model]
+                _put_back(model, tokenizer, found)
+
+
+def _look_at(model: Any, tokenizer: Any, training: list[Any], earlier: _Found | None) -> _Found:
+    checkpointing = [
+        (part, part.gradient_checkpointing)
+        for part in model.modules()
+        if vars(part).get("gradient_checkpointing")
+    ]
+    # What training does not touch is still as an earlier reader left it.
+    max_length = earlier.max_length if earlier else model.generation_config.max_length
+    padding_side = earlier.padding_side if earlier else tokenizer.padding_side
+    return _Found(training, checkpointing, model.config.use_cache, max_length, padding_side)
+
+
+def _put_back(model: Any, tokenizer: Any, found: _Found) -> None:
+    model.config.use_cache = found.use_cache
+    model.generation_config.max_length = found.max_length
+    tokenizer.padding_side = found.padding_side
+    for part in found.training:
+        part.training = True
+    for part, value in found.checkpointing:
+        part.gradient_checkpointing = value
