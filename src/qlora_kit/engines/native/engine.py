@@ -159,8 +159,13 @@ class NativeEngine:
 
     @contextlib.contextmanager
     def inference(self, model: LoadedModel) -> Iterator[Any]:
-        """Eval mode with the key/value cache on; the last of several readers puts both back."""
-        with inference_mode(model.model):
+        """Eval mode with the key/value cache on, adapters added as in training.
+
+        The last of several readers puts all of it back.
+        """
+        from qlora_kit.engines.native.fast.answering import rounding_once
+
+        with inference_mode(model.model), rounding_once(model.model):
             yield model.model
 
 
