@@ -154,7 +154,6 @@ class NativeEngine:
             callbacks=list(job.callbacks),
             plan=job.plan,
             chooses_checkpointing=job.chooses_checkpointing,
-            **job.extra,
         )
 
     @contextlib.contextmanager
