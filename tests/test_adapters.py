@@ -2,6 +2,7 @@
 
 import pytest
 
+from checkpoints import make_checkpoint
 from forward import logits_of
 from qlora_kit import attach_lora, load_quantized
 from qlora_kit.config import DEFAULT_TARGET_MODULES
@@ -197,3 +198,47 @@ def test_saved_modules_layers_and_patterns_reach_peft(base16):
     shapes = {n: p.shape for n, p in model.model.named_parameters() if "lora_A" in n}
     assert {s[0] for n, s in shapes.items() if "q_proj" in n} == {2}
     assert {s[0] for n, s in shapes.items() if "v_proj" in n} == {4}
+
+
+def test_what_the_classic_script_passes_besides_is_taken(base):
+    """Every default of ``FastLanguageModel.get_peft_model``, and ``FastModel``'s switches."""
+    model = attach_lora(
+        base,
+        max_seq_length=base.max_seq_length, layers_to_transform=None, layers_pattern=None,
+        finetune_last_n_layers=None, modules_to_save=None, init_lora_weights=True,
+        loftq_config={}, temporary_location="_saved_buffers", qat_scheme=None,
+        target_parameters=None, ensure_weight_tying=None, offload_layers=None,
+        checkpoint_skip_layers=0, finetune_vision_layers=False, finetune_language_layers=True,
+        finetune_attention_modules=True, finetune_mlp_modules=True, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    assert _adapted_names(model) == set(DEFAULT_TARGET_MODULES)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "advice"),
+    [
+        ("max_seq_length", 64, "loaded for 2048. Give load_quantized another"),
+        ("finetune_mlp_modules", False, "target_modules='attention'"),
+        ("finetune_last_n_layers", 2, "layers_to_transform"),
+        ("seed", 1, "random_state"),
+        ("lora_alfa", 16, "Did you mean 'lora_alpha'"),
+        ("entirely_else", 16, "It has: model, r, "),
+    ],
+)
+def test_what_is_not_taken_says_where_it_belongs(base, argument, value, advice):
+    with pytest.raises(ConfigError) as caught:
+        attach_lora(base, **{argument: value})
+    assert advice in str(caught.value)
+    assert argument in str(caught.value)
+    # Nothing was attached to the base.
+    assert not any(hasattr(module, "lora_A") for module in base.model.modules())
+
+
+def test_experts_that_no_module_holds_are_named_with_the_way_round_them(tmp_path):
+    folder = make_checkpoint(tmp_path / "moe", "qwen3_moe")
+    loaded = load_quantized(folder, dtype="float32", load_in_4bit=False)
+    for arguments in ({}, {"target_modules": "mlp"}):
+        with pytest.raises(ConfigError, match="experts lie together in parameters such as model"):
+            attach_lora(loaded, **arguments)
+    model = attach_lora(loaded, target_modules="attention")
+    assert _adapted_names(model) == {"q_proj", "k_proj", "v_proj", "o_proj"}

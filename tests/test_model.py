@@ -354,3 +354,36 @@ def test_auto_logs_which_engine_and_why(tiny_llama, caplog):
     with caplog.at_level("INFO"):
         assert load_quantized(tiny_llama).engine.name == "native"
     assert "Engine 'native': " in caplog.text
+
+
+def test_what_the_classic_script_passes_besides_is_taken(tiny_llama):
+    """Every default of ``FastLanguageModel.from_pretrained``."""
+    loaded = load_quantized(
+        model_name=tiny_llama, max_seq_length=64, dtype=None, load_in_4bit=True,
+        load_in_8bit=False, load_in_16bit=False, full_finetuning=False, token=None,
+        device_map_planner_kwargs=None, rope_scaling=None, fix_tokenizer=True,
+        trust_remote_code=False, use_gradient_checkpointing="unsloth", resize_model_vocab=None,
+        revision=None, use_exact_model_name=False, float32_mixed_precision=None,
+        fast_inference=False, gpu_memory_utilization=0.5, float8_kv_cache=False,
+        random_state=3407, max_lora_rank=64, disable_log_stats=True, qat_scheme=None,
+        load_in_fp8=False, unsloth_tiled_mlp=False, text_only=False,
+    )  # fmt: skip
+    assert loaded.base.quantization == "nf4"
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "advice"),
+    [
+        ("load_in_16bit", True, "load_in_4bit=False"),
+        ("full_finetuning", True, "modules_to_save"),
+        ("fast_inference", True, "Export the model"),
+        ("torch_dtype", "bfloat16", "dtype"),
+        ("use_gradient_checkpointing", True, "attach_lora"),
+        ("load_in_4bits", True, "Did you mean 'load_in_4bit'"),
+    ],
+)
+def test_what_is_not_taken_says_where_it_belongs(tiny_llama, argument, value, advice):
+    with pytest.raises(ConfigError) as caught:
+        load_quantized(tiny_llama, **{argument: value})
+    assert advice in str(caught.value)
+    assert f"{argument}" in str(caught.value)

@@ -547,7 +547,7 @@ def test_ctrl_c_in_the_last_evaluation_interrupts_no_training(
 @pytest.mark.parametrize(
     ("plan", "advice"),
     [
-        ({"micro_batch_tokens": 96}, r'plan=\{"micro_batch_tokens": 48, "checkpointing": "full"\}'),
+        ({"micro_batch_tokens": 96}, r'plan=\{"micro_batch_tokens": 48, "checkpointing": "full"'),
         (False, "Lower per_device_train_batch_size"),
     ],
 )
@@ -636,3 +636,46 @@ def test_a_finished_run_is_not_resumed(make_model, alpaca_rows, tmp_path):
     _train(make_model(), alpaca_rows, tmp_path, **saving)
     with pytest.raises(ConfigError, match="has done 2 steps already"):
         _train(make_model(), alpaca_rows, tmp_path, resume_from_checkpoint=True, **saving)
+
+
+def _running_out(event):
+    """A callback that runs out of memory in the middle of a run, as a device would."""
+    import torch
+    from transformers import TrainerCallback
+
+    def run_out(self, *args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    return type("RunsOut", (TrainerCallback,), {event: run_out})
+
+
+@pytest.mark.parametrize(
+    ("event", "settings", "advice", "no_advice"),
+    [
+        ("on_init_end", {}, "attach a smaller r", "per_device"),
+        ("on_train_begin", {}, "attach a smaller r", "per_device"),
+        ("on_step_end", {"plan": {"weights": "cache"}}, '"weights": "nf4"', "per_device"),
+        (
+            "on_step_end",
+            {"plan": False, "per_device_train_batch_size": 1, "gradient_checkpointing": True},
+            "Lower max_length.",
+            "per_device",
+        ),
+        (
+            "on_train_begin",
+            {"plan": False, "per_device_train_batch_size": 2},
+            "set gradient_checkpointing=True",
+            "smaller r",
+        ),
+    ],
+)
+def test_out_of_memory_advice_can_be_followed(
+    make_model, alpaca_rows, tmp_path, event, settings, advice, no_advice
+):
+    from qlora_kit.errors import TrainingError
+
+    model = make_model()
+    with pytest.raises(TrainingError, match="Tried to allocate 2 GiB") as caught:
+        _train(model, alpaca_rows, tmp_path, callbacks=[_running_out(event)], **settings)
+    assert advice in str(caught.value)
+    assert no_advice not in str(caught.value)

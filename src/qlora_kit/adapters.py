@@ -17,6 +17,7 @@ from qlora_kit.config import (
     TARGET_PRESETS,
     AdapterConfig,
 )
+from qlora_kit.elsewhere import ADAPTER_ARGUMENTS, refuse_unknown
 from qlora_kit.errors import ConfigError, did_you_mean
 from qlora_kit.results import AdaptedModel, LoadedModel
 
@@ -47,6 +48,8 @@ def attach_lora(
     layers_to_transform: Sequence[int] | int | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, int] | None = None,
+    max_seq_length: int | None = None,
+    **classic: Any,
 ) -> AdaptedModel:
     """Attach a new LoRA adapter to a loaded model (Hu et al., arXiv:2106.09685).
 
@@ -71,6 +74,8 @@ def attach_lora(
         layers_to_transform: Indices of the layers to adapt; all by default.
         rank_pattern: Ranks by module name where they differ from ``r``.
         alpha_pattern: Alphas by module name where they differ from ``lora_alpha``.
+        max_seq_length: The model's own, which the classic script gives again; no other.
+        **classic: Further arguments of the classic script, where they ask for what happens anyway.
 
     Returns:
         The adapted model. It shares the base model's memory with ``model``, which should not be
@@ -78,8 +83,9 @@ def attach_lora(
 
     Raises:
         ConfigError: When an argument cannot work; for unknown module names, lists those that
-            exist.
+            exist. ``UnknownOptionError`` for unknown arguments, with the nearest name.
     """
+    refuse_unknown(attach_lora, classic, ADAPTER_ARGUMENTS)
     if not isinstance(model, LoadedModel):
         raise ConfigError(
             f"attach_lora takes what load_quantized returned, got {type(model).__name__}."
@@ -88,6 +94,11 @@ def attach_lora(
         raise ConfigError(
             "This model already has an adapter. Load the base again for a new one, or go on "
             "training this one."
+        )
+    if max_seq_length not in (None, model.max_seq_length):
+        raise ConfigError(
+            f"max_seq_length={max_seq_length!r}: this model was loaded for "
+            f"{model.max_seq_length}. Give load_quantized another one, or train_sft a max_length."
         )
     targets = _resolve_targets(target_modules, model.model)
     if isinstance(modules_to_save, str):
@@ -143,7 +154,7 @@ def _resolve_targets(asked: str | Sequence[str], model: Any) -> tuple[str, ...]:
             if not found:
                 raise ConfigError(
                     f"target_modules={asked!r} matches nothing in this model. It has: "
-                    f"{', '.join(available)}."
+                    f"{', '.join(available)}.{_advise_on_experts(model)}"
                 )
             return found
         asked = (asked,)
@@ -175,8 +186,21 @@ def _check_names(
         hints = "".join(did_you_mean(str(name), (*available, *TARGET_PRESETS)) for name in unknown)
         raise ConfigError(
             f"{parameter}: this model has no {', '.join(map(repr, unknown))}.{hints} "
-            f"It has: {', '.join(available)}.{presets}"
+            f"It has: {', '.join(available)}.{presets}{_advise_on_experts(model)}"
         )
+
+
+def _advise_on_experts(model: Any) -> str:
+    """What to do about experts that transformers holds in one parameter for all of them."""
+    for name, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3 and "expert" in f"{name}.{own}":
+                return (
+                    f" This model's experts lie together in parameters such as {name}.{own}, "
+                    "which adapters of modules do not reach; target_modules='attention' trains "
+                    "around them."
+                )
+    return ""
 
 
 def _check_layers(layers: Sequence[int] | int | None, model: Any) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import LoadConfig
+from qlora_kit.elsewhere import LOADING_ARGUMENTS, refuse_unknown
 from qlora_kit.engines.selection import resolve_engine
 from qlora_kit.errors import (
     ConfigError,
@@ -57,6 +58,7 @@ def load_quantized(
     cache_dir: str | os.PathLike[str] | None = None,
     device_map: Any = None,
     trust_remote_code: bool = False,
+    **classic: Any,
 ) -> LoadedModel:
     """Load a language model for QLoRA: in 4 bits, from disk, without touching the network.
 
@@ -81,18 +83,21 @@ def load_quantized(
         cache_dir: Hub cache, and where dequantized GGUF files are kept.
         device_map: As in transformers; by default everything on the one best device.
         trust_remote_code: Run Python code that the checkpoint ships.
+        **classic: Further arguments of the classic script, where they ask for what happens anyway.
 
     Returns:
         A handle that unpacks as ``model, tokenizer = load_quantized(...)``. An
         :class:`~qlora_kit.results.AdaptedModel` when an adapter was loaded.
 
     Raises:
-        ConfigError: When an argument cannot work.
+        ConfigError: When an argument cannot work; ``UnknownOptionError`` for unknown arguments,
+            with the nearest name.
         ModelNotFoundError: When there is no model there; names the nearest existing paths.
         OfflineError: When a hub name is not in the local cache and ``local_files_only`` holds.
         MissingDependencyError: When bitsandbytes, gguf or unsloth is needed and does not run.
         UnsupportedModelError: When the files are of a kind that would load wrongly.
     """
+    refuse_unknown(load_quantized, classic, LOADING_ARGUMENTS)
     if load_in_4bit is None:
         load_in_4bit = not load_in_8bit
     if not isinstance(model_name, str | os.PathLike):

@@ -58,3 +58,6 @@ def test_two_ranks_share_one_mean(tiny_llama: Path, tmp_path: Path) -> None:
             assert rank["tokens"] == alone["tokens"], name
             for parameter, value in alone["weights"].items():
                 torch.testing.assert_close(rank["weights"][parameter], value, rtol=0, atol=1e-6)
+    # One run, one manifest: the ranks share a folder on most machines.
+    manifests = [(tmp_path / f"run-{rank}" / "qlora_kit_manifest.json") for rank in (0, 1)]
+    assert [manifest.is_file() for manifest in manifests] == [True, False]

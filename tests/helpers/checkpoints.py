@@ -41,7 +41,14 @@ def make_tokenizer(folder: Path, *, chat_template: bool = True) -> None:
 def make_checkpoint(folder: Path, kind: str, *, seed: int = 0, **overrides: object) -> Path:
     """A random checkpoint of 2 layers, with its tokenizer."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+    )
 
     make_tokenizer(folder)
     settings = {
@@ -62,6 +69,9 @@ def make_checkpoint(folder: Path, kind: str, *, seed: int = 0, **overrides: obje
         torch.manual_seed(seed)
         if kind == "llama":
             model = LlamaForCausalLM(LlamaConfig(**settings))
+        elif kind == "qwen3_moe":
+            experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+            model = Qwen3MoeForCausalLM(Qwen3MoeConfig(head_dim=32, **experts, **settings))
         else:
             model = Qwen3ForCausalLM(Qwen3Config(head_dim=32, **settings))
     model.to(torch.bfloat16).save_pretrained(folder)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -32,7 +32,6 @@ class TrainJob:
         collator: Turns rows into a batch.
         is_packed: Whether a row of a batch holds several examples: packed or padding-free.
         callbacks: Trainer callbacks.
-        extra: Further keyword arguments of the trainer, passed as they are.
         plan: How steps are computed, for engines that have a choice; ``None`` lets them choose.
         chooses_checkpointing: Whether ``args.gradient_checkpointing`` is a mere default, which
             the engine may overrule.
@@ -44,7 +43,6 @@ class TrainJob:
     collator: Any
     is_packed: bool
     callbacks: Sequence[Any] = ()
-    extra: dict[str, Any] = field(default_factory=dict)
     plan: Any = None
     chooses_checkpointing: bool = False
 

@@ -208,7 +208,6 @@ class UnslothEngine:
                 processing_class=model.tokenizer,
                 data_collator=job.collator,
                 callbacks=list(job.callbacks),
-                **job.extra,
             )
 
     @contextlib.contextmanager

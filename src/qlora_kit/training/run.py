@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import math
 import time
@@ -81,13 +82,12 @@ def run_training(
         except KeyboardInterrupt:
             interrupts.was_requested = True
             _save_checkpoint(trainer, saves)
-        # CUDA's out-of-memory error is a RuntimeError of its own class in every torch we support.
         except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":
+            if not _is_out_of_memory(error):
                 raise
             raise TrainingError(
                 f"Out of memory: {str(error).splitlines()[0]} The batch was not changed. "
-                f"{_advise_on_memory(trainer)}"
+                f"{_advise_on_memory(model, trainer)}"
             ) from error
         finally:
             line.close()
@@ -100,8 +100,9 @@ def run_training(
         seconds=seconds, memory_before=memory_before, peak_memory=max(peak, memory_before),
         resumed=resume, plan=plan,
     )  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    write_manifest(folder, "training", _describe_run(model, job, data, options, result))
+    if trainer.is_world_process_zero():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_manifest(folder, "training", _describe_run(model, job, data, options, result))
     model.record.training = result
     if result.was_interrupted:
         logger.warning(
@@ -130,19 +131,50 @@ def _adopt_chat_template(model: AdaptedModel, formatter: Any) -> None:
         logger.info("The tokenizer's chat template is the formatter's from now on.")
 
 
-def _advise_on_memory(trainer: Any) -> str:
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # torch's own class is a RuntimeError too, and is named so in every torch we support.
+    return type(error).__name__ == "OutOfMemoryError"
+
+
+def _advise_on_memory(model: AdaptedModel, trainer: Any) -> str:
+    """What would have helped where memory ran out.
+
+    Args:
+        model: What is trained.
+        trainer: Its trainer, or ``None`` while that was being made.
+    """
     plan = getattr(trainer, "fast_plan", None)
-    if plan is None:
+    if plan is not None:
+        # This step lays a whole effective batch out anew, however the settings split it.
+        options = {
+            "micro_batch_tokens": max(1, plan.micro_batch_tokens // 2),
+            "checkpointing": "full",
+            **({"weights": "nf4"} if plan.caches_weights else {}),
+        }
+        text = ", ".join(f'"{name}": {json.dumps(value)}' for name, value in options.items())
         return (
-            "Lower per_device_train_batch_size (and raise gradient_accumulation_steps alike, which "
-            "keeps the maths), lower max_length, or set gradient_checkpointing=True."
+            f"Set plan={{{text}}}, which keeps the maths, or lower max_length: no example is split."
         )
-    # This step lays a whole effective batch out anew, however the settings split it.
-    fewer = max(1, plan.micro_batch_tokens // 2)
-    return (
-        f'Set plan={{"micro_batch_tokens": {fewer}, "checkpointing": "full"}}, which keeps the '
-        "maths, or lower max_length: no example is split."
-    )
+    if trainer is None or getattr(trainer, "uses_fast_step", False):
+        in_4bit = "" if model.base.quantization in ("nf4", "fp4") else "load in 4 bits, "
+        return (
+            "No batch had gone through the model yet: free memory that others hold on the device, "
+            f"{in_4bit}or attach a smaller r (now {model.adapter.r})."
+        )
+    args = trainer.args
+    advice = ["lower max_length"]
+    if args.per_device_train_batch_size > 1:
+        advice.insert(
+            0,
+            "lower per_device_train_batch_size (and raise gradient_accumulation_steps alike, which "
+            "keeps the maths)",
+        )
+    if not args.gradient_checkpointing:
+        advice.append("set gradient_checkpointing=True")
+    if args.eval_strategy != "no" and args.per_device_eval_batch_size > 1:
+        advice.append("if it was evaluating, lower per_device_eval_batch_size")
+    text = ", or ".join(advice)
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _make_trainer(model: AdaptedModel, job: TrainJob) -> Any:
@@ -152,6 +184,10 @@ def _make_trainer(model: AdaptedModel, job: TrainJob) -> Any:
     except QloraKitError:
         raise
     except (RuntimeError, ImportError) as error:
+        if isinstance(error, RuntimeError) and _is_out_of_memory(error):
+            raise TrainingError(
+                f"Out of memory: {str(error).splitlines()[0]} {_advise_on_memory(model, None)}"
+            ) from error
         if isinstance(error, ImportError) or "to be installed" in str(error):
             raise MissingDependencyError(
                 f"This run needs a package that is not installed: {error} "

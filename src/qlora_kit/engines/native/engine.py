@@ -124,13 +124,17 @@ class NativeEngine:
             callbacks=list(job.callbacks),
             plan=job.plan,
             chooses_checkpointing=job.chooses_checkpointing,
-            **job.extra,
         )
 
     @contextlib.contextmanager
     def inference(self, model: LoadedModel) -> Iterator[Any]:
-        """Eval mode with the key/value cache on; the last of several readers puts both back."""
-        with inference_mode(model.model, model.tokenizer):
+        """Eval mode with the key/value cache on, adapters added as in training.
+
+        The last of several readers puts all of it back.
+        """
+        from qlora_kit.engines.native.fast.answering import rounding_once
+
+        with inference_mode(model.model, model.tokenizer), rounding_once(model.model):
             yield model.model
 
 

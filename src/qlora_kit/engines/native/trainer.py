@@ -53,7 +53,8 @@ class NativeTrainer(StepRecorder, FastSteps, PortableLoss, NoTelemetry, SFTTrain
             asked = dataclasses.replace(
                 asked, checkpointing="full" if args.gradient_checkpointing else "none"
             )
-        is_fast = _decide(model, args, asked, kwargs)
+        self._filters_logged_losses = args.logging_nan_inf_filter
+        is_fast = _decide(model, args, asked)
         if is_fast:
             args = copy.copy(args)
             # The fast path recomputes layers itself and filters losses without waiting for them.
@@ -101,10 +102,10 @@ class NativeTrainer(StepRecorder, FastSteps, PortableLoss, NoTelemetry, SFTTrain
             base.forward = self._own_forward
 
 
-def _decide(model: Any, args: Any, asked: FastPlan, extra: dict[str, Any]) -> bool:
+def _decide(model: Any, args: Any, asked: FastPlan) -> bool:
     if asked.enabled is False:
         return False
-    obstacle = find_obstacle(model, args, extra)
+    obstacle = find_obstacle(model, args)
     if obstacle is None:
         return True
     if asked.enabled is True:

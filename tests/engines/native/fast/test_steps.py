@@ -28,7 +28,7 @@ def _collate(rows):
 def make_trainer(token_rows, tmp_path):
     """A trainer over the token rows; ``plan=False`` is plain TRL and peft."""
 
-    def make(adapted, plan, *, rows=None, with_eval=False, chooses=False, extra=None, **fields):
+    def make(adapted, plan, *, rows=None, with_eval=False, chooses=False, **fields):
         from datasets import Dataset
         from trl import SFTConfig
 
@@ -51,7 +51,6 @@ def make_trainer(token_rows, tmp_path):
             is_packed=False,
             plan=plan,
             chooses_checkpointing=chooses,
-            extra=extra or {},
         )
         return adapted.engine.make_trainer(adapted, job)
 
@@ -236,3 +235,34 @@ def test_checkpointing_follows_the_user_unless_left_open(make_adapted, make_trai
     )
     left_open.train()
     assert left_open.fast_plan.checkpointing == "none"
+
+
+@pytest.mark.parametrize("is_filtered", [True, False])
+def test_losses_that_are_no_number_are_logged_as_asked(make_adapted, make_trainer, is_filtered):
+    from transformers import TrainerCallback
+
+    class Breaks(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 1:
+                next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
+
+    trainer = make_trainer(
+        make_adapted(), EAGER, max_steps=2, logging_nan_inf_filter=is_filtered, logging_steps=2
+    )
+    trainer.add_callback(Breaks())
+    trainer.train()
+    logged = trainer.state.log_history[0]["loss"]
+    assert torch.isfinite(torch.tensor(logged)) == is_filtered
+    # The record holds what was computed either way.
+    assert torch.isfinite(torch.tensor(trainer.step_losses)).tolist() == [True, False]
+
+
+def test_the_devices_cache_is_emptied_as_often_as_asked(make_adapted, make_trainer, monkeypatch):
+    from qlora_kit.engines.native.fast import steps
+
+    emptied = []
+    monkeypatch.setattr(steps, "clear_device_cache", lambda: emptied.append(1))
+    make_trainer(make_adapted(), EAGER, max_steps=4, torch_empty_cache_steps=2).train()
+    assert len(emptied) == 2
+    make_trainer(make_adapted(), EAGER, max_steps=2).train()
+    assert len(emptied) == 2

@@ -112,9 +112,9 @@ def _lora_linear(
     low = x @ down.T
     # The small product first: the large one adds to it before it is rounded. Added to a rounded
     # product, most of an update below half a step of bfloat16 is lost, which slows learning
-    # down; and it would read and write everything once more.
-    out = low @ up.T if bias is None else torch.addmm(bias, low, up.T)
-    return out.addmm_(x, weight.T), low
+    # down; and it would read and write everything once more. Biases, which may be large, last.
+    out = (low @ up.T).addmm_(x, weight.T)
+    return out if bias is None else out.add_(bias), low
 
 
 def _lora_linear_fake(

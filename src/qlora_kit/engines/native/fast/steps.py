@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache
 
 from qlora_kit.engines.native.fast.execution import StepRunner
 from qlora_kit.engines.native.fast.layout import IGNORED, Example, keep_rows, split_rows
@@ -39,6 +40,7 @@ class FastSteps:
     _runner: StepRunner | None = None
     _asked: FastPlan
     train_dataset: Any
+    _filters_logged_losses: bool = True
 
     def start_fast(self, model: Any, asked: FastPlan) -> None:
         """Compute training steps of a ``PeftModel`` here from now on."""
@@ -54,6 +56,11 @@ class FastSteps:
     def stop_fast(self) -> None:
         """Free the fast path's buffers."""
         self._runner = None
+
+    @property
+    def uses_fast_step(self) -> bool:
+        """Whether steps are computed here."""
+        return self._runner is not None
 
     @property
     def fast_plan(self) -> ResolvedPlan | None:
@@ -116,6 +123,11 @@ class FastSteps:
         scaler = self.accelerator.scaler  # type: ignore[attr-defined]
         loss, stats = runner.run_step(examples, num_items_in_batch, scaler)
         self._note("train", examples, stats, num_items_in_batch)
+        every = self.args.torch_empty_cache_steps  # type: ignore[attr-defined]
+        if every is not None and self.state.global_step % every == 0:  # type: ignore[attr-defined]
+            clear_device_cache()
+        if not self._filters_logged_losses:
+            return loss
         # What was computed, for the record; what is logged is filtered below.
         self._unfiltered_loss = loss
         # The trainer's own filter for the logged loss would wait for the device.

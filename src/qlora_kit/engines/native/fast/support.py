@@ -15,15 +15,14 @@ _ATTENTION: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP: Final = ("gate_proj", "up_proj", "down_proj")
 
 
-def find_obstacle(model: Any, args: Any, extra: dict[str, Any]) -> str | None:
+def find_obstacle(model: Any, args: Any) -> str | None:
     """Why a run cannot use the fast path, or ``None``.
 
     Args:
         model: A ``PeftModel``.
         args: The run's ``SFTConfig``.
-        extra: Further keyword arguments of the trainer.
     """
-    return _find_in_model(model) or _find_in_settings(args, extra, _dtype_of(model))
+    return _find_in_model(model) or _find_in_settings(args, _dtype_of(model))
 
 
 def _dtype_of(model: Any) -> torch.dtype:
@@ -71,16 +70,19 @@ def _find_in_model(model: Any) -> str | None:
     return None
 
 
-def _find_in_settings(args: Any, extra: dict[str, Any], dtype: torch.dtype) -> str | None:
+def _find_in_settings(args: Any, dtype: torch.dtype) -> str | None:
     if args.world_size > 1 or args.n_gpu > 1:
         return "training is distributed"
     if args.deepspeed or args.fsdp:
         return "DeepSpeed or FSDP is in use"
     if args.loss_type not in (None, "nll", "chunked_nll"):
         return f"loss_type={args.loss_type!r}"
-    for name in ("label_smoothing_factor", "neftune_noise_alpha"):
+    # What is looked for in the forward pass of modules happens in none here.
+    for name in ("label_smoothing_factor", "neftune_noise_alpha", "debug"):
         if getattr(args, name, None):
             return f"{name}={getattr(args, name)}"
+    if args.optim in ("lomo", "adalomo"):
+        return f"optim={str(args.optim)!r} steps in the backward pass"
     for name in (
         "activation_offloading",
         "use_liger_kernel",
@@ -91,7 +93,4 @@ def _find_in_settings(args: Any, extra: dict[str, Any], dtype: torch.dtype) -> s
             return f"{name}=True"
     if (args.bf16 and dtype != torch.bfloat16) or (args.fp16 and dtype == torch.bfloat16):
         return f"mixed precision over a {dtype} model"
-    for name in ("compute_loss_func", "peft_config"):
-        if extra.get(name) is not None:
-            return f"{name} is given"
     return None

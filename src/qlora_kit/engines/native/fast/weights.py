@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["AdapterPart", "GroupReader", "read_group"]
+__all__ = [
+    "AdapterPart",
+    "GroupReader",
+    "find_weight_obstacle",
+    "read_adapter",
+    "read_group",
+]
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ def read_group(modules: Sequence[Any], dtype: torch.dtype) -> GroupReader | str:
     """
     frozen, adapters, biases = [], [], []
     for module in modules:
-        adapter = _read_adapter(module)
+        adapter = read_adapter(module)
         if isinstance(adapter, str):
             return adapter
         base = module.base_layer if hasattr(module, "base_layer") else module
@@ -112,14 +118,18 @@ def read_group(modules: Sequence[Any], dtype: torch.dtype) -> GroupReader | str:
     )
 
 
-def _read_weight(base: Any, dtype: torch.dtype) -> _Frozen | str:
-    weight = base.weight
-    if weight.requires_grad:
+def find_weight_obstacle(base: Any, dtype: torch.dtype) -> str | None:
+    """Why a frozen linear module's weight cannot be read, or ``None``.
+
+    Args:
+        base: The module that an adapter wraps.
+        dtype: The dtype to compute in.
+    """
+    weight = getattr(base, "weight", None)
+    if weight is None or weight.requires_grad:
         return "a trained base weight"
     if type(base) is torch.nn.Linear:
-        if weight.dtype != dtype:
-            return f"{weight.dtype} weights in a {dtype} model"
-        return _Frozen(weight.detach(), None, (weight.shape[0], weight.shape[1]), 0, "")
+        return None if weight.dtype == dtype else f"{weight.dtype} weights in a {dtype} model"
     state = getattr(weight, "quant_state", None)
     if state is None or type(base).__name__ not in ("Linear4bit", "LinearNF4", "LinearFP4"):
         return f"{type(base).__name__} layers"
@@ -129,6 +139,17 @@ def _read_weight(base: Any, dtype: torch.dtype) -> _Frozen | str:
         return "weights quantized in transposed order"
     if base.compute_dtype not in (None, dtype):
         return f"4-bit layers computing in {base.compute_dtype} in a {dtype} model"
+    return None
+
+
+def _read_weight(base: Any, dtype: torch.dtype) -> _Frozen | str:
+    obstacle = find_weight_obstacle(base, dtype)
+    if obstacle is not None:
+        return obstacle
+    weight = base.weight
+    if type(base) is torch.nn.Linear:
+        return _Frozen(weight.detach(), None, (weight.shape[0], weight.shape[1]), 0, "")
+    state = weight.quant_state
     scale = state.absmax
     if state.nested:
         second = state.state2
@@ -143,7 +164,8 @@ def _read_weight(base: Any, dtype: torch.dtype) -> _Frozen | str:
     )
 
 
-def _read_adapter(module: Any) -> AdapterPart | str | None:
+def read_adapter(module: Any) -> AdapterPart | str | None:
+    """A module's one active adapter, why it cannot be fused, or ``None`` where there is none."""
     if not hasattr(module, "base_layer"):
         return None
     if not hasattr(module, "lora_A"):
