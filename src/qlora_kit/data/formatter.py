@@ -82,13 +82,20 @@ class FormatterBase:
         self.response_only = bool(response_only)
         self.on_bad_rows = check_policy(on_bad_rows)
         self.max_reported_rows = max_reported_rows
-        self.columns = self._check_columns(columns)
+        self.columns = self.map_columns(columns)
+        self._named_columns = columns or {}
         self.eos_token = self._check_eos(eos_token)
         self.eos_token_id = self.text.get_token_id(self.eos_token, what="end token")
         self.text.protect(self.eos_token)
 
-    def _check_columns(self, columns: Mapping[str, str] | None) -> dict[str, str]:
-        known = (*self.roles, *self.optional_roles)
+    @classmethod
+    def map_columns(cls, columns: Mapping[str, str] | None) -> dict[str, str]:
+        """The column of every role, where some were named.
+
+        Raises:
+            ConfigError: When there is no such role, or a column is not text.
+        """
+        known = (*cls.roles, *cls.optional_roles)
         if columns is not None and not isinstance(columns, Mapping):
             raise ConfigError(
                 f"columns maps roles to columns, such as {{{known[0]!r}: 'question'}}; got "
@@ -147,9 +154,15 @@ class FormatterBase:
 
     def find_missing_columns(self, present: Sequence[str]) -> dict[str, str]:
         """The required roles whose column is not among those present, with that column."""
-        return {
-            role: self.columns[role] for role in self.roles if self.columns[role] not in present
-        }
+        return self.find_missing(present, self._named_columns)
+
+    @classmethod
+    def find_missing(
+        cls, present: Sequence[str], columns: Mapping[str, str] | None = None
+    ) -> dict[str, str]:
+        """The same, before there is a tokenizer, for the columns that were named."""
+        mapped = cls.map_columns(columns)
+        return {role: mapped[role] for role in cls.roles if mapped[role] not in present}
 
     def template_spec(self) -> dict[str, Any]:
         """Everything needed to rebuild the formatter and to stop where it stops."""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.data.problems import BadRowPolicy, RowProblem, settle_problems
 from qlora_kit.data.rows import Rows
-from qlora_kit.data.sources import RawRow, read_source
+from qlora_kit.data.sources import RawRow, RawRows, read_source
 from qlora_kit.errors import DataError
 
 if TYPE_CHECKING:
     from qlora_kit.data.formatter import FormatterBase
 
-__all__ = ["load_rows"]
+__all__ = ["check_columns", "load_rows"]
 
 
 def load_rows(
@@ -32,9 +32,7 @@ def load_rows(
         raw = [RawRow(source.get_location(index), value) for index, value in enumerate(source)]
     else:
         label, raw = read_source(source, split, local_files_only=local_files_only)
-    if not raw:
-        raise DataError(f"{label} has no rows. Training takes at least one.")
-    _check_columns(formatter, raw, label)
+    check_columns(RawRows(label, raw), formatter.find_missing_columns, formatter.columns)
     values: list[dict[str, Any]] = []
     locations = []
     problems: list[RowProblem] = []
@@ -66,18 +64,32 @@ def load_rows(
     return Rows(values, formatter=formatter, source=label, locations=locations)
 
 
-def _check_columns(formatter: FormatterBase, raw: Sequence[RawRow], label: str) -> None:
-    """One message instead of one per row when a whole column is absent."""
-    mappings = [row.value for row in raw if isinstance(row.value, Mapping)]
-    if not mappings:
+def check_columns(
+    source: RawRows,
+    find_missing: Callable[[Sequence[str]], Mapping[str, str]],
+    columns: Mapping[str, str],
+) -> None:
+    """Refuse a source without rows, or one where a whole column is absent.
+
+    Args:
+        source: What was read.
+        find_missing: Roles whose column is not among those present, with that column.
+        columns: Which column holds which role.
+
+    Raises:
+        DataError: With one message instead of one per row.
+    """
+    if not source.rows:
+        raise DataError(f"{source.label} has no rows. Training takes at least one.")
+    present = source.columns
+    if not present:
         return
-    present = {str(key): None for row in mappings for key in row}
-    missing = formatter.find_missing_columns(list(present))
+    missing = find_missing(present)
     if missing:
         role = next(iter(missing))
-        example = next((name for name in present if name not in formatter.columns.values()), "...")
+        example = next((name for name in present if name not in columns.values()), "...")
         raise DataError(
-            f"No row of {label} has a column {' or '.join(map(repr, missing.values()))}. Its "
-            f"columns are: {', '.join(map(repr, list(present)[:12]))}. Say which one it is, for "
+            f"No row of {source.label} has a column {' or '.join(map(repr, missing.values()))}. "
+            f"Its columns are: {', '.join(map(repr, present[:12]))}. Say which one it is, for "
             f"example columns={{{role!r}: {example!r}}}."
         )

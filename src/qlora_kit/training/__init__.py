@@ -64,9 +64,10 @@ def train_sft(
 
     Args:
         model: What :func:`~qlora_kit.attach_lora` returned.
-        train_dataset: What ``formatter.load`` returned, or anything it takes, with Alpaca's
-            columns, ``messages`` or ``conversations``, a ``text`` column, or ``input_ids`` (and
-            ``labels``, and ``seq_lengths`` where ``pack_examples`` packed them) already.
+        train_dataset: What ``formatter.load`` returned, or anything it takes, such as a file's
+            path, with Alpaca's columns, ``messages`` or ``conversations``, ``prompt`` and
+            ``completion``, a ``text`` column, or ``input_ids`` (and ``labels``, and
+            ``seq_lengths`` where ``pack_examples`` packed them) already.
         formatter: Overrides the formatter that the rows carry.
         output_dir: Checkpoints and ``qlora_kit_manifest.json`` go here.
         eval_dataset: Held-out rows, or a dictionary of them; evaluated four times over the run

@@ -71,8 +71,9 @@ def run_training(
         trainer.add_callback(interrupts)
         trainer.add_callback(saves)
         # Only now: exports take their stop token from it, and a refused run trained nothing.
+        # Rows without a formatter leave none: an earlier one would ask for what was not learned.
+        model.record.formatter = data.formatter
         if data.formatter is not None:
-            model.record.formatter = data.formatter
             _adopt_chat_template(model, data.formatter)
         started = time.perf_counter()
         try:
