@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit import device as device_module
+from qlora_kit.checkpoint.remembering import write_checkpoint_manifest
 from qlora_kit.engines.base import TrainJob
 from qlora_kit.errors import (
     ConfigError,
@@ -61,7 +63,8 @@ def run_training(
         replace_progress_callbacks,
     )
 
-    interrupts, line, saves = InterruptCallback(), ProgressLine(), LastSave()
+    interrupts, line = InterruptCallback(), ProgressLine()
+    saves = LastSave(functools.partial(write_checkpoint_manifest, model))
     device_module.reset_peak_memory(device)
     memory_before = device_module.measure_memory_gib(device)
     with _released_afterwards(model) as release:
