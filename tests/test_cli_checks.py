@@ -18,6 +18,11 @@ def folder(tmp_path, alpaca_rows, monkeypatch):
     (tmp_path / "rows.json").write_text(json.dumps(alpaca_rows), encoding="utf-8")
     (tmp_path / "questions.json").write_text('[{"q": "a", "a": "b"}]', encoding="utf-8")
     (tmp_path / "broken.json").write_text('[{"instruction": "a",', encoding="utf-8")
+    bad = [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": ""}]
+    (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, bad)), encoding="utf-8")
+    talks = [[{"role": "assistant", "content": "a"}], []]
+    chat = "\n".join(json.dumps({"messages": talk}) for talk in talks)
+    (tmp_path / "chat.jsonl").write_text(chat, encoding="utf-8")
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").touch()
     monkeypatch.chdir(tmp_path)
@@ -36,6 +41,9 @@ def _refuse_to_load(*args, **kwargs):
         (["train", "M", "rows.json", "--eval-data", "none.json"], "nothing at none.json"),
         (["train", "M", "owner/data"], "or allow it here with --download."),
         (["train", "M", "broken.json"], "line 1"),
+        (["train", "M", "bad.jsonl"], "'output' is empty"),
+        (["train", "M", "bad.jsonl"], "leave them out with --on-bad-rows skip."),
+        (["train", "M", "chat.jsonl"], "line 2 (row 2): 'messages' is empty"),
         (["train", "M", "questions.json"], "example --columns instruction=q."),
         (["train", "M", "rows.json", "--columns", "instruction=nope"], "no row of rows.json"),
         (["train", "M", "rows.json", "--columns", "instruction"], "takes ROLE=COLUMN"),
@@ -69,6 +77,7 @@ def _refuse_to_load(*args, **kwargs):
         (["export", "M", "merged_16bit", "x", "--set", "dtyp=x"], "Did you mean 'dtype'"),
         (["export", "M", "hub"], "needs --set repo_id=..."),
         (["generate", "M", "Hi", "--template", "alpca"], "Did you mean 'alpaca'"),
+        (["generate", "M", "Hi", "--system", "Be brief."], "goes with --template"),
     ],
 )  # fmt: skip
 def test_what_can_be_wrong_is_said_before_a_model_is_loaded(folder, arguments, said, capsys):

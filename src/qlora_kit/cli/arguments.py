@@ -63,6 +63,12 @@ def make_parser() -> argparse.ArgumentParser:
     _add_settings(export, "the format's own options, for example quantization=q4_k_m")
 
     _add_json(commands.add_parser("exporters", help="list the export formats"))
+    for command in commands.choices.values():
+        # After the command as well as before it, where it must not undo the other.
+        command.add_argument(
+            "-v", "--verbose", action="store_true", default=argparse.SUPPRESS,
+            help="say what is being done",
+        )  # fmt: skip
     return parser
 
 
@@ -93,9 +99,13 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         help="loss on the answers alone, as chat has it by default, or on prompts too",
     )  # fmt: skip
     data.add_argument("--eos-token", default=None, help="the token that ends an answer")
-    data.add_argument("--on-bad-rows", choices=("raise", "skip"), default=None)
+    data.add_argument(
+        "--on-bad-rows", choices=("raise", "skip"), default=None,
+        help="what to do about rows that cannot be used (raise)",
+    )  # fmt: skip
     data.add_argument("--split", default="train", help="which split of the data (train)")
     data.add_argument("--eval-data", default=None, help="held-out rows to evaluate on")
+    data.add_argument("--eval-split", default=None, help="which split of them (that of the data)")
 
 
 def _add_template(parser: Any, otherwise: str) -> None:

@@ -18,6 +18,7 @@ from qlora_kit.cli.printing import (
     print_results,
 )
 from qlora_kit.cli.spelling import EXPORTING, FLAGS, Spelling
+from qlora_kit.errors import ConfigError
 from qlora_kit.manifest import to_jsonable
 
 __all__ = ["INTERRUPTED", "RUN"]
@@ -108,7 +109,8 @@ def _read_data(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     data = read_source(options.data, options.split, local_files_only=offline)
     held_out = None
     if options.eval_data is not None:
-        held_out = read_source(options.eval_data, options.split, local_files_only=offline)
+        split = options.eval_split or options.split
+        held_out = read_source(options.eval_data, split, local_files_only=offline)
     said = {
         "template": options.template,
         "columns": read_columns(options.columns),
@@ -147,8 +149,13 @@ def _generate(options: argparse.Namespace, spelling: Spelling) -> None:
     spelling.use(FLAGS, "--set", _list_generation_settings)
     settings = read_settings(options.settings, "model", "prompt", "max_new_tokens")
     plan = None
-    if options.template or options.system:
+    if options.template is not None:
         plan = plan_formatter(template=options.template, system=options.system)
+    elif options.system is not None:
+        raise ConfigError(
+            "--system goes with --template: what a model was trained with has a system text of "
+            "its own."
+        )
     model = _load(options)
     formatter = model.record.formatter
     if plan is not None:

@@ -103,10 +103,13 @@ class ChatFormatter(FormatterBase):
             return super().find_missing(present, columns)
         return {}
 
-    def parse_row(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    @classmethod
+    def read_row(
+        cls, row: Mapping[str, Any], columns: Mapping[str, str] | None = None
+    ) -> tuple[dict[str, Any], list[str]]:
         """The messages of a raw row in one form, and what is wrong with them."""
-        column = self.columns["messages"]
-        if not self._named_columns:
+        column = cls.map_columns(columns)["messages"]
+        if not columns:
             column = next((name for name in _COLUMNS if row.get(name) is not None), column)
         if column not in row:
             return {}, [f"{column!r} is missing"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from qlora_kit.data.alpaca import AlpacaFormatter
 from qlora_kit.data.chat import ChatFormatter
 from qlora_kit.data.formatter import FormatterBase
-from qlora_kit.data.loading import check_columns
+from qlora_kit.data.loading import check_columns, parse_rows
 from qlora_kit.data.sources import RawRows
 from qlora_kit.data.templates import BUILTIN_TEMPLATES, resolve_template
 from qlora_kit.data.text import PromptCompletionFormatter, TextFormatter
@@ -49,10 +49,11 @@ class FormatterPlan:
     options: Mapping[str, Any]
 
     def check(self, source: RawRows) -> None:
-        """Refuse rows that lack a whole column.
+        """Refuse what :meth:`FormatterBase.load` would refuse.
 
         Raises:
-            DataError: When there are no rows, or they have none of the columns needed.
+            DataError: When there are no rows, they lack a column, or some cannot be used and are
+                not to be skipped.
         """
         named = self.options.get("columns")
         check_columns(
@@ -60,6 +61,14 @@ class FormatterPlan:
             lambda present: self.kind.find_missing(present, named),
             self.kind.map_columns(named),
         )
+        # To be skipped, they are listed when the formatter loads them.
+        if self.options.get("on_bad_rows", "raise") == "raise":
+            parse_rows(
+                source,
+                lambda row: self.kind.read_row(row, named),
+                policy="raise",
+                limit=self.options.get("max_reported_rows", 10),
+            )
 
     def make(self, tokenizer: PreTrainedTokenizerBase) -> FormatterBase:
         """The formatter.

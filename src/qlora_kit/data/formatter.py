@@ -134,14 +134,21 @@ class FormatterBase:
 
     def parse_row(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """The roles of a raw row, and what is wrong with it."""
+        return self.read_row(row, self._named_columns)
+
+    @classmethod
+    def read_row(
+        cls, row: Mapping[str, Any], columns: Mapping[str, str] | None = None
+    ) -> tuple[dict[str, Any], list[str]]:
+        """The same, before there is a tokenizer, for the columns that were named."""
+        mapped = cls.map_columns(columns)
         values: dict[str, Any] = {}
         reasons: list[str] = []
-        for role in (*self.roles, *self.optional_roles):
-            column = self.columns[role]
+        for role, column in mapped.items():
             value = row.get(column)
             if isinstance(value, float) and math.isnan(value):
                 value = None  # how pandas says that there is nothing
-            is_optional = role in self.optional_roles
+            is_optional = role in cls.optional_roles
             if value is None and is_optional:
                 value = ""
             reason = check_text(value, may_be_empty=is_optional)

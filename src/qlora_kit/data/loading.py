@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.data.problems import BadRowPolicy, RowProblem, settle_problems
+from qlora_kit.data.problems import BadRowPolicy, Location, RowProblem, settle_problems
 from qlora_kit.data.rows import Rows
 from qlora_kit.data.sources import RawRow, RawRows, read_source
 from qlora_kit.errors import DataError
@@ -13,7 +13,7 @@ from qlora_kit.errors import DataError
 if TYPE_CHECKING:
     from qlora_kit.data.formatter import FormatterBase
 
-__all__ = ["check_columns", "load_rows"]
+__all__ = ["check_columns", "load_rows", "parse_rows"]
 
 
 def load_rows(
@@ -33,10 +33,34 @@ def load_rows(
     else:
         label, raw = read_source(source, split, local_files_only=local_files_only)
     check_columns(RawRows(label, raw), formatter.find_missing_columns, formatter.columns)
+    values, locations = parse_rows(
+        RawRows(label, raw), formatter.parse_row, policy=policy, limit=formatter.max_reported_rows
+    )
+    return Rows(values, formatter=formatter, source=label, locations=locations)
+
+
+def parse_rows(
+    source: RawRows,
+    parse: Callable[[Mapping[str, Any]], tuple[dict[str, Any], list[str]]],
+    *,
+    policy: BadRowPolicy,
+    limit: int,
+) -> tuple[list[dict[str, Any]], list[Location]]:
+    """The roles of every row that can be used, and where each was.
+
+    Args:
+        source: What was read.
+        parse: The roles of a raw row, and what is wrong with it.
+        policy: What happens to rows that cannot be used.
+        limit: How many of them a message lists.
+
+    Raises:
+        DataError: When rows cannot be used and are not to be skipped, or none can.
+    """
     values: list[dict[str, Any]] = []
-    locations = []
+    locations: list[Location] = []
     problems: list[RowProblem] = []
-    for row in raw:
+    for row in source.rows:
         if row.problem:
             problems.append(RowProblem(row.location, row.problem))
         elif not isinstance(row.value, Mapping):
@@ -46,7 +70,7 @@ def load_rows(
                 )
             )
         else:
-            value, reasons = formatter.parse_row(row.value)
+            value, reasons = parse(row.value)
             if reasons:
                 problems.append(RowProblem(row.location, ", ".join(reasons)))
             else:
@@ -54,14 +78,16 @@ def load_rows(
                 locations.append(row.location)
     settle_problems(
         problems,
-        total=len(raw),
-        source=label,
+        total=len(source.rows),
+        source=source.label,
         policy=policy,
-        limit=formatter.max_reported_rows,
+        limit=limit,
     )
     if not values:
-        raise DataError(f"No row of {label} can be used; the log lists what is wrong with them.")
-    return Rows(values, formatter=formatter, source=label, locations=locations)
+        raise DataError(
+            f"No row of {source.label} can be used; the log lists what is wrong with them."
+        )
+    return values, locations
 
 
 def check_columns(

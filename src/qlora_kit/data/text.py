@@ -78,10 +78,13 @@ class PromptCompletionFormatter(TextFormatter):
             *self._split(row["completion"], is_trained=True),
         ]
 
-    def parse_row(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    @classmethod
+    def read_row(
+        cls, row: Mapping[str, Any], columns: Mapping[str, str] | None = None
+    ) -> tuple[dict[str, Any], list[str]]:
         """Text in both; conversations in two parts are turned away with what to do."""
-        values, reasons = super().parse_row(row)
-        if any(isinstance(row.get(self.columns[role]), list) for role in self.roles):
+        values, reasons = super().read_row(row, columns)
+        if any(isinstance(value, list) for value in values.values()):
             reasons.append("join lists of messages into one column 'messages'")
         return values, reasons
 
