@@ -213,6 +213,30 @@ def test_defaults_of_options_are_json_values(capsys):
     assert "                   repo_id: str (must be given)" in lines
 
 
+def test_verbosity_is_asked_for_before_or_after_the_command():
+    from qlora_kit.cli.arguments import make_parser
+
+    parser = make_parser()
+    for arguments in (["-v", "exporters"], ["exporters", "-v"]):
+        assert parser.parse_args(arguments).verbose
+    assert not parser.parse_args(["exporters"]).verbose
+
+
+def test_evaluation_may_have_a_split_of_its_own(alpaca_rows, tmp_path):
+    from qlora_kit.cli.arguments import make_parser
+    from qlora_kit.cli.commands import _read_data
+
+    for name, rows in (("train", alpaca_rows), ("validation", alpaca_rows[:3])):
+        text = "\n".join(map(json.dumps, rows))
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    folder = str(tmp_path)
+    options = make_parser().parse_args(
+        ["train", "M", folder, "--eval-data", folder, "--eval-split", "validation"]
+    )
+    data, held_out, plan = _read_data(options)
+    assert (len(data.rows), len(held_out.rows), plan) == (12, 3, None)
+
+
 def _write_chat(path):
     turns = [
         [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}]
