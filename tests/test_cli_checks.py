@@ -96,6 +96,15 @@ def test_an_export_in_the_way_is_said_before_a_model_is_loaded(folder, capsys):
     assert "or --overwrite to replace all of it" in capsys.readouterr().err
 
 
+def test_what_a_format_lacks_here_is_said_before_training(folder, caplog, monkeypatch):
+    from qlora_kit.exporters.lora import Lora
+
+    monkeypatch.setattr(Lora, "find_missing", lambda self: ["the frobnicator"], raising=False)
+    with pytest.raises(AssertionError, match="the model was loaded"):
+        main(["train", "M", "rows.json"])
+    assert "lora may not run here: missing: the frobnicator" in caplog.text
+
+
 # -- spelling ------------------------------------------------------------------------------------
 
 

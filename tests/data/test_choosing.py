@@ -106,7 +106,22 @@ def test_a_bad_row_of_a_recognized_file_keeps_its_line(model: Any, tmp_path: Pat
         prepare_examples(model, path, None, DataOptions(128))
 
 
-def test_text_leaves_no_earlier_formatter_behind(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_template_that_changes_is_said(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    rows = KINDS["alpaca"][0]
+    model.record.formatter = AlpacaFormatter(model.tokenizer, response_only=True)
+    prepare_examples(model, rows, None, DataOptions(128))
+    assert "To keep it" not in caplog.text, "what carries loss is no template"
+    model.record.formatter = AlpacaFormatter(model.tokenizer, "alpaca-zh")
+    prepare_examples(model, rows, model.record.formatter, DataOptions(128))
+    assert "To keep it" not in caplog.text
+    prepare_examples(model, rows, None, DataOptions(128))
+    assert "template 'alpaca-zh', and these rows get 'alpaca'" in caplog.text
+    model.record.formatter = None
+
+
+def test_text_leaves_no_earlier_formatter_behind(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = attach_lora(load_quantized(tiny_llama, 128, "float32", False), r=4)
     steps = {"max_steps": 1, "save_strategy": "no", "disable_tqdm": True, "plan": False}
     train_sft(model, KINDS["alpaca"][0], output_dir=tmp_path / "a", **steps)
@@ -115,6 +130,7 @@ def test_text_leaves_no_earlier_formatter_behind(tiny_llama: Path, tmp_path: Pat
     assert model.record.formatter is None
     manifest = json.loads((tmp_path / "b" / "qlora_kit_manifest.json").read_text(encoding="utf-8"))
     assert manifest["formatter"] is None
+    assert "with the template 'alpaca', and these rows get 'text'" in caplog.text
     # One that was asked for by name is what prompts are to be made with.
     formatter = TextFormatter(model.tokenizer)
     train_sft(model, KINDS["text"][0], formatter=formatter, output_dir=tmp_path / "c", **steps)

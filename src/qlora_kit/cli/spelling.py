@@ -56,6 +56,7 @@ PHRASES: Final[Mapping[str, str]] = {
     r"give eval_dataset\b": "give --eval-data",
     r"without resume_from_checkpoint\b": "without --resume",
     r"To train on it: dataset\.select_columns\(\['text'\]\)": "To train on it: --template text",
+    r"To keep it: formatter=model\.record\.formatter": "To keep it: --template",
     r"train_sft and SFTConfig have no": "SFTConfig has no",
 }
 

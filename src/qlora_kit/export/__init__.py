@@ -7,6 +7,7 @@ does not know any of them.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from qlora_kit.errors import ConfigError
 from qlora_kit.export.asking import check_request
 from qlora_kit.export.job import ExportJob, Progress, Settings, Verify
 from qlora_kit.export.nesting import NestedExport, nest_export
-from qlora_kit.export.several import divide, export_several
+from qlora_kit.export.several import Part, divide, export_several
 from qlora_kit.hookspecs import Exporter
 from qlora_kit.manifest import to_jsonable
 from qlora_kit.options import describe_option_fields
@@ -33,6 +34,8 @@ __all__ = [
     "get_exporter",
     "nest_export",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 @overload
@@ -120,7 +123,8 @@ def check_export(
     """Refuse what no model could be exported to, before there is one: ahead of a training.
 
     Takes what :func:`export_model` takes but for the model, and raises what that would for
-    formats, options and destinations. What the model decides is checked when there is one.
+    formats, options and destinations. What the model decides is checked when there is one; what
+    is missing on this machine is logged, since not every option of a format needs it.
 
     Raises:
         ConfigError: When there is no such format, or an option or a path is wrong.
@@ -129,11 +133,15 @@ def check_export(
     _check_verify(verify)
     registry = plugins.get_registry()
     if isinstance(format, str):
-        check_request(registry.get(format), path, options, overwrite=overwrite)
-        return
-    parent = None if path is None else Path(path)
-    for part in divide(registry, format, parent, options).values():
+        parts = [Part(registry.get(format), None if path is None else Path(path), options)]
+    else:
+        parent = None if path is None else Path(path)
+        parts = list(divide(registry, format, parent, options).values())
+    for part in parts:
         check_request(part.exporter, part.path, part.options, overwrite=overwrite)
+    for part in parts:
+        for phrase in _find_missing(part.exporter):
+            logger.warning("%s may not run here: missing: %s", part.exporter.name, phrase)
 
 
 def available_exporters() -> list[str]:

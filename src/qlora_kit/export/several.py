@@ -18,7 +18,7 @@ from qlora_kit.options import collects_unknown
 from qlora_kit.plugins import ExporterRegistry
 from qlora_kit.results import Artifact, ExportResults, LoadedModel
 
-__all__ = ["divide", "export_several"]
+__all__ = ["Part", "divide", "export_several"]
 
 logger = logging.getLogger(__name__)
 

@@ -146,7 +146,21 @@ def _choose_formatter(model: AdaptedModel, columns: set[str]) -> Any:
         )
     plan = plan_formatter(columns)
     logger.info("No formatter was given; using %s(model.tokenizer).", plan.kind.__name__)
-    return plan.make(model.tokenizer)
+    formatter = plan.make(model.tokenizer)
+    remembered = model.record.formatter
+    if remembered is not None and _template_of(remembered) != _template_of(formatter):
+        logger.warning(
+            "The model was trained with the template %r, and these rows get %r, which their "
+            "columns ask for. To keep it: formatter=model.record.formatter.",
+            _template_of(remembered).get("name"), _template_of(formatter)["name"],
+        )  # fmt: skip
+    return formatter
+
+
+def _template_of(formatter: Any) -> dict[str, Any]:
+    """What a formatter puts around a row, whatever carries loss."""
+    spec = formatter.template_spec()
+    return {name: value for name, value in spec.items() if name != "response_only"}
 
 
 def _describe(source: Any, encoded: EncodedExamples, formatter: Any) -> TrainingData:
