@@ -20,6 +20,7 @@ def folder(tmp_path, alpaca_rows, monkeypatch):
     (tmp_path / "broken.json").write_text('[{"instruction": "a",', encoding="utf-8")
     bad = [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": ""}]
     (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, bad)), encoding="utf-8")
+    (tmp_path / "ids.jsonl").write_text('{"input_ids": [1, 2, 3]}', encoding="utf-8")
     talks = [[{"role": "assistant", "content": "a"}], []]
     chat = "\n".join(json.dumps({"messages": talk}) for talk in talks)
     (tmp_path / "chat.jsonl").write_text(chat, encoding="utf-8")
@@ -44,6 +45,7 @@ def _refuse_to_load(*args, **kwargs):
         (["train", "M", "bad.jsonl"], "'output' is empty"),
         (["train", "M", "bad.jsonl"], "leave them out with --on-bad-rows skip."),
         (["train", "M", "chat.jsonl"], "line 2 (row 2): 'messages' is empty"),
+        (["train", "M", "ids.jsonl", "--eos-token", "x"], "as they are. Leave out --eos-token."),
         (["train", "M", "questions.json"], "example --columns instruction=q."),
         (["train", "M", "rows.json", "--columns", "instruction=nope"], "no row of rows.json"),
         (["train", "M", "rows.json", "--columns", "instruction"], "takes ROLE=COLUMN"),

@@ -120,6 +120,12 @@ def _read_data(options: argparse.Namespace) -> tuple[Any, Any, Any]:
         "on_bad_rows": options.on_bad_rows,
     }
     if "input_ids" in data.columns:
+        flags = [f"--{name.replace('_', '-')}" for name, value in said.items() if value is not None]
+        if flags:
+            raise ConfigError(
+                f"{data.label} holds token ids, which are trained as they are. Leave out "
+                f"{', '.join(flags)}."
+            )
         return data, held_out, None
     plan = plan_formatter(data.columns, **said)
     for rows in (data, held_out):
