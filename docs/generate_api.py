@@ -213,7 +213,7 @@ def describe_formats() -> str:
             (
                 f"`{option.name}`",
                 f"`{option.type}`",
-                "required" if option.default is None else f"`{option.default}`",
+                "required" if option.is_required else f"`{option.default!r}`",
                 to_markdown(meanings.get(option.name, "")),
             )
             for option in options

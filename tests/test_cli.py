@@ -98,7 +98,7 @@ def test_an_earlier_export_is_noticed_before_training(trained, tiny_llama, data,
         (["train", "MODEL", "DATA", "--r", "0"], "rank"),
         (["train", "MODEL", "DATA", "--resume"], "holds no whole checkpoint"),
         (["export", "MODEL", "nope", "out"], "ConfigError"),
-        (["export", "MODEL", "lora", "out"], "attach_lora first"),
+        (["export", "MODEL", "lora", "out"], "Train one with qlora-kit train first"),
     ],
 )
 def test_errors_are_one_explained_line_and_status_1(
@@ -183,9 +183,147 @@ def test_a_reader_that_goes_away_is_no_traceback(trained):
 
 
 def test_settings_that_have_an_argument_of_their_own_are_refused():
-    from qlora_kit.cli import _read_settings
+    from qlora_kit.cli.arguments import read_settings
     from qlora_kit.errors import ConfigError
 
     with pytest.raises(ConfigError, match="an argument of its own"):
-        _read_settings(["output-dir=x"], "output_dir")
-    assert _read_settings(["max_steps=3"], "output_dir") == {"max_steps": 3}
+        read_settings(["output-dir=x"], "output_dir")
+    assert read_settings(["max_steps=3"], "output_dir") == {"max_steps": 3}
+
+
+def test_the_version_is_the_packages(capsys):
+    import qlora_kit
+
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"qlora-kit {qlora_kit.__version__}\n"
+
+
+def test_defaults_of_options_are_json_values(capsys):
+    assert main(["exporters", "--json"]) == 0
+    listed = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)["exporters"]}
+    options = {option["name"]: option for option in listed["gguf"]["options"]}
+    assert options["quantization"]["default"] == "q8_0"
+    assert options["threads"]["default"] is None
+    assert not options["threads"]["is_required"]
+    (repo_id,) = (option for option in listed["hub"]["options"] if option["name"] == "repo_id")
+    assert repo_id["is_required"]
+    assert main(["exporters"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "                   max_shard_size: int or str = '5GB'" in lines
+    assert "                   repo_id: str (must be given)" in lines
+
+
+def test_verbosity_is_asked_for_before_or_after_the_command():
+    from qlora_kit.cli.arguments import make_parser
+
+    parser = make_parser()
+    for arguments in (["-v", "exporters"], ["exporters", "-v"]):
+        assert parser.parse_args(arguments).verbose
+    assert not parser.parse_args(["exporters"]).verbose
+
+
+def test_evaluation_may_have_a_split_of_its_own(alpaca_rows, tmp_path):
+    from qlora_kit.cli.arguments import make_parser
+    from qlora_kit.cli.commands import _read_data
+
+    for name, rows in (("train", alpaca_rows), ("validation", alpaca_rows[:3])):
+        text = "\n".join(map(json.dumps, rows))
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    folder = str(tmp_path)
+    options = make_parser().parse_args(
+        ["train", "M", folder, "--eval-data", folder, "--eval-split", "validation"]
+    )
+    data, held_out, plan = _read_data(options)
+    assert (len(data.rows), len(held_out.rows), plan) == (12, 3, None)
+
+
+def _write_chat(path):
+    turns = [
+        [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}]
+        for n in range(8)
+    ]
+    path.write_text("\n".join(json.dumps({"messages": turn}) for turn in turns), encoding="utf-8")
+    return str(path)
+
+
+def _train(tiny_llama, data, folder, *arguments):
+    status = main(
+        ["train", str(tiny_llama), data, "--output", str(folder), *QUICK, "--set", "max_steps=1",
+         "--set", "plan=false", *arguments]
+    )  # fmt: skip
+    assert status == 0
+    return json.loads((folder / "qlora_kit_manifest.json").read_text(encoding="utf-8"))["formatter"]
+
+
+def test_conversations_are_trained_and_asked_as_such(tiny_llama, tmp_path, capsys):
+    data = _write_chat(tmp_path / "chat.jsonl")
+    spec = _train(tiny_llama, data, tmp_path / "run", "--eval-data", data, "--export",
+                  "lora,merged_16bit")  # fmt: skip
+    assert (spec["kind"], spec["response_only"]) == ("chat", True)
+    capsys.readouterr()
+    for name in ("lora", "merged_16bit"):
+        from qlora_kit import load_quantized
+
+        model = load_quantized(tmp_path / "run" / name, dtype="float32")
+        assert model.record.formatter.prompt("Hi").startswith("<|im_start|>user\nHi")
+        assert main(["generate", str(tmp_path / "run" / name), "Hi", "--max-new-tokens", "2"]) == 0
+        assert "does not say how it was trained" not in capsys.readouterr().err
+
+
+def test_templates_columns_and_end_tokens_are_chosen_by_flags(tiny_llama, tmp_path):
+    rows = [{"q": f"Say {n}.", "a": f"{n}."} for n in range(8)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, [*rows, {"q": None, "a": "x"}])), encoding="utf-8")
+    (tmp_path / "own.txt").write_text("Frage: {instruction}\nAntwort: {output}\n", "utf-8")
+    spec = _train(
+        tiny_llama, str(data), tmp_path / "run", "--export", "", "--template",
+        str(tmp_path / "own.txt"), "--columns", "instruction=q, output=a", "--response-only",
+        "--eos-token", "<|endoftext|>", "--on-bad-rows", "skip",
+    )  # fmt: skip
+    assert spec["prompt_input"] == "Frage: {instruction}\nAntwort: "
+    assert spec["eos_token"] == "<|endoftext|>"
+    assert spec["response_only"] is True
+    manifest = json.loads((tmp_path / "run" / "qlora_kit_manifest.json").read_text("utf-8"))
+    assert manifest["data"]["rows"] == 8
+
+
+def test_export_options_reach_the_formats_that_have_them(tiny_llama, data, tmp_path):
+    _train(tiny_llama, data, tmp_path, "--export", "lora,merged_16bit",
+           "--export-option", "dtype=float16")  # fmt: skip
+    manifest = tmp_path / "merged_16bit" / "qlora_kit_manifest.json"
+    assert json.loads(manifest.read_text(encoding="utf-8"))["options"]["dtype"] == "float16"
+
+
+def test_a_template_named_for_an_answer_goes_before_the_remembered_one(
+    trained, tiny_llama, capsys, monkeypatch
+):
+    import qlora_kit
+
+    prompts = []
+    generate = qlora_kit.generate_stream
+    monkeypatch.setattr(
+        qlora_kit, "generate_stream",
+        lambda model, prompt, **rest: prompts.append(prompt) or generate(model, prompt, **rest),
+    )  # fmt: skip
+    quick = ["--max-new-tokens", "1", "--max-seq-length", "256"]
+    for model, arguments in (
+        (trained / "lora", []),
+        (trained / "lora", ["--template", "text"]),
+        (tiny_llama, ["--template", "alpaca", "--system", "Be brief."]),
+        (tiny_llama, []),
+    ):
+        assert main(["generate", str(model), "Hi", *quick, *arguments]) == 0
+    assert prompts[0].startswith("Below is an instruction")
+    assert prompts[1] == "Hi"
+    assert prompts[2].startswith("Be brief.\n\n### Instruction:\nHi")
+    assert prompts[3].startswith("<|im_start|>user\nHi<|im_end|>")
+    said = capsys.readouterr().err
+    assert said.count("does not say how it was trained; asking with --template chat") == 1
+
+
+def test_a_format_may_have_an_option_called_format(trained, capsys):
+    arguments = ["export", str(trained / "lora"), "hub", "--set", "repo_id=me/it"]
+    assert main([*arguments, "--set", "format=nothing", "--max-seq-length", "128"]) == 1
+    assert "'nothing'" in capsys.readouterr().err

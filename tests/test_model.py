@@ -387,3 +387,74 @@ def test_what_is_not_taken_says_where_it_belongs(tiny_llama, argument, value, ad
         load_quantized(tiny_llama, **{argument: value})
     assert advice in str(caught.value)
     assert f"{argument}" in str(caught.value)
+
+
+# -- what a saved model remembers -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_llama, alpaca_rows, tmp_path_factory):
+    """A run with a checkpoint, trained on a template of its own, and exports of it."""
+    from qlora_kit import AlpacaFormatter, export_model, train_sft
+
+    folder = tmp_path_factory.mktemp("remembering")
+    model = attach_lora(load_quantized(tiny_llama, 128, "float32"), r=4)
+    formatter = AlpacaFormatter(model.tokenizer, "F: {instruction} {input}\nA: {output}")
+    train_sft(
+        model, formatter.load(alpaca_rows), output_dir=folder / "run", max_steps=2, plan=False,
+        save_strategy="steps", save_steps=1, disable_tqdm=True,
+    )  # fmt: skip
+    export_model(model, ["lora", "merged_16bit", "merged_4bit"], folder, verify=False)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["lora", "merged_16bit", "merged_4bit", "run/checkpoint-1"])
+def test_every_export_and_checkpoint_remembers_its_formatter(exported, name, tmp_path):
+    import shutil
+
+    # Copied away from the run's own manifest.
+    shutil.copytree(exported / name, tmp_path / "copy")
+    again = load_quantized(tmp_path / "copy", dtype="float32")
+    assert again.record.formatter.prompt("Say.", "x") == "F: Say. x\nA: "
+    assert again.record.formatter.tokenizer is again.tokenizer
+
+
+def test_the_folder_of_a_run_names_the_models_in_it(exported):
+    with pytest.raises(ModelNotFoundError, match="holds checkpoint-1, checkpoint-2; give the path"):
+        load_quantized(exported / "run")
+
+
+def test_a_gguf_file_of_an_export_remembers_and_its_neighbour_does_not(exported, tmp_path):
+    import shutil
+
+    pytest.importorskip("gguf")
+    from qlora_kit import export_model
+
+    export_model(
+        load_quantized(exported / "lora", dtype="float32"), "gguf", tmp_path / "out",
+        quantization="f16", verify=False,
+    )  # fmt: skip
+    (file,) = (tmp_path / "out").glob("*.gguf")
+    options = {"dtype": "float32", "load_in_4bit": False, "cache_dir": tmp_path / "cache"}
+    again = load_quantized(file, **options)
+    assert again.record.formatter.prompt("Say.", "x") == "F: Say. x\nA: "
+    other = shutil.copy(file, tmp_path / "out" / "other.gguf")
+    assert load_quantized(other, **options).record.formatter is None
+
+
+def test_an_adapter_on_a_merged_export_speaks_for_itself(exported, tmp_path):
+    from qlora_kit import export_model
+
+    model = attach_lora(load_quantized(exported / "merged_16bit", dtype="float32"), r=4)
+    model.record.formatter = None
+    export_model(model, "lora", tmp_path / "out", verify=False)
+    assert load_quantized(tmp_path / "out", dtype="float32").record.formatter is None
+
+
+def test_a_damaged_manifest_is_said_and_ignored(exported, tmp_path, caplog):
+    import shutil
+
+    folder = shutil.copytree(exported / "merged_16bit", tmp_path / "copy")
+    (folder / "qlora_kit_manifest.json").write_text("{", encoding="utf-8")
+    assert load_quantized(folder, dtype="float32").record.formatter is None
+    assert "is ignored" in caplog.text

@@ -96,7 +96,8 @@ def test_required_options_and_the_collector_of_unknown_ones():
     with pytest.raises(ConfigError, match=r"Format 'hub' needs repo=\.\.\.\."):
         build_options(Collecting, {"x": 1}, owner="hub")
     assert build_options(Collecting, {"repo": "a", "x": 1}, owner="hub").rest == {"x": 1}
-    assert [option.name for option in describe_option_fields(Collecting)] == ["repo"]
+    (repo,) = describe_option_fields(Collecting)
+    assert (repo.name, repo.is_required, repo.default) == ("repo", True, None)
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def test_secrets_are_not_shown():
         build_options(Secretive, {"token": b"s3cr3t"}, owner="hub")
     assert "s3cr3t" not in str(caught.value)
     token, other = describe_option_fields(Secretive)
-    assert (token.default, token.is_secret) == ("None", True)
+    assert (token.default, token.is_secret) == (None, True)
     assert (other.default, other.is_secret) == ("...", True)
 
 
@@ -141,8 +142,8 @@ def test_options_are_described_as_people_write_them():
     described = {
         option.name: (option.type, option.default) for option in describe_option_fields(Options)
     }
-    assert described["names"] == ("Sequence[str]", "()")
-    assert described["count"] == ("int or None", "None")
-    assert described["mode"] == ("'fast' or 'small' or 1", "'fast'")
-    assert described["extra"] == ("dict[str, Any]", "{}")
+    assert described["names"] == ("Sequence[str]", ())
+    assert described["count"] == ("int or None", None)
+    assert described["mode"] == ("'fast' or 'small' or 1", "fast")
+    assert described["extra"] == ("dict[str, Any]", {})
     assert "derived" not in described

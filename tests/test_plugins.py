@@ -63,7 +63,9 @@ def test_an_installed_plugin_is_a_format_like_any_other(site, fresh, adapted, tm
     assert entry == {
         "name": "sums", "summary": "A hash of every tensor.", "plugin": "sums_for_qlora",
         "distribution": "sums-for-qlora", "version": "1.2.3", "is_available": True, "missing": [],
-        "options": [{"name": "level", "type": "int", "default": "1", "is_secret": False}],
+        "options": [{
+            "name": "level", "type": "int", "default": 1, "is_required": False, "is_secret": False,
+        }],
     }  # fmt: skip
     with pytest.raises(UnknownOptionError, match=r"'sums' has no option 'leve'\. Did you mean 'l"):
         export_model(adapted, "sums", tmp_path / "two", leve=3)

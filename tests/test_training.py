@@ -601,6 +601,18 @@ def test_a_trainer_that_is_refused_leaves_the_model_as_found(model, alpaca_rows,
     assert model.record.formatter.tokenizer is model.tokenizer
 
 
+@pytest.mark.parametrize("plan", [None, False])
+def test_a_run_leaves_no_card_that_says_nothing(model, alpaca_rows, tmp_path, plan):
+    (tmp_path / "README.md").write_text("The user's own.", encoding="utf-8")
+    _train(
+        model, alpaca_rows, tmp_path, max_steps=1, plan=plan, save_strategy="steps", save_steps=1
+    )
+    assert (tmp_path / "checkpoint-1" / "adapter_model.safetensors").is_file()
+    cards = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("README.md")]
+    assert cards == ["README.md"]
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "The user's own."
+
+
 def test_training_touches_no_network(make_model, alpaca_rows, tmp_path, no_network, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     _train(make_model(), alpaca_rows, tmp_path, max_steps=2, save_strategy="steps", save_steps=1)

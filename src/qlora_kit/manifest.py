@@ -50,7 +50,7 @@ def write_manifest(folder: Path, kind: str, content: Mapping[str, Any]) -> Path:
 
     Args:
         folder: Where to; it exists.
-        kind: ``"training"`` or ``"artifact"``.
+        kind: ``"training"``, ``"checkpoint"`` or ``"artifact"``.
         content: JSON-able, after :func:`to_jsonable`.
     """
     path = folder / MANIFEST_NAME

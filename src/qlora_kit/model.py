@@ -9,10 +9,10 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.checkpoint.remembering import find_manifest, restore_formatter
 from qlora_kit.config import LoadConfig
 from qlora_kit.elsewhere import LOADING_ARGUMENTS, refuse_unknown
 from qlora_kit.engines.selection import resolve_engine
@@ -22,7 +22,6 @@ from qlora_kit.errors import (
     OfflineError,
     UnsupportedModelError,
 )
-from qlora_kit.manifest import read_manifest
 from qlora_kit.paths import describe_nearest, get_cache_folder
 from qlora_kit.results import AdaptedModel, LoadedModel
 
@@ -87,7 +86,8 @@ def load_quantized(
 
     Returns:
         A handle that unpacks as ``model, tokenizer = load_quantized(...)``. An
-        :class:`~qlora_kit.results.AdaptedModel` when an adapter was loaded.
+        :class:`~qlora_kit.results.AdaptedModel` when an adapter was loaded. An export of this
+        library or a checkpoint of a run has its formatter in ``record.formatter``.
 
     Raises:
         ConfigError: When an argument cannot work; ``UnknownOptionError`` for unknown arguments,
@@ -124,7 +124,7 @@ def load_quantized(
     chosen = engine if engine == "auto" else resolve_engine(engine)
     if path.is_dir() and (path / _ADAPTER_CONFIG).is_file():
         return _load_adapter(path, config, chosen)
-    return _load_base(path, config, chosen)
+    return restore_formatter(_load_base(path, config, chosen), find_manifest(path))
 
 
 def _load_base(path: Path, config: LoadConfig, engine: str | Engine) -> LoadedModel:
@@ -150,7 +150,7 @@ def _load_base(path: Path, config: LoadConfig, engine: str | Engine) -> LoadedMo
 
 def _load_adapter(path: Path, config: LoadConfig, engine: str | Engine) -> AdaptedModel:
     saved = _read_adapter_config(path)
-    manifest = read_manifest(path)
+    manifest = find_manifest(path)
     base_name = _find_base_of(path, saved, manifest)
     logger.info("%s is an adapter; its base is %s.", path, base_name)
     # The revision asked for is the adapter's, where that has any; peft keeps the base's with it.
@@ -159,25 +159,10 @@ def _load_adapter(path: Path, config: LoadConfig, engine: str | Engine) -> Adapt
         config, model_name=base_name, revision=asked or saved.get("revision")
     )
     loaded = _load_base(_find(base_name, base_config), base_config, engine)
-    adapted = loaded.engine.attach_saved(loaded, path, is_trainable=config.is_trainable)
-    spec = manifest.get("formatter")
-    return _restore_formatter(adapted, spec) if isinstance(spec, Mapping) else adapted
-
-
-def _restore_formatter(model: AdaptedModel, spec: Mapping[str, Any]) -> AdaptedModel:
-    """The formatter an adapter was trained with; of one from elsewhere only the end token."""
-    from qlora_kit.data import formatter_from_spec
-
-    try:
-        model.record.formatter = formatter_from_spec(spec, model.tokenizer)
-    except ConfigError as error:
-        logger.warning("The formatter that the adapter was trained with is not here: %s", error)
-        stop = model.tokenizer.get_vocab().get(spec.get("eos_token"))
-        if stop is not None:
-            ids = tuple(dict.fromkeys((stop, *model.base.stop_token_ids)))
-            base = dataclasses.replace(model.base, stop_token_ids=ids)
-            return dataclasses.replace(model, base=base)
-    return model
+    adapted: AdaptedModel = loaded.engine.attach_saved(
+        loaded, path, is_trainable=config.is_trainable
+    )
+    return restore_formatter(adapted, manifest)
 
 
 def _read_adapter_config(path: Path) -> dict[str, Any]:
@@ -266,10 +251,16 @@ def _looks_like_hub_name(name: str) -> bool:
 def _check_checkpoint(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         inside = sorted(entry.name for entry in folder.iterdir())
-        gguf = [name for name in inside if name.endswith(".gguf")]
+        models = [
+            name
+            for name in inside
+            if name.endswith(".gguf")
+            or any((folder / name / file).is_file() for file in ("config.json", _ADAPTER_CONFIG))
+        ]
         hint = (
-            f" It holds {gguf[0]}; give that file's path instead."
-            if gguf
+            f" It holds {', '.join(models[:8])}; give the path of {'one' if models[1:] else 'that'}"
+            " instead."
+            if models
             else f" It holds: {', '.join(inside[:8]) or 'nothing'}."
         )
         raise ModelNotFoundError(f"{folder} is not a model: it has no config.json.{hint}")

@@ -34,13 +34,15 @@ class OptionInfo:
     Attributes:
         name: The keyword.
         type: Its annotation as written.
-        default: The default as Python shows it, or ``None`` when the option must be given.
+        default: The default; ``"..."`` stands for one that is a secret.
+        is_required: Whether the option must be given, and ``default`` means nothing.
         is_secret: Whether it is kept out of manifests and messages.
     """
 
     name: str
     type: str
-    default: str | None
+    default: Any = None
+    is_required: bool = False
     is_secret: bool = False
 
 
@@ -101,16 +103,17 @@ def describe_option_fields(options_type: type) -> list[OptionInfo]:
     described = []
     for field in dataclasses.fields(options_type):
         if field.init and not field.metadata.get(COLLECTS_UNKNOWN):
-            if _is_required(field):
-                default = None
-            elif not field.repr and field.default is not None:
+            default: Any = None
+            if not field.repr and field.default is not None:
                 default = "..."
             elif field.default_factory is not dataclasses.MISSING:
-                default = repr(field.default_factory())
-            else:
-                default = repr(field.default)
+                default = field.default_factory()
+            elif field.default is not dataclasses.MISSING:
+                default = field.default
             spelled = _spell(hints[field.name]) if field.name in hints else str(field.type)
-            described.append(OptionInfo(field.name, spelled, default, not field.repr))
+            described.append(
+                OptionInfo(field.name, spelled, default, _is_required(field), not field.repr)
+            )
     return described
 
 

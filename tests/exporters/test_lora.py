@@ -174,3 +174,28 @@ def test_loftq_is_remembered_by_what_is_saved(make_adapted, alpaca_rows, tmp_pat
         assert choose_merge_base(loaded, "auto") == "dequantized"
         expected = logits_of(model.model)
         assert (logits_of(loaded.model) - expected).abs().max() < 1e-4
+
+
+def test_the_card_says_how_to_ask(adapted):
+    from qlora_kit.checkpoint.model_card import describe_merged
+    from qlora_kit.data import AlpacaFormatter, ChatFormatter, TextFormatter
+
+    def describe(formatter):
+        adapted.record.formatter = formatter
+        try:
+            card = describe_merged(adapted, "me/model", "merged_16bit")
+        finally:
+            adapted.record.formatter = None
+        return card.partition("## Prompt template")[2]
+
+    tokenizer = adapted.tokenizer
+    alpaca = describe(AlpacaFormatter(tokenizer, "Q: {instruction} {input}\nA: {output}"))
+    assert "````text\nQ: {instruction} {input}\nA: \n````" in alpaca
+    assert alpaca.count("Prompts") == 1
+    stanford = describe(AlpacaFormatter(tokenizer))
+    assert "Prompts without an input:" in stanford
+    assert stanford.count("### Response:") == 2
+    assert "Answers end with `<|im_end|>`." in stanford
+    assert "chat template" in describe(ChatFormatter(tokenizer))
+    assert "as it is" in describe(TextFormatter(tokenizer))
+    assert describe(None) == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import csv
 import io
 import json
 import os
@@ -73,6 +74,14 @@ def _furnish(folder: Path) -> None:
     rows = (REPOSITORY / "examples" / "field_guide.json").read_text(encoding="utf-8")
     for name in DATA:
         (folder / name).write_text(rows, encoding="utf-8")
+    questions = [
+        {"question": f"{row['instruction']} {row['input']}", "answer": row["output"]}
+        for row in json.loads(rows)
+    ]
+    with (folder / "questions.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["question", "answer"])
+        writer.writeheader()
+        writer.writerows(questions)
     messages = [
         {
             "messages": [

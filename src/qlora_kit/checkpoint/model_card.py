@@ -147,9 +147,21 @@ def _usage(base_name: str) -> list[str]:
 
 
 def _describe_template(formatter: Any) -> list[str]:
+    """How the model is to be asked: as its formatter put rows in training."""
     spec = {} if formatter is None else formatter.template_spec()
-    template = spec.get("prompt") or spec.get("template")
-    if not isinstance(template, str):
-        return []
     fence = "````"
-    return ["", "## Prompt template", "", f"{fence}text", template, fence]
+    prompts = {spec.get("prompt_no_input"): "without an input", spec.get("prompt_input"): None}
+    lines: list[str] = []
+    for prompt, when in prompts.items():
+        if isinstance(prompt, str):
+            title = "Prompts" if when is None else f"Prompts {when}"
+            lines += ["", f"{title}:", "", f"{fence}text", prompt, fence]
+    if not lines and spec.get("chat_template"):
+        lines = ["", "Conversations, in the tokenizer's chat template."]
+    elif not lines and spec.get("kind") in ("text", "prompt-completion"):
+        lines = ["", "Rendered texts: a prompt is continued as it is."]
+    if not lines:
+        return []
+    end = spec.get("eos_token")
+    stop = ["", f"Answers end with `{end}`."] if end else []
+    return ["", "## Prompt template", *lines, *stop]

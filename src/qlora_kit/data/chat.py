@@ -79,7 +79,6 @@ class ChatFormatter(FormatterBase):
         max_reported_rows: int = 10,
     ) -> None:
         check_tokenizer(tokenizer)
-        self._names_column = bool(columns)
         self.system = system
         self.template_kwargs = dict(template_kwargs or {})
         self.template = ChatTemplate(TextTokenizer(tokenizer), chat_template, self.template_kwargs)
@@ -95,16 +94,22 @@ class ChatFormatter(FormatterBase):
     def _check_eos(self, eos_token: str | None) -> str:
         return super()._check_eos(eos_token or self.template.turn_end)
 
-    def find_missing_columns(self, present: Sequence[str]) -> dict[str, str]:
+    @classmethod
+    def find_missing(
+        cls, present: Sequence[str], columns: Mapping[str, str] | None = None
+    ) -> dict[str, str]:
         """Either of the usual columns will do, unless one was named."""
-        if self._names_column or not any(name in present for name in _COLUMNS):
-            return super().find_missing_columns(present)
+        if columns or not any(name in present for name in _COLUMNS):
+            return super().find_missing(present, columns)
         return {}
 
-    def parse_row(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    @classmethod
+    def read_row(
+        cls, row: Mapping[str, Any], columns: Mapping[str, str] | None = None
+    ) -> tuple[dict[str, Any], list[str]]:
         """The messages of a raw row in one form, and what is wrong with them."""
-        column = self.columns["messages"]
-        if not self._names_column:
+        column = cls.map_columns(columns)["messages"]
+        if not columns:
             column = next((name for name in _COLUMNS if row.get(name) is not None), column)
         if column not in row:
             return {}, [f"{column!r} is missing"]

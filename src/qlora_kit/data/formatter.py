@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,11 +24,12 @@ from qlora_kit.data.encoding import EncodedExamples, encode_rows
 from qlora_kit.data.inspection import DataReport, describe_rows, render_preview
 from qlora_kit.data.joining import join_segments
 from qlora_kit.data.loading import load_rows
-from qlora_kit.data.problems import BadRowPolicy, check_policy, check_text
+from qlora_kit.data.problems import BadRowPolicy, check_policy
+from qlora_kit.data.row_reader import RowReader
 from qlora_kit.data.rows import Rows
 from qlora_kit.data.segments import Prompt, Segment
 from qlora_kit.data.tokenization import TextTokenizer
-from qlora_kit.errors import ConfigError, did_you_mean
+from qlora_kit.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["FormatterBase", "check_tokenizer"]
 
 
-class FormatterBase:
+class FormatterBase(RowReader):
     """Everything about a formatter but its text: override :meth:`segments`, set ``roles``.
 
     Args:
@@ -55,10 +55,6 @@ class FormatterBase:
 
     #: What the spec's ``kind`` says.
     name: ClassVar[str] = "custom"
-    #: Roles that every row must fill with text.
-    roles: ClassVar[tuple[str, ...]] = ()
-    #: Roles that may be missing, null or empty.
-    optional_roles: ClassVar[tuple[str, ...]] = ()
     #: Whether the tokenizer's beginning-of-text token and the end token are added here; a
     #: chat template writes its own.
     adds_bos: bool = True
@@ -82,31 +78,11 @@ class FormatterBase:
         self.response_only = bool(response_only)
         self.on_bad_rows = check_policy(on_bad_rows)
         self.max_reported_rows = max_reported_rows
-        self.columns = self._check_columns(columns)
+        self.columns = self.map_columns(columns)
+        self._named_columns = columns or {}
         self.eos_token = self._check_eos(eos_token)
         self.eos_token_id = self.text.get_token_id(self.eos_token, what="end token")
         self.text.protect(self.eos_token)
-
-    def _check_columns(self, columns: Mapping[str, str] | None) -> dict[str, str]:
-        known = (*self.roles, *self.optional_roles)
-        if columns is not None and not isinstance(columns, Mapping):
-            raise ConfigError(
-                f"columns maps roles to columns, such as {{{known[0]!r}: 'question'}}; got "
-                f"{columns!r}."
-            )
-        for role, column in (columns or {}).items():
-            if role not in known:
-                hint = (
-                    f" It reads role -> column; did you mean {{{column!r}: {role!r}}}?"
-                    if column in known
-                    else did_you_mean(str(role), known)
-                )
-                raise ConfigError(
-                    f"columns names a role {role!r}; the roles are {', '.join(known)}.{hint}"
-                )
-            if not isinstance(column, str):
-                raise ConfigError(f"columns[{role!r}] must be a column's name, got {column!r}.")
-        return {role: (columns or {}).get(role, role) for role in known}
 
     def _check_eos(self, eos_token: str | None) -> str:
         if eos_token is not None and not isinstance(eos_token, str):
@@ -127,29 +103,11 @@ class FormatterBase:
 
     def parse_row(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """The roles of a raw row, and what is wrong with it."""
-        values: dict[str, Any] = {}
-        reasons: list[str] = []
-        for role in (*self.roles, *self.optional_roles):
-            column = self.columns[role]
-            value = row.get(column)
-            if isinstance(value, float) and math.isnan(value):
-                value = None  # how pandas says that there is nothing
-            is_optional = role in self.optional_roles
-            if value is None and is_optional:
-                value = ""
-            reason = check_text(value, may_be_empty=is_optional)
-            if column not in row and not is_optional:
-                reason = "is missing"
-            if reason:
-                reasons.append(f"{column!r} {reason}")
-            values[role] = value
-        return values, reasons
+        return self.read_row(row, self._named_columns)
 
     def find_missing_columns(self, present: Sequence[str]) -> dict[str, str]:
         """The required roles whose column is not among those present, with that column."""
-        return {
-            role: self.columns[role] for role in self.roles if self.columns[role] not in present
-        }
+        return self.find_missing(present, self._named_columns)
 
     def template_spec(self) -> dict[str, Any]:
         """Everything needed to rebuild the formatter and to stop where it stops."""

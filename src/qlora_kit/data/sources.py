@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from qlora_kit.data.problems import Location
 from qlora_kit.data.reading import READERS, RawRow, drop_nulls_inside, read_file
@@ -19,7 +19,7 @@ from qlora_kit.paths import describe_nearest
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["RawRow", "read_source"]
+__all__ = ["RawRow", "RawRows", "read_source"]
 
 _SPLIT_NAMES: Final = frozenset({"train", "test", "validation", "valid", "val", "dev", "eval"})
 #: Files that describe a dataset and are not part of it.
@@ -28,13 +28,33 @@ _METADATA: Final = frozenset(
 )
 
 
-def read_source(source: Any, split: str, *, local_files_only: bool) -> tuple[str, list[RawRow]]:
-    """The rows of a source, and what to call it.
+class RawRows(NamedTuple):
+    """A source that has been read, before anyone asked what its rows should hold.
+
+    Attributes:
+        label: What to call it.
+        rows: Its rows, in order.
+    """
+
+    label: str
+    rows: list[RawRow]
+
+    @property
+    def columns(self) -> list[str]:
+        """Every column that a row has, in the order they appear."""
+        mappings = (row.value for row in self.rows if isinstance(row.value, Mapping))
+        return list(dict.fromkeys(str(name) for row in mappings for name in row))
+
+
+def read_source(source: Any, split: str = "train", *, local_files_only: bool = True) -> RawRows:
+    """The rows of a source, and what to call it; what was read already is as it is.
 
     Raises:
         DataError: When there is nothing readable there.
         OfflineError: When it is a hub dataset that would have to be downloaded.
     """
+    if isinstance(source, RawRows):
+        return source
     if isinstance(source, str | os.PathLike):
         name = os.fspath(source)
         try:
@@ -56,23 +76,23 @@ def read_source(source: Any, split: str, *, local_files_only: bool) -> tuple[str
         source = source.to_dict("records")
     if isinstance(source, Sequence) and not isinstance(source, bytes | bytearray):
         rows = [RawRow(Location(index), value) for index, value in enumerate(source)]
-        return f"a list of {len(rows):,}", rows
+        return RawRows(f"a list of {len(rows):,}", rows)
     raise DataError(
         f"Rows cannot be read from {type(source).__name__}. Give a file, a folder, a hub dataset's "
         "name, a datasets.Dataset or a list of dictionaries."
     )
 
 
-def _read_named(name: str, split: str, *, local_files_only: bool) -> tuple[str, list[RawRow]]:
+def _read_named(name: str, split: str, *, local_files_only: bool) -> RawRows:
     if not name.strip():
         raise DataError("The source is an empty name; give a file, a folder or a dataset's name.")
     if "://" in name:
         raise DataError(f"{name} is an address. Download the file first, then give its path.")
     path = Path(name).expanduser()
     if path.is_file():
-        return str(path), read_file(path)
+        return RawRows(str(path), read_file(path))
     if path.is_dir():
-        return str(path), _read_folder(path, split)
+        return RawRows(str(path), _read_folder(path, split))
     if not _looks_like_hub_name(name):
         raise DataNotFoundError(f"There is nothing at {path}.{describe_nearest(path)}")
     return _read_hub(name, path, split, local_files_only=local_files_only)
@@ -84,8 +104,8 @@ def _read_folder(folder: Path, split: str) -> list[RawRow]:
 
         saved = load_from_disk(str(folder))
         if isinstance(saved, Mapping):
-            return _read_splits(saved, split)[1]
-        return _read_dataset(saved, str(folder))[1]
+            return _read_splits(saved, split).rows
+        return _read_dataset(saved, str(folder)).rows
     files = sorted(
         file
         for file in folder.rglob("*")
@@ -126,10 +146,10 @@ def _choose_split(folder: Path, files: list[Path], split: str) -> list[Path]:
     return chosen
 
 
-def _read_splits(splits: Mapping[str, Any], split: str) -> tuple[str, list[RawRow]]:
+def _read_splits(splits: Mapping[str, Any], split: str) -> RawRows:
     if split in splits:
-        label, rows = read_source(splits[split], split, local_files_only=True)
-        return f"{label} (split {split!r})", rows
+        read = read_source(splits[split], split)
+        return read._replace(label=f"{read.label} (split {split!r})")
     names = ", ".join(map(repr, splits))
     raise DataError(
         f"There is no split {split!r}.{did_you_mean(split, [str(name) for name in splits])} "
@@ -138,17 +158,15 @@ def _read_splits(splits: Mapping[str, Any], split: str) -> tuple[str, list[RawRo
     )
 
 
-def _read_dataset(dataset: Dataset, label: str) -> tuple[str, list[RawRow]]:
+def _read_dataset(dataset: Dataset, label: str) -> RawRows:
     rows = [
         RawRow(Location(index), drop_nulls_inside(value))
         for index, value in enumerate(dataset.to_list())
     ]
-    return f"{label} of {len(rows):,} rows", rows
+    return RawRows(f"{label} of {len(rows):,} rows", rows)
 
 
-def _read_hub(
-    name: str, path: Path, split: str, *, local_files_only: bool
-) -> tuple[str, list[RawRow]]:
+def _read_hub(name: str, path: Path, split: str, *, local_files_only: bool) -> RawRows:
     if not local_files_only:
         from datasets import load_dataset
         from datasets.exceptions import DatasetNotFoundError
@@ -168,7 +186,7 @@ def _read_hub(
             f"cache.{describe_nearest(path)} Download it first, or allow it here with "
             "local_files_only=False."
         ) from error
-    return name, _read_folder(Path(folder), split)
+    return RawRows(name, _read_folder(Path(folder), split))
 
 
 def _looks_like_hub_name(name: str) -> bool:

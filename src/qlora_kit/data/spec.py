@@ -9,7 +9,7 @@ from qlora_kit.data.alpaca import AlpacaFormatter
 from qlora_kit.data.chat import ChatFormatter
 from qlora_kit.data.formatter import FormatterBase
 from qlora_kit.data.templates import AlpacaTemplate
-from qlora_kit.data.text import TextFormatter
+from qlora_kit.data.text import PromptCompletionFormatter, TextFormatter
 from qlora_kit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -60,7 +60,9 @@ def formatter_from_spec(
         )
     if kind == "text":
         return TextFormatter(tokenizer, **common)
+    if kind == "prompt-completion":
+        return PromptCompletionFormatter(tokenizer, **common)
     raise ConfigError(
         f"A formatter of kind {kind!r} cannot be rebuilt from its spec; known kinds: 'alpaca', "
-        "'chat', 'text'. Make it yourself and hand it over."
+        "'chat', 'prompt-completion', 'text'. Make it yourself and hand it over."
     )

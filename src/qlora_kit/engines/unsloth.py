@@ -22,6 +22,7 @@ from qlora_kit.config import AdapterConfig, DtypeName, LoadConfig
 from qlora_kit.device import choose_compute_dtype, get_device, to_torch_dtype
 from qlora_kit.engines.base import TrainJob
 from qlora_kit.engines.checkpoint import OpenedCheckpoint, open_checkpoint
+from qlora_kit.engines.draft_cards import NoDraftCards
 from qlora_kit.engines.inference import inference_mode
 from qlora_kit.engines.offline import NoTelemetry
 from qlora_kit.engines.portable_loss import PortableLoss
@@ -222,7 +223,7 @@ def _make_trainer_class() -> Any:
     """TRL's trainer is patched in place, so it is looked up when a run begins."""
     trl: Any = importlib.import_module("trl")
 
-    class UnslothTrainer(StepRecorder, PortableLoss, NoTelemetry, trl.SFTTrainer):
+    class UnslothTrainer(StepRecorder, PortableLoss, NoTelemetry, NoDraftCards, trl.SFTTrainer):
         """``SFTTrainer`` as patched by unsloth, with this library's counters."""
 
         def train(self, *args: Any, **kwargs: Any) -> Any:

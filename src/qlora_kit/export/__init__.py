@@ -7,6 +7,7 @@ does not know any of them.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import Any, overload
 
 from qlora_kit import plugins
 from qlora_kit.errors import ConfigError
+from qlora_kit.export.asking import check_request
 from qlora_kit.export.job import ExportJob, Progress, Settings, Verify
 from qlora_kit.export.nesting import NestedExport, nest_export
-from qlora_kit.export.several import export_several
+from qlora_kit.export.several import Part, divide, export_several
 from qlora_kit.hookspecs import Exporter
+from qlora_kit.manifest import to_jsonable
 from qlora_kit.options import describe_option_fields
 from qlora_kit.results import Artifact, ExportResults, LoadedModel
 from qlora_kit.weights.sharing import SharedMerge
@@ -25,11 +28,14 @@ from qlora_kit.weights.sharing import SharedMerge
 __all__ = [
     "NestedExport",
     "available_exporters",
+    "check_export",
     "describe_exporters",
     "export_model",
     "get_exporter",
     "nest_export",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 @overload
@@ -93,8 +99,7 @@ def export_model(
             f"export_model takes what load_quantized or attach_lora returned, got "
             f"{type(model).__name__}."
         )
-    if verify not in (True, False, "full"):
-        raise ConfigError(f"verify must be True, False or 'full', got {verify!r}.")
+    _check_verify(verify)
     settings = Settings(SharedMerge(), overwrite, verify, progress)
     registry = plugins.get_registry()
     if not isinstance(format, str):
@@ -104,6 +109,39 @@ def export_model(
     job = ExportJob.make(exporter, origin, model, path, options, settings)
     job.check()
     return job.run()
+
+
+def check_export(
+    format: str | Sequence[str] | Mapping[str, Mapping[str, Any]],
+    /,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    overwrite: bool = False,
+    verify: Verify = True,
+    **options: Any,
+) -> None:
+    """Refuse what no model could be exported to, before there is one: ahead of a training.
+
+    Takes what :func:`export_model` takes but for the model, and raises what that would for
+    formats, options and destinations. What the model decides is checked when there is one; what
+    is missing on this machine is logged, since not every option of a format needs it.
+
+    Raises:
+        ConfigError: When there is no such format, or an option or a path is wrong.
+        DestinationExistsError: When a folder to write holds files and ``overwrite`` is off.
+    """
+    _check_verify(verify)
+    registry = plugins.get_registry()
+    if isinstance(format, str):
+        parts = [Part(registry.get(format), None if path is None else Path(path), options)]
+    else:
+        parent = None if path is None else Path(path)
+        parts = list(divide(registry, format, parent, options).values())
+    for part in parts:
+        check_request(part.exporter, part.path, part.options, overwrite=overwrite)
+    for part in parts:
+        for phrase in _find_missing(part.exporter):
+            logger.warning("%s may not run here: missing: %s", part.exporter.name, phrase)
 
 
 def available_exporters() -> list[str]:
@@ -118,9 +156,9 @@ def describe_exporters() -> dict[str, list[Any]]:
         What JSON can hold:
 
         * ``exporters``: for each, ``name``, ``summary``, ``plugin``, ``distribution``,
-          ``version``, ``options`` (``name``, ``type``, ``default``, ``is_secret``; a default of
-          ``None`` means that the option must be given), ``missing`` (what keeps the format from
-          running here, one phrase each) and ``is_available``.
+          ``version``, ``options`` (``name``, ``type``, ``default`` as a JSON value,
+          ``is_required``, ``is_secret``), ``missing`` (what keeps the format from running here,
+          one phrase each) and ``is_available``.
         * ``broken``: plugins that cannot be used, and why, one sentence each.
         * ``switched_off``: installed plugins that an environment variable keeps out.
     """
@@ -137,8 +175,7 @@ def describe_exporters() -> dict[str, list[Any]]:
                 "is_available": not missing,
                 "missing": missing,
                 "options": [
-                    dataclasses.asdict(option)
-                    for option in describe_option_fields(exporter.options_type)
+                    to_jsonable(option) for option in describe_option_fields(exporter.options_type)
                 ],
             }
         )
@@ -160,6 +197,11 @@ def get_exporter(name: str) -> Exporter:
         PluginError: When two plugins claim the name.
     """
     return plugins.get_registry().get(name)
+
+
+def _check_verify(verify: object) -> None:
+    if verify not in (True, False, "full"):
+        raise ConfigError(f"verify must be True, False or 'full', got {verify!r}.")
 
 
 def _find_missing(exporter: Exporter) -> list[str]:

@@ -20,19 +20,18 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from qlora_kit.checkpoint.files import describe_file, list_files
-from qlora_kit.checkpoint.staging import check_destination, stage_folder
+from qlora_kit.checkpoint.staging import stage_folder
 from qlora_kit.device import get_versions
 from qlora_kit.errors import (
-    ConfigError,
     DiskSpaceError,
     ExportError,
     PluginError,
     QloraKitError,
     VerificationError,
 )
+from qlora_kit.export.asking import check_request
 from qlora_kit.hookspecs import Exporter, ExportEstimate, ExportRequest
 from qlora_kit.manifest import MANIFEST_NAME, describe_model, read_manifest, write_manifest
-from qlora_kit.options import build_options
 from qlora_kit.results import Artifact, ArtifactFile, LoadedModel, Verification
 from qlora_kit.weights.sharing import SharedMerge
 
@@ -99,20 +98,13 @@ class ExportJob:
             ConfigError: When an option is wrong, or the path is missing, unneeded or unusable.
             DestinationExistsError: When the path holds files and may not be overwritten.
         """
-        name = exporter.name
-        built = build_options(exporter.options_type, options, owner=name)
-        destination = None if path is None else Path(os.path.abspath(Path(path).expanduser()))
-        needs_path = getattr(exporter, "needs_path", True)
-        if needs_path and destination is None:
-            raise ConfigError(
-                f"Format {name!r} needs a path: export_model(model, {name!r}, 'out')."
-            )
-        if not needs_path and destination is not None:
-            raise ConfigError(f"Format {name!r} leaves nothing on this disk and takes no path.")
-        if destination is not None:
-            check_destination(
-                destination, overwrite=settings.overwrite, protected=_find_base_paths(model)
-            )
+        built, destination = check_request(
+            exporter,
+            path,
+            options,
+            overwrite=settings.overwrite,
+            protected=_find_base_paths(model),
+        )
         request = ExportRequest(model, built, destination, settings.verify, shared=settings.shared)
         if settings.progress is not None:
             request = dataclasses.replace(request, progress=settings.progress)

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qlora_kit.errors import ConfigError, QloraKitError, UnknownOptionError, did_you_mean
 from qlora_kit.export.job import ExportJob, Settings
@@ -18,7 +18,7 @@ from qlora_kit.options import collects_unknown
 from qlora_kit.plugins import ExporterRegistry
 from qlora_kit.results import Artifact, ExportResults, LoadedModel
 
-__all__ = ["export_several"]
+__all__ = ["Part", "divide", "export_several"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,23 +45,17 @@ def export_several(
         ConfigError: When a name, an option or a path of any of them is wrong. Nothing is
             written then.
     """
-    per_format = _read_formats(formats)
-    if not per_format:
-        raise ConfigError(f"No format given. Available: {', '.join(registry.names())}.")
-    exporters = {name: registry.get(name) for name in per_format}
-    if path is None and any(_needs_path(exporter) for exporter in exporters.values()):
-        raise ConfigError("Several formats need a path; each goes into a folder of its own there.")
-    _spread_options(exporters, per_format, options)
+    parts = divide(registry, formats, path, options)
     jobs = [
         ExportJob.make(
-            exporter,
+            part.exporter,
             registry.get_origin(name),
             model,
-            path / name if path is not None and _needs_path(exporter) else None,
-            per_format[name],
+            part.path,
+            part.options,
             settings,
         )
-        for name, exporter in exporters.items()
+        for name, part in parts.items()
     ]
     # What others can read back is written first; the result keeps the order asked for.
     jobs.sort(key=lambda job: not getattr(job.exporter, "shares_merge", False))
@@ -76,9 +70,45 @@ def export_several(
             if job.request.destination is not None:
                 settings.shared.withdraw(job.request.destination)
     return ExportResults(
-        {name: artifacts[name] for name in per_format if name in artifacts},
-        {name: failures[name] for name in per_format if name in failures},
+        {name: artifacts[name] for name in parts if name in artifacts},
+        {name: failures[name] for name in parts if name in failures},
     )
+
+
+class Part(NamedTuple):
+    """What one of several formats is asked for."""
+
+    exporter: Exporter
+    path: Path | None
+    options: Mapping[str, Any]
+
+
+def divide(
+    registry: ExporterRegistry,
+    formats: Sequence[str] | Mapping[str, Mapping[str, Any]],
+    path: Path | None,
+    options: Mapping[str, Any],
+) -> dict[str, Part]:
+    """Each format by name, with its own folder and the options that it has.
+
+    Raises:
+        ConfigError: When there is no format, no such format, no path, or nobody takes an option.
+    """
+    per_format = _read_formats(formats)
+    if not per_format:
+        raise ConfigError(f"No format given. Available: {', '.join(registry.names())}.")
+    exporters = {name: registry.get(name) for name in per_format}
+    if path is None and any(_needs_path(exporter) for exporter in exporters.values()):
+        raise ConfigError("Several formats need a path; each goes into a folder of its own there.")
+    _spread_options(exporters, per_format, options)
+    return {
+        name: Part(
+            exporter,
+            path / name if path is not None and _needs_path(exporter) else None,
+            per_format[name],
+        )
+        for name, exporter in exporters.items()
+    }
 
 
 def _read_formats(formats: object) -> dict[str, dict[str, Any]]:

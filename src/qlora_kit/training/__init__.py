@@ -18,10 +18,14 @@ from qlora_kit.results import AdaptedModel, LoadedModel, TrainResult
 from qlora_kit.training.arguments import (
     DataOptions,
     build_arguments,
-    check_output_folder,
-    check_values,
     choose_optimizer,
     take_data_options,
+)
+from qlora_kit.training.checking import (
+    check_names,
+    check_output_folder,
+    check_truncation,
+    check_values,
 )
 from qlora_kit.training.checkpoints import find_checkpoint
 from qlora_kit.training.examples import (
@@ -36,7 +40,7 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 
-__all__ = ["train_sft"]
+__all__ = ["check_training", "train_sft"]
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +68,10 @@ def train_sft(
 
     Args:
         model: What :func:`~qlora_kit.attach_lora` returned.
-        train_dataset: What ``formatter.load`` returned, or anything it takes, with Alpaca's
-            columns, ``messages`` or ``conversations``, a ``text`` column, or ``input_ids`` (and
-            ``labels``, and ``seq_lengths`` where ``pack_examples`` packed them) already.
+        train_dataset: What ``formatter.load`` returned, or anything it takes, such as a file's
+            path, with Alpaca's columns, ``messages`` or ``conversations``, ``prompt`` and
+            ``completion``, a ``text`` column, or ``input_ids`` (and ``labels``, and
+            ``seq_lengths`` where ``pack_examples`` packed them) already.
         formatter: Overrides the formatter that the rows carry.
         output_dir: Checkpoints and ``qlora_kit_manifest.json`` go here.
         eval_dataset: Held-out rows, or a dictionary of them; evaluated four times over the run
@@ -135,6 +140,37 @@ def train_sft(
         ),
     )
     return run_training(model, job, data, optimizer, device, folder, resume, options)
+
+
+def check_training(
+    *,
+    output_dir: str | os.PathLike[str] = "outputs",
+    has_eval: bool = False,
+    truncation: str = "end",
+    plan: Any = None,
+    callbacks: Any = None,
+    resume_from_checkpoint: bool | str | os.PathLike[str] | None = None,
+    **sft_config: Any,
+) -> None:
+    """Refuse settings that :func:`train_sft` would refuse whatever the model, before loading one.
+
+    Args:
+        output_dir: As for ``train_sft``.
+        has_eval: Whether there are rows to evaluate on.
+        truncation: As for ``train_sft``.
+        plan: Left to the engine, which comes with the model.
+        callbacks: As for ``train_sft``.
+        resume_from_checkpoint: As for ``train_sft``.
+        **sft_config: Any field of TRL's ``SFTConfig``, by its own name.
+
+    Raises:
+        ConfigError: At the first setting that cannot work.
+    """
+    check_truncation(truncation)
+    _check_callbacks(callbacks)
+    check_values(sft_config, has_eval=has_eval)
+    check_names(sft_config)
+    find_checkpoint(resume_from_checkpoint, check_output_folder(output_dir), None)
 
 
 def _check_model(model: Any) -> None:

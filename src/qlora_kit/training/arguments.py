@@ -9,16 +9,15 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
-import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.config import SCRIPT_TRAINING_DEFAULTS
 from qlora_kit.engines.portable_loss import has_triton_loss
-from qlora_kit.errors import ConfigError, UnknownOptionError, did_you_mean
+from qlora_kit.errors import ConfigError
 from qlora_kit.results import AdaptedModel
+from qlora_kit.training.checking import REFUSED, check_names, check_truncation
 
 if TYPE_CHECKING:
     import torch
@@ -28,33 +27,11 @@ __all__ = [
     "DataOptions",
     "Optimizer",
     "build_arguments",
-    "check_output_folder",
-    "check_values",
     "choose_optimizer",
     "take_data_options",
 ]
 
 logger = logging.getLogger(__name__)
-
-#: Fields that would make TRL format or tokenize again, and what to use instead.
-_REFUSED: Final[Mapping[str, str]] = {
-    "completion_only_loss": "Use AlpacaFormatter(tokenizer, response_only=True).",
-    "assistant_only_loss": "Use ChatFormatter(tokenizer), which trains on the assistant alone.",
-    "eos_token": "Use AlpacaFormatter(tokenizer, eos_token=...).",
-    "pad_token": "Set model.tokenizer.pad_token before formatting; padding never carries loss.",
-    "chat_template_path": "Use ChatFormatter(tokenizer, chat_template=...).",
-    "model_init_kwargs": "The model is already loaded; give these to load_quantized.",
-    "dataset_kwargs": "The data is tokenized by the formatter; TRL prepares nothing.",
-    "dataset_text_field": "Name columns in the formatter: AlpacaFormatter(tokenizer, columns=...).",
-    "remove_unused_columns": "The data holds only the columns that training uses.",
-    "eval_packing": "Evaluation rows are never packed.",
-    "trust_remote_code": "Give it to load_quantized.",
-    "do_train": "train_sft trains.",
-}
-
-_AT_LEAST_ONE: Final = (
-    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-)  # fmt: skip
 
 #: Optimizers of bitsandbytes that are left to a GPU.
 _ON_GPU: Final = (
@@ -86,33 +63,16 @@ class Optimizer:
 
 
 def take_data_options(model: AdaptedModel, fields: dict[str, Any], truncation: str) -> DataOptions:
-    """Check names and take the data fields out of ``fields``.
+    """Take the data fields, and those without effect, out of ``fields``.
 
     Raises:
         UnknownOptionError: For names that are no ``SFTConfig`` field, all of them at once.
         ConfigError: For fields that contradict how the data is prepared here.
     """
-    from trl import SFTConfig
-
-    known = {field.name for field in dataclasses.fields(SFTConfig)} | {"max_seq_length"}
-    unknown = [name for name in fields if name not in known]
-    if unknown:
-        hints = "".join(
-            f" {name!r}:{did_you_mean(name, known) or ' nothing near.'}" for name in unknown
-        )
-        raise UnknownOptionError(
-            f"train_sft and SFTConfig have no {', '.join(map(repr, unknown))}.{hints}"
-        )
-    for name, advice in _REFUSED.items():
-        default = {f.name: f.default for f in dataclasses.fields(SFTConfig)}.get(name)
-        if name in fields and fields[name] not in (None, False, default):
-            raise ConfigError(f"{name}={fields[name]!r} has no effect here. {advice}")
+    check_names(fields)
+    for name in REFUSED:
         fields.pop(name, None)
-    if fields.pop("truncation_mode", "keep_start") != "keep_start":
-        raise ConfigError(
-            "truncation_mode='keep_end' would cut the instruction off. Use truncation='end', "
-            "'drop' or 'error'."
-        )
+    fields.pop("truncation_mode", None)
     longest = fields.pop("max_seq_length", None)
     max_length = fields.pop("max_length", longest)
     options = DataOptions(
@@ -126,73 +86,8 @@ def take_data_options(model: AdaptedModel, fields: dict[str, Any], truncation: s
     )
     if not isinstance(options.max_length, int) or options.max_length < 2:
         raise ConfigError(f"max_length must be at least 2 tokens, got {options.max_length!r}.")
-    if options.truncation not in ("end", "drop", "error"):
-        raise ConfigError(f"truncation must be 'end', 'drop' or 'error', got {truncation!r}.")
+    check_truncation(truncation)
     return options
-
-
-def check_values(fields: Mapping[str, Any], *, has_eval: bool) -> None:
-    """Refuse values that the trainer would stumble over later, or take for something else.
-
-    Raises:
-        ConfigError: At the first of them.
-    """
-    for name in _AT_LEAST_ONE:
-        if name in fields and not _is_whole(fields[name], at_least=1):
-            raise ConfigError(f"{name} must be a whole number of at least 1, got {fields[name]!r}.")
-    for name in ("seed", "data_seed"):
-        if fields.get(name) is not None and not _is_whole(fields[name], at_least=0):
-            raise ConfigError(f"{name} must be a whole number of at least 0, got {fields[name]!r}.")
-    for name in ("packing", "padding_free", "shuffle_dataset"):
-        if name in fields and not isinstance(fields[name], bool):
-            raise ConfigError(f"{name} must be True or False, got {fields[name]!r}.")
-    steps = fields.get("max_steps", -1)
-    if steps != -1 and not _is_whole(steps, at_least=1):
-        raise ConfigError(
-            f"max_steps must be at least 1, or -1 to count epochs instead; got {steps!r}."
-        )
-    for name in ("num_train_epochs", "learning_rate", "max_grad_norm", "weight_decay"):
-        if name in fields and not _is_finite(fields[name], at_least=0):
-            raise ConfigError(f"{name} must be a number of at least 0, got {fields[name]!r}.")
-    if fields.get("num_train_epochs") == 0:
-        raise ConfigError("num_train_epochs=0 would train nothing.")
-    if (
-        not has_eval
-        and str(getattr(value := fields.get("eval_strategy", "no"), "value", value)) != "no"
-    ):
-        raise ConfigError(f"eval_strategy={value!r} needs rows to evaluate on: give eval_dataset.")
-
-
-def check_output_folder(output_dir: object) -> Path:
-    """The folder of a run, if it can be written.
-
-    Raises:
-        ConfigError: When it is a file, or lies where nothing can be written.
-    """
-    if not isinstance(output_dir, str | os.PathLike) or not os.fspath(output_dir):
-        raise ConfigError(f"output_dir must be the path of a folder, got {output_dir!r}.")
-    folder = Path(output_dir).expanduser()
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
-        raise ConfigError(f"output_dir={str(folder)!r}: {existing} is a file, not a folder.")
-    if not os.access(existing, os.W_OK):
-        raise ConfigError(f"output_dir={str(folder)!r}: {existing} cannot be written to.")
-    return folder
-
-
-def _is_whole(value: object, *, at_least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
-
-
-def _is_finite(value: object, *, at_least: float) -> bool:
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and value >= at_least
-    )
 
 
 def choose_optimizer(asked: str | None, device: torch.device) -> Optimizer:

@@ -30,7 +30,7 @@ class Checkpoint:
 
 
 def find_checkpoint(
-    asked: bool | str | os.PathLike[str] | None, folder: Path, model: AdaptedModel
+    asked: bool | str | os.PathLike[str] | None, folder: Path, model: AdaptedModel | None
 ) -> Checkpoint | None:
     """What ``resume_from_checkpoint`` means.
 
@@ -38,7 +38,8 @@ def find_checkpoint(
         asked: ``None`` or ``False`` for none, ``True`` for the last whole one in ``folder``, or
             a path.
         folder: The run's output folder.
-        model: What is to train on; the checkpoint's adapter must be of its shape.
+        model: What is to train on; the checkpoint's adapter must be of its shape. ``None``
+            before it is loaded.
 
     Raises:
         ConfigError: When there is none, it is not whole, or it holds another adapter.
@@ -72,7 +73,8 @@ def find_checkpoint(
             f"resume_from_checkpoint={str(path)!r} is not a checkpoint folder (it has no "
             f"{_STATE}). Checkpoints in {folder}: {names}."
         )
-    _check_adapter(path, model)
+    if model is not None:
+        _check_adapter(path, model)
     try:
         state = json.loads((path / _STATE).read_text(encoding="utf-8"))
         return Checkpoint(path, int(state["global_step"]))

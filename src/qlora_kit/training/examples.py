@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.errors import ConfigError, DataError
@@ -25,7 +25,7 @@ __all__ = ["TrainingData", "make_collator", "prepare_examples", "prepare_trainin
 logger = logging.getLogger(__name__)
 
 #: Columns that say what a row is made of, beside which a ``text`` column is a copy.
-_STRUCTURED = frozenset({"instruction", "messages", "conversations"})
+_STRUCTURED = frozenset({"instruction", "messages", "conversations", "completion"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +74,12 @@ def prepare_training_data(
 def prepare_examples(
     model: AdaptedModel, rows: Any, formatter: Any, options: DataOptions
 ) -> TrainingData:
-    """Token ids and labels, one row an example."""
-    from qlora_kit.data import Formatter, Rows
+    """Token ids and labels, one row an example.
+
+    Where no formatter is given, the columns choose one, however the rows are given: a path, a
+    dictionary of splits and a dataset in memory are read alike.
+    """
+    from qlora_kit.data import Formatter, RawRows, Rows, read_source
     from qlora_kit.data.tokenized import take_tokenized
 
     if isinstance(rows, os.PathLike):
@@ -85,29 +89,26 @@ def prepare_examples(
             f"train_sft needs rows: formatter.load(...), a datasets.Dataset or a list of "
             f"dictionaries; got {type(rows).__name__}."
         )
-    columns = _columns(rows)
-    if "input_ids" in columns:
-        encoded = take_tokenized(
-            rows,
-            max_length=options.max_length,
-            truncation=options.truncation,
-            vocabulary_size=model.model.get_input_embeddings().num_embeddings,
-        )
-        return _describe("tokenized", encoded, formatter)
-    if isinstance(rows, Rows):
-        formatter = formatter or rows.formatter
     if formatter is not None and not isinstance(formatter, Formatter):
         raise ConfigError(
             "formatter must be an AlpacaFormatter, a ChatFormatter or another Formatter; got "
             f"{type(formatter).__name__}."
         )
-    is_text = formatter is None and "text" in columns and not columns & _STRUCTURED
-    if formatter is None and "text" in columns and not is_text:
-        logger.warning(
-            "The rows have a 'text' column beside %s; the template is applied to the latter and "
-            "'text' is not used. To train on it: dataset.select_columns(['text']).",
-            " and ".join(sorted(columns & _STRUCTURED)),
+    if isinstance(rows, Rows):
+        formatter = formatter or rows.formatter
+    # Token ids in a dataset stay in its Arrow tables; anything else is read once, here.
+    elif formatter is None and "input_ids" not in _columns(rows):
+        rows = read_source(rows)
+    columns = _columns(rows)
+    if "input_ids" in columns:
+        encoded = take_tokenized(
+            [row.value for row in rows.rows] if isinstance(rows, RawRows) else rows,
+            max_length=options.max_length,
+            truncation=options.truncation,
+            vocabulary_size=model.model.get_input_embeddings().num_embeddings,
         )
+        return _describe("tokenized", encoded, formatter)
+    is_chosen = formatter is None
     if formatter is None:
         formatter = _choose_formatter(model, columns)
     if not isinstance(rows, Rows):
@@ -119,6 +120,7 @@ def prepare_examples(
         num_proc=options.dataset_num_proc,
     )
     # A rendered text says nothing about prompts, so nothing is remembered for generation.
+    is_text = is_chosen and formatter.template_spec()["kind"] == "text"
     data = _describe(getattr(rows, "source", None), encoded, None if is_text else formatter)
     return dataclasses.replace(
         data,
@@ -132,17 +134,33 @@ def prepare_examples(
 
 
 def _choose_formatter(model: AdaptedModel, columns: set[str]) -> Any:
-    """The formatter that a dataset's columns ask for, where none was given."""
-    from qlora_kit.data import AlpacaFormatter, ChatFormatter, TextFormatter
+    """The formatter that the columns ask for, where none was given."""
+    from qlora_kit.data import plan_formatter
 
-    kind: Any = AlpacaFormatter
-    if "instruction" not in columns:
-        if columns & {"messages", "conversations"}:
-            kind = ChatFormatter
-        elif "text" in columns:
-            kind = TextFormatter
-    logger.info("No formatter was given; using %s(model.tokenizer).", kind.__name__)
-    return kind(model.tokenizer)
+    beside = sorted(columns & _STRUCTURED)
+    if "text" in columns and beside:
+        logger.warning(
+            "The rows have a 'text' column beside %s; the template is applied to the latter and "
+            "'text' is not used. To train on it: dataset.select_columns(['text']).",
+            " and ".join(beside),
+        )
+    plan = plan_formatter(columns)
+    logger.info("No formatter was given; using %s(model.tokenizer).", plan.kind.__name__)
+    formatter = plan.make(model.tokenizer)
+    remembered = model.record.formatter
+    if remembered is not None and _template_of(remembered) != _template_of(formatter):
+        logger.warning(
+            "The model was trained with the template %r, and these rows get %r, which their "
+            "columns ask for. To keep it: formatter=model.record.formatter.",
+            _template_of(remembered).get("name"), _template_of(formatter)["name"],
+        )  # fmt: skip
+    return formatter
+
+
+def _template_of(formatter: Any) -> dict[str, Any]:
+    """What a formatter puts around a row, whatever carries loss."""
+    spec = formatter.template_spec()
+    return {name: value for name, value in spec.items() if name != "response_only"}
 
 
 def _describe(source: Any, encoded: EncodedExamples, formatter: Any) -> TrainingData:
@@ -161,10 +179,14 @@ def make_collator(model: AdaptedModel, options: DataOptions, *, is_flat: bool) -
 
 
 def _columns(rows: Any) -> set[str]:
-    names = getattr(rows, "column_names", None)
+    """The columns of rows in memory, as far as they are seen without reading them."""
+    from qlora_kit.data import RawRows
+
+    names = rows.columns if isinstance(rows, RawRows) else getattr(rows, "column_names", None)
     if names is not None:
-        return set(names)
-    first = rows[0] if len(rows) and not isinstance(rows, Mapping) else {}
+        # A dictionary of splits has a list for each.
+        return set() if isinstance(names, Mapping) else set(names)
+    first = rows[0] if isinstance(rows, Sequence) and len(rows) else {}
     return set(first) if isinstance(first, Mapping) else set()
 
 

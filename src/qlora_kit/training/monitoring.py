@@ -9,11 +9,14 @@ import contextlib
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback
+
+from qlora_kit.training.checkpoints import CHECKPOINT_PREFIX
 
 __all__ = ["InterruptCallback", "LastSave", "ProgressLine", "replace_progress_callbacks"]
 
@@ -60,17 +63,23 @@ class InterruptCallback(TrainerCallback):
 
 
 class LastSave(TrainerCallback):
-    """Which step this run saved last.
+    """Which step this run saved last; what is to be done to each checkpoint.
+
+    Args:
+        complete: Called with the folder of every checkpoint that was written.
 
     Attributes:
         step: Optimizer steps done at the last checkpoint; ``None`` before the first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, complete: Callable[[Path], None]) -> None:
         self.step: int | None = None
+        self._complete = complete
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.step = state.global_step
+        if state.is_world_process_zero:
+            self._complete(Path(args.output_dir) / f"{CHECKPOINT_PREFIX}{self.step}")
 
 
 class ProgressLine(TrainerCallback):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit import device as device_module
+from qlora_kit.checkpoint.remembering import write_checkpoint_manifest
 from qlora_kit.engines.base import TrainJob
 from qlora_kit.errors import (
     ConfigError,
@@ -62,7 +64,8 @@ def run_training(
         replace_progress_callbacks,
     )
 
-    interrupts, line, saves = InterruptCallback(), ProgressLine(), LastSave()
+    interrupts, line = InterruptCallback(), ProgressLine()
+    saves = LastSave(functools.partial(write_checkpoint_manifest, model))
     device_module.reset_peak_memory(device)
     memory_before = device_module.measure_memory_gib(device)
     with _released_afterwards(model) as release:
@@ -72,8 +75,9 @@ def run_training(
         trainer.add_callback(interrupts)
         trainer.add_callback(saves)
         # Only now: exports take their stop token from it, and a refused run trained nothing.
+        # Rows without a formatter leave none: an earlier one would ask for what was not learned.
+        model.record.formatter = data.formatter
         if data.formatter is not None:
-            model.record.formatter = data.formatter
             _adopt_chat_template(model, data.formatter)
         started = time.perf_counter()
         try:

@@ -229,3 +229,16 @@ def test_the_file_names_every_gguf_and_refuses_what_it_cannot_quote():
     assert 'PARAMETER stop "</s>"' in lines
     assert 'PARAMETER stop """' in lines
     assert write_modelfile(Modelfile('"""', None, (), ""), ["a.gguf"]) is None
+
+
+@pytest.mark.parametrize("kind", ["TextFormatter", "PromptCompletionFormatter"])
+def test_rendered_texts_are_passed_on_as_they_are_beside_a_chat_template(tiny_llama, kind):
+    from transformers import AutoTokenizer
+
+    from qlora_kit import data
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    assert "ChatML" in describe_prompt(None, tokenizer).origin
+    found = describe_prompt(getattr(data, kind)(tokenizer).template_spec(), tokenizer)
+    assert found.template == "{{ .Prompt }}{{ .Response }}"
+    assert "rendered texts" in found.origin

@@ -9,6 +9,7 @@ from typing import Any
 
 from trl import SFTTrainer
 
+from qlora_kit.engines.draft_cards import NoDraftCards
 from qlora_kit.engines.native.bitsandbytes_optimizers import without_waiting
 from qlora_kit.engines.native.fast.plan import FastPlan, parse_plan
 from qlora_kit.engines.native.fast.steps import FastSteps
@@ -23,7 +24,7 @@ __all__ = ["NativeTrainer"]
 logger = logging.getLogger(__name__)
 
 
-class NativeTrainer(StepRecorder, FastSteps, PortableLoss, NoTelemetry, SFTTrainer):
+class NativeTrainer(StepRecorder, FastSteps, PortableLoss, NoTelemetry, NoDraftCards, SFTTrainer):
     """``SFTTrainer`` that leaves the adapter's dtype and the model's forward as it found them.
 
     TRL 1.15 rounds every trainable parameter of a quantized model to bfloat16 when the

@@ -66,6 +66,10 @@ class _ChatLayout:
         )
 
 
+#: The kinds of formatter that put nothing around a prompt.
+_RENDERED: Final = ("text", "prompt-completion")
+_AS_IT_IS: Final = "{{ .Prompt }}{{ .Response }}"
+
 _CHAT_LAYOUTS: Final = (
     _ChatLayout(
         "ChatML",
@@ -121,6 +125,9 @@ def describe_prompt(
             f"The template is the {spec.get('name', 'custom')!r} one the model was trained with."
         )
         return Modelfile(template, system, stop, origin)
+    if spec and spec.get("kind") in _RENDERED:
+        origin = "The model was trained on rendered texts, so prompts are passed on as they are."
+        return Modelfile(_AS_IT_IS, None, stop, origin)
     jinja = (spec or {}).get("chat_template") or _own_chat_template(tokenizer)
     if jinja:
         found = _match_layout(tokenizer, jinja, (spec or {}).get("template_kwargs") or {})
@@ -135,7 +142,7 @@ def describe_prompt(
         if jinja
         else "The model has no template, so prompts are passed on as they are."
     )
-    return Modelfile("{{ .Prompt }}{{ .Response }}", None, stop, origin)
+    return Modelfile(_AS_IT_IS, None, stop, origin)
 
 
 def write_modelfile(modelfile: Modelfile, files: Sequence[str]) -> str | None:

@@ -1,0 +1,72 @@
+"""A thin command line over the same functions: train, generate, export, exporters.
+
+Arguments become keyword arguments and results become lines; nothing is decided here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from qlora_kit.cli import commands
+from qlora_kit.cli.arguments import make_parser
+from qlora_kit.cli.commands import INTERRUPTED
+from qlora_kit.cli.spelling import Spelling, SpellingFormatter
+from qlora_kit.errors import QloraKitError
+
+__all__ = ["INTERRUPTED", "main", "quiet_dependencies"]
+
+# Loggers, and what is in the one message of theirs to drop.
+_CHATTY: Final = {
+    "torch.utils._pytree": "is an Enum subclass and is now natively",
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
+    "bitsandbytes.backends.cpu.ops": "kernels-community",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit status: 0, or 1 after an error that was explained, or 130 after Ctrl-C.
+    """
+    options = make_parser().parse_args(arguments)
+    spelling = Spelling()
+    handler = logging.StreamHandler()
+    handler.setFormatter(SpellingFormatter(spelling))
+    logging.basicConfig(
+        level=logging.INFO if options.verbose else logging.WARNING, handlers=[handler]
+    )
+    quiet_dependencies()
+    try:
+        return int(commands.RUN[options.command](options, spelling) or 0)
+    except QloraKitError as error:
+        sys.stderr.write(f"{type(error).__name__}: {spelling(str(error))}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted.\n")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader went away, as `| head` does; there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def quiet_dependencies() -> None:
+    """Drop three messages of other packages that nobody who runs this can act on.
+
+    torch deprecates what torchao does while it is imported, looks for a GPU's compiler before
+    compiling for a CPU, and bitsandbytes asks for a package that would download kernels this
+    library does not use. Everything else is shown. Only for programs: the library itself leaves
+    logging to whoever imports it.
+    """
+    for name in _CHATTY:
+        logging.getLogger(name).addFilter(_is_of_use)
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return not any(part in text for part in _CHATTY.values())
