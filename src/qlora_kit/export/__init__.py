@@ -64,9 +64,10 @@ def export_model(
 
     Args:
         model: What ``load_quantized``, ``attach_lora`` or a training left. It is only read.
-        format: An exporter's name, see :func:`available_exporters`; or several, which share
-            one merge and go into ``path/<format>`` each: a list, or a mapping of names to
-            options. (Positional, so that a format may have an option of that name.)
+        format: An exporter's name, see :func:`available_exporters`; or several, which go
+            into ``path/<format>`` each and share the merge that ``merged_16bit`` writes: a list,
+            or a mapping of names to options. (Positional, so that a format may have an option
+            of that name.)
         path: The folder to write. It appears complete or not at all.
         overwrite: Replace an existing folder, all of it.
         verify: ``True`` compares what was written with the live model where that is cheap,
