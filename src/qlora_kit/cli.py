@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from qlora_kit.checkpoint.staging import check_destination
+from qlora_kit.checkpoint.destination import check_destination
 from qlora_kit.errors import ConfigError, QloraKitError
 from qlora_kit.manifest import to_jsonable
 

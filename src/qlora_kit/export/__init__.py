@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, overload
 
 from qlora_kit import plugins
+from qlora_kit.checkpoint.destination import resolve_destination
 from qlora_kit.errors import ConfigError
 from qlora_kit.export.job import ExportJob, Progress, Settings, Verify
 from qlora_kit.export.nesting import NestedExport, nest_export
@@ -96,10 +96,15 @@ def export_model(
         )
     if verify not in (True, False, "full"):
         raise ConfigError(f"verify must be True, False or 'full', got {verify!r}.")
+    # Any other value would be taken for true, and a folder replaced that was to be kept.
+    if not isinstance(overwrite, bool):
+        raise ConfigError(f"overwrite must be True or False, got {overwrite!r}.")
+    if progress is not None and not callable(progress):
+        raise ConfigError(f"progress must be a function of (what, done, total), got {progress!r}.")
     settings = Settings(SharedMerge(), overwrite, verify, progress)
     registry = plugins.get_registry()
     if not isinstance(format, str):
-        parent = None if path is None else Path(path)
+        parent = None if path is None else resolve_destination(path)
         return export_several(registry, model, format, parent, options, settings)
     exporter, origin = registry.get(format), registry.get_origin(format)
     job = ExportJob.make(exporter, origin, model, path, options, settings)

@@ -19,8 +19,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from qlora_kit.checkpoint.destination import check_destination, resolve_destination
 from qlora_kit.checkpoint.files import describe_file, list_files
-from qlora_kit.checkpoint.staging import check_destination, stage_folder
+from qlora_kit.checkpoint.staging import stage_folder
 from qlora_kit.device import get_versions
 from qlora_kit.errors import (
     ConfigError,
@@ -101,7 +102,7 @@ class ExportJob:
         """
         name = exporter.name
         built = build_options(exporter.options_type, options, owner=name)
-        destination = None if path is None else Path(os.path.abspath(Path(path).expanduser()))
+        destination = None if path is None else resolve_destination(path)
         needs_path = getattr(exporter, "needs_path", True)
         if needs_path and destination is None:
             raise ConfigError(
