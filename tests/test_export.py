@@ -1,6 +1,5 @@
 """The export stage: all or nothing, several formats, wrong arguments, full disks."""
 
-import dataclasses
 import json
 import os
 import resource
@@ -51,6 +50,10 @@ def test_arguments_are_checked_first(adapted, tmp_path):
         export_model("outputs/checkpoint-60", "lora", tmp_path / "out")
     with pytest.raises(ConfigError, match="verify must be True, False or 'full', got 'yes'"):
         export_model(adapted, "lora", tmp_path / "out", verify="yes")
+    with pytest.raises(ConfigError, match="overwrite must be True or False, got 'no'"):
+        export_model(adapted, "lora", tmp_path / "out", overwrite="no")
+    with pytest.raises(ConfigError, match="progress must be a function"):
+        export_model(adapted, "lora", tmp_path / "out", progress=True)
     with pytest.raises(ConfigError, match="needs a path"):
         export_model(adapted, "lora")
     with pytest.raises(UnknownOptionError, match=r"no option 'merge'\. Its options: none"):
@@ -69,56 +72,6 @@ def test_a_filled_destination_needs_overwrite_and_is_then_replaced_whole(adapted
     export_model(adapted, "lora", out, verify=False, overwrite=True)
     assert not (out / "notes.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_overwriting_never_removes_more_than_an_export(adapted, tiny_llama, tmp_path, monkeypatch):
-    def refuse(path):
-        with pytest.raises(ConfigError, match="which contains"):
-            export_model(adapted, "lora", path, overwrite=True)
-
-    refuse(tiny_llama)
-    refuse(tiny_llama.parent)
-    work = tmp_path / "home" / "project" / "deep"
-    work.mkdir(parents=True)
-    monkeypatch.setenv("HOME", str(tmp_path / "home" / "project"))
-    refuse(tmp_path / "home")
-    monkeypatch.chdir(work)
-    refuse(tmp_path / "home" / "project")
-    file = tmp_path / "file"
-    file.write_text("")
-    with pytest.raises(ConfigError, match="is a file"):
-        export_model(adapted, "lora", file, overwrite=True)
-    link = tmp_path / "link"
-    (tmp_path / "target").mkdir()
-    (tmp_path / "target" / "x").write_text("")
-    link.symlink_to(tmp_path / "target")
-    with pytest.raises(ConfigError, match="is a link"):
-        export_model(adapted, "lora", link, overwrite=True)
-    (tmp_path / "target" / "x").unlink()
-    with pytest.raises(ConfigError, match="is a link"):
-        export_model(adapted, "lora", link)
-    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "target")
-    with pytest.raises(ConfigError, match="a mount point"):
-        export_model(adapted, "lora", tmp_path / "target")
-
-
-def test_overwriting_never_removes_the_gguf_file_a_base_was_read_from(adapted, tmp_path):
-    file = tmp_path / "models" / "base.gguf"
-    file.parent.mkdir()
-    file.write_bytes(b"GGUF")
-    base = dataclasses.replace(adapted.base, name_or_path=str(file), source="gguf")
-    model = dataclasses.replace(adapted, base=base)
-    with pytest.raises(ConfigError, match=r"which contains .*base\.gguf"):
-        export_model(model, "lora", tmp_path / "models", overwrite=True)
-    assert file.read_bytes() == b"GGUF"
-
-
-def test_a_path_that_cannot_be_a_folder_is_told_first(adapted, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"file is a file, so .*out cannot be a folder"):
-        export_model(adapted, "lora", tmp_path / "file" / "deep" / "out")
-    with pytest.raises(ConfigError, match="cannot be written"):
-        export_model(adapted, "lora", tmp_path / ("x" * 300))
 
 
 def test_a_place_that_is_lost_meanwhile_fails_one_format(adapted, tmp_path, monkeypatch):

@@ -212,7 +212,7 @@ def test_adapters_that_do_not_fit_are_refused(tiny_llama, tiny_qwen3, tmp_path):
 
 
 def test_missing_paths_name_what_is_near(tiny_llama):
-    with pytest.raises(ModelNotFoundError, match="'llama'"):
+    with pytest.raises(ModelNotFoundError, match="/llama'\\?"):
         load_quantized(tiny_llama.parent / "lama")
     with pytest.raises(FileNotFoundError):
         load_quantized("./no/such/folder")

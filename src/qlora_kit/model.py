@@ -22,7 +22,7 @@ from qlora_kit.errors import (
     OfflineError,
     UnsupportedModelError,
 )
-from qlora_kit.paths import describe_nearest, get_cache_folder
+from qlora_kit.paths import describe_nearest, get_cache_folder, suggest_existing
 from qlora_kit.results import AdaptedModel, LoadedModel
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ def _find(name: str, config: LoadConfig) -> Path:
         if config.local_files_only:
             raise OfflineError(
                 f"There is no folder {name!r}, and no model of that name in the local hub cache."
-                f"{describe_nearest(path)} Download it first, or allow it here with "
+                f"{suggest_existing(path)} Download the model first, or allow that here with "
                 "local_files_only=False."
             ) from error
         raise ModelNotFoundError(f"{name!r} could not be downloaded: {error}") from error

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from pathlib import Path
 
-from qlora_kit.errors import did_you_mean
-
-__all__ = ["CACHE_VARIABLE", "describe_nearest", "get_cache_folder"]
+__all__ = ["CACHE_VARIABLE", "describe_nearest", "get_cache_folder", "suggest_existing"]
 
 #: Where files that are made once and kept go, instead of ``~/.cache/qlora_kit``.
 CACHE_VARIABLE = "QLORA_KIT_CACHE"
@@ -26,13 +25,29 @@ def get_cache_folder(chosen: str | None = None) -> Path:
     return Path(root) / "qlora_kit"
 
 
+def suggest_existing(path: Path) -> str:
+    """A ``" Did you mean 'x'?"`` suffix with existing paths that resemble one that does not exist.
+
+    Empty where none does, so that it fits names that may not have been meant as paths too.
+    """
+    missing, names = _look_beside(path)
+    near = difflib.get_close_matches(missing.name, names)
+    paths = [repr(str(missing.with_name(name))) for name in near]
+    return f" Did you mean {' or '.join(paths)}?" if paths else ""
+
+
 def describe_nearest(path: Path) -> str:
-    """A hint with existing names near a path that does not exist."""
+    """The same, or else what there is beside a path that does not exist."""
+    missing, names = _look_beside(path)
+    listing = f" {missing.parent.absolute()} holds: {', '.join(names[:8])}." if names else ""
+    return suggest_existing(path) or listing
+
+
+def _look_beside(path: Path) -> tuple[Path, list[str]]:
+    """The first part of a path that does not exist, and the names that do exist beside it."""
     parent = path.parent
-    while not parent.is_dir() and parent != parent.parent:
+    # Path.is_dir() raises for names that no file system can hold.
+    while not os.path.isdir(parent) and parent != parent.parent:  # noqa: PTH112
         path, parent = parent, parent.parent
-    if not parent.is_dir():
-        return ""
-    names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
-    hint = did_you_mean(path.name, names)
-    return hint or (f" {parent.absolute()} holds: {', '.join(names[:8])}." if names else "")
+    entries = parent.iterdir() if os.access(parent, os.R_OK) else ()
+    return path, sorted(e.name for e in entries if not e.name.startswith("."))

@@ -100,6 +100,21 @@ def test_any_format_can_be_pushed_and_takes_its_own_options(push, hub, format):
         push(format=format, max_shard_sise="1GB")
 
 
+@pytest.mark.parametrize(
+    "formats", [("hub", "merged_4bit", "merged_16bit"), ("merged_16bit", "hub", "merged_4bit")]
+)
+def test_with_other_formats_the_model_is_merged_once(hub, adapted, merges, formats, tmp_path):
+    options = {"repo_id": "me/model", "token": GOOD_TOKEN, "endpoint": hub.url}
+    given = {name: options if name == "hub" else {} for name in formats}
+    results = export_model(adapted, given, tmp_path / "out", verify=False)
+    assert list(results) == list(formats)
+    assert not results.failures
+    # Not even the format after the upload, whose own copy is gone by then, merges again.
+    assert set(merges.values()) == {1}
+    weights = (tmp_path / "out" / "merged_16bit" / "model.safetensors").read_bytes()
+    assert hub.repositories["me/model"].files["model.safetensors"] == weights
+
+
 def test_shards_come_with_their_index_and_replace_another_sharding(
     push, hub, make_adapted, tmp_path
 ):

@@ -22,9 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from qlora_kit.errors import ConfigError, DestinationExistsError, ExportError, QloraKitError
+from qlora_kit.errors import DestinationExistsError, ExportError
 
-__all__ = ["StagedFolder", "check_destination", "clean_leftovers", "stage_folder"]
+__all__ = ["StagedFolder", "clean_leftovers", "stage_folder"]
 
 logger = logging.getLogger(__name__)
 
@@ -101,61 +101,6 @@ def stage_folder(destination: Path, *, overwrite: bool = False) -> Iterator[Stag
         shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
-
-
-def check_destination(destination: Path, *, overwrite: bool, protected: tuple[Path, ...]) -> None:
-    """Refuse a destination that cannot or must not be written, before any work.
-
-    Args:
-        destination: Where the folder is to stand.
-        overwrite: Whether an existing folder may be replaced.
-        protected: Folders that replacing must never remove, such as the base model's.
-
-    Raises:
-        DestinationExistsError: When it holds files and ``overwrite`` is off.
-        ConfigError: When it is a file or below one, may not be looked at, or replacing it would
-            remove more than an export.
-    """
-    try:
-        _check_destination(destination, overwrite=overwrite, protected=protected)
-    except QloraKitError:  # some of which are OSErrors too
-        raise
-    except OSError as error:
-        raise ConfigError(
-            f"{destination} cannot be written: {error}. Give the path of a folder of your own."
-        ) from error
-
-
-def _check_destination(destination: Path, *, overwrite: bool, protected: tuple[Path, ...]) -> None:
-    file = next((parent for parent in destination.parents if parent.is_file()), None)
-    if file is not None:
-        raise ConfigError(f"{file} is a file, so {destination} cannot be a folder below it.")
-    if destination.is_symlink() and not destination.exists():
-        raise ConfigError(f"{destination} is a link to nothing. Remove it or give another path.")
-    if destination.exists() and not destination.is_dir():
-        raise ConfigError(f"{destination} is a file; give the path of a folder.")
-    if destination.is_symlink() or os.path.ismount(destination):
-        raise ConfigError(
-            f"{destination} is a link or a mount point, which cannot be replaced by renaming. "
-            "Give the path of a folder inside it."
-        )
-    if not destination.exists() or not any(destination.iterdir()):
-        return
-    if not overwrite:
-        inside = sorted(entry.name for entry in destination.iterdir())
-        raise DestinationExistsError(
-            f"{destination} already holds {len(inside)} files or folders ({', '.join(inside[:3])}"
-            f"{', ...' if len(inside) > 3 else ''}). Give another path, or overwrite=True to "
-            "replace all of it."
-        )
-    whole = destination.resolve()
-    for path in (Path.cwd(), Path.home(), *protected):
-        kept = path.resolve()
-        if kept == whole or whole in kept.parents:
-            raise ConfigError(
-                f"overwrite=True would remove everything in {destination}, which contains {kept}. "
-                "Give the path of a folder of its own."
-            )
 
 
 def clean_leftovers(destination: Path) -> None:

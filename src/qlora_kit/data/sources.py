@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from qlora_kit.data.problems import Location
 from qlora_kit.data.reading import READERS, RawRow, drop_nulls_inside, read_file
 from qlora_kit.errors import DataError, DataNotFoundError, OfflineError, QloraKitError, did_you_mean
-from qlora_kit.paths import describe_nearest
+from qlora_kit.paths import describe_nearest, suggest_existing
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -183,7 +183,7 @@ def _read_hub(name: str, path: Path, split: str, *, local_files_only: bool) -> R
     except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise OfflineError(
             f"There is no file or folder {name!r}, and no dataset of that name in the local hub "
-            f"cache.{describe_nearest(path)} Download it first, or allow it here with "
+            f"cache.{suggest_existing(path)} Download the dataset first, or allow that here with "
             "local_files_only=False."
         ) from error
     return RawRows(name, _read_folder(Path(folder), split))

@@ -10,10 +10,10 @@ import dataclasses
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, overload
 
 from qlora_kit import plugins
+from qlora_kit.checkpoint.destination import resolve_destination
 from qlora_kit.errors import ConfigError
 from qlora_kit.export.asking import check_request
 from qlora_kit.export.job import ExportJob, Progress, Settings, Verify
@@ -70,9 +70,10 @@ def export_model(
 
     Args:
         model: What ``load_quantized``, ``attach_lora`` or a training left. It is only read.
-        format: An exporter's name, see :func:`available_exporters`; or several, which share
-            one merge and go into ``path/<format>`` each: a list, or a mapping of names to
-            options. (Positional, so that a format may have an option of that name.)
+        format: An exporter's name, see :func:`available_exporters`; or several, which go
+            into ``path/<format>`` each and share the merge that ``merged_16bit`` writes: a list,
+            or a mapping of names to options. (Positional, so that a format may have an option
+            of that name.)
         path: The folder to write. It appears complete or not at all.
         overwrite: Replace an existing folder, all of it.
         verify: ``True`` compares what was written with the live model where that is cheap,
@@ -100,10 +101,15 @@ def export_model(
             f"{type(model).__name__}."
         )
     _check_verify(verify)
+    # Any other value would be taken for true, and a folder replaced that was to be kept.
+    if not isinstance(overwrite, bool):
+        raise ConfigError(f"overwrite must be True or False, got {overwrite!r}.")
+    if progress is not None and not callable(progress):
+        raise ConfigError(f"progress must be a function of (what, done, total), got {progress!r}.")
     settings = Settings(SharedMerge(), overwrite, verify, progress)
     registry = plugins.get_registry()
     if not isinstance(format, str):
-        parent = None if path is None else Path(path)
+        parent = None if path is None else resolve_destination(path)
         return export_several(registry, model, format, parent, options, settings)
     exporter, origin = registry.get(format), registry.get_origin(format)
     job = ExportJob.make(exporter, origin, model, path, options, settings)
@@ -132,11 +138,11 @@ def check_export(
     """
     _check_verify(verify)
     registry = plugins.get_registry()
+    destination = None if path is None else resolve_destination(path)
     if isinstance(format, str):
-        parts = [Part(registry.get(format), None if path is None else Path(path), options)]
+        parts = [Part(registry.get(format), destination, options)]
     else:
-        parent = None if path is None else Path(path)
-        parts = list(divide(registry, format, parent, options).values())
+        parts = list(divide(registry, format, destination, options).values())
     for part in parts:
         check_request(part.exporter, part.path, part.options, overwrite=overwrite)
     for part in parts:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.checkpoint.staging import check_destination
+from qlora_kit.checkpoint.destination import check_destination, resolve_destination
 from qlora_kit.errors import ConfigError
 from qlora_kit.hookspecs import Exporter
 from qlora_kit.options import build_options
@@ -41,7 +41,7 @@ def check_request(
     """
     name = exporter.name
     built = build_options(exporter.options_type, options, owner=name)
-    destination = None if path is None else Path(os.path.abspath(Path(path).expanduser()))
+    destination = None if path is None else resolve_destination(path)
     needs_path = getattr(exporter, "needs_path", True)
     if needs_path and destination is None:
         raise ConfigError(f"Format {name!r} needs a path: export_model(model, {name!r}, 'out').")

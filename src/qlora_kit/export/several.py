@@ -1,4 +1,4 @@
-"""Several formats in one call: everything checked first, one merge, one failure loses one.
+"""Several formats in one call: everything checked first, one failure loses one.
 
 This module orders jobs and spreads options. It does not know what a job does.
 """

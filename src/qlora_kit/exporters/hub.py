@@ -7,7 +7,6 @@ holds half a model: files that another sharding left there are removed in the sa
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import re
 from collections.abc import Mapping
@@ -19,10 +18,10 @@ from qlora_kit.checkpoint.anonymizing import hide_base_paths, hide_paths
 from qlora_kit.checkpoint.hub_session import HubSession
 from qlora_kit.checkpoint.model_card import describe_merged
 from qlora_kit.errors import ConfigError, MissingDependencyError
-from qlora_kit.export import export_model, get_exporter
+from qlora_kit.export import NestedExport, get_exporter, nest_export
 from qlora_kit.hookspecs import Exporter, ExportEstimate, ExportRequest, hookimpl
 from qlora_kit.manifest import read_manifest, to_jsonable
-from qlora_kit.options import COLLECTS_UNKNOWN, build_options
+from qlora_kit.options import COLLECTS_UNKNOWN
 from qlora_kit.results import Check, Verification
 
 __all__ = ["Hub", "HubOptions"]
@@ -90,29 +89,22 @@ class Hub:
             raise MissingDependencyError(
                 f"Format 'hub' needs {missing[0]}. Install it with: pip install huggingface_hub"
             )
-        inner, inner_request = _prepare(request)
+        inner = _prepare(request)
         session = _connect(request.options)
-        estimate = inner.check(inner_request)
+        estimate = inner.check()
         # Last, because everything else can be told without the network.
         account = session.check_token()
         if request.options.private:
             session.check_visibility()
-        where = f"pushing {inner.name} to {session.repo_id} as {account}."
+        where = f"pushing {inner.exporter.name} to {session.repo_id} as {account}."
         return ExportEstimate(estimate.disk_bytes, (where, *estimate.notes))
 
     def write(self, request: ExportRequest, folder: Path) -> Mapping[str, Any]:
         """Export the other format, then push the folder."""
         options = request.options
-        inner, inner_request = _prepare(request)
-        artifact = export_model(
-            request.model,
-            options.format,
-            # Inside, because an export replaces its folder, and this one nobody else can read.
-            folder / _INNER,
-            verify=request.verify,
-            progress=request.progress,
-            **options.format_options,
-        )
+        inner = _prepare(request)
+        # Inside, because an export replaces its folder, and this one nobody else can read.
+        artifact = inner.run(folder / _INNER)
         for path in (folder / _INNER).iterdir():
             path.rename(folder / path.name)
         (folder / _INNER).rmdir()
@@ -125,14 +117,14 @@ class Hub:
             names = [name for name in names if name != _CARD]
         extra = {}
         if _CARD not in remote and _CARD not in names:
-            card = describe_merged(request.model, session.repo_id, inner.name)
+            card = describe_merged(request.model, session.repo_id, options.format)
             extra[_CARD] = hide_base_paths(request.model, card).encode()
         commit = session.push(
             folder,
             names,
             extra=extra,
             delete=_find_stale(remote, names),
-            message=options.commit_message or f"Upload {inner.name} made with qlora_kit",
+            message=options.commit_message or f"Upload {options.format} made with qlora_kit",
             create_pr=options.create_pr,
         )
         sizes = {file.name: file.size for file in files}
@@ -145,8 +137,8 @@ class Hub:
             "commit": commit.oid,
             "pushed_files": len(names) + len(extra),
             "kept_card": _CARD in remote and not options.replace_card,
-            "format": inner.name,
-            "format_options": to_jsonable(inner_request.options),
+            "format": options.format,
+            "format_options": to_jsonable(inner.request.options),
             "sha256": {file.name: file.sha256 for file in files},
         }
 
@@ -156,19 +148,17 @@ class Hub:
         return Verification(found["level"], tuple(Check(**check) for check in found["checks"]))
 
 
-def _prepare(request: ExportRequest) -> tuple[Exporter, ExportRequest]:
-    """The format to push and the request it sees."""
+def _prepare(request: ExportRequest) -> NestedExport:
+    """The format to push, with its options checked."""
     options = request.options
     if not options.commit_message and options.commit_message is not None:
         raise ConfigError("Format 'hub': commit_message is empty; leave it out for a default.")
-    inner = get_exporter(options.format)
-    if not getattr(inner, "needs_path", True):
+    if not getattr(get_exporter(options.format), "needs_path", True):
         raise ConfigError(
             f"Format 'hub' pushes files, and format {options.format!r} writes none. Give another "
             "format, such as format='merged_16bit'."
         )
-    built = build_options(inner.options_type, options.format_options, owner=options.format)
-    return inner, dataclasses.replace(request, options=built)
+    return nest_export(request, options.format, **options.format_options)
 
 
 def _connect(options: HubOptions) -> HubSession:

@@ -34,8 +34,12 @@ class SharedMerge:
     _folders: dict[tuple[str, str], Path] = field(default_factory=dict)
 
     def offer(self, base: MergeBase, dtype: torch.dtype, folder: Path) -> None:
-        """Say that a finished merged checkpoint will stand in ``folder``."""
-        self._folders[base, str(dtype)] = folder
+        """Say that a finished merged checkpoint will stand in ``folder``.
+
+        One that stands already is kept: it may outlast a folder such as an upload's.
+        """
+        if not _is_finished(self._folders.get((base, str(dtype)))):
+            self._folders[base, str(dtype)] = folder
 
     def withdraw(self, folder: Path) -> None:
         """Say that the checkpoint offered for ``folder`` was not finished after all."""
@@ -49,10 +53,14 @@ class SharedMerge:
         """
         folder = self._folders.get((base, str(dtype)))
         merged = MergedWeights(model, base, dtype=dtype)
-        if folder is not None and (folder / "config.json").is_file():
+        if folder is not None and _is_finished(folder):
             return _WrittenMerge(merged, SafetensorsSource(folder))
         self.merges += 1
         return merged
+
+
+def _is_finished(folder: Path | None) -> bool:
+    return folder is not None and (folder / "config.json").is_file()
 
 
 class _WrittenMerge:

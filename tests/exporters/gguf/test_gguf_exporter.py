@@ -13,11 +13,17 @@ import qlora_kit
 from forward import logits_of
 from gguf_llamacpp import Llama, kl_divergence
 from qlora_kit.errors import ConfigError, UnsupportedModelError
-from qlora_kit.exporters.gguf import GgufExporter, GgufLoraExporter, qlora_kit_register_exporters
+from qlora_kit.exporters.gguf import (
+    GgufExporter,
+    GgufLoraExporter,
+    lora,
+    qlora_kit_register_exporters,
+)
 from qlora_kit.exporters.gguf.convert import convert
 from qlora_kit.exporters.gguf.exporter import GgufOptions
 from qlora_kit.exporters.gguf.lora import GgufLoraOptions
 from qlora_kit.exporters.gguf.reading import GgufFile
+from qlora_kit.exporters.gguf.verifying import check_run
 from qlora_kit.hookspecs import ExportRequest
 from qlora_kit.plugins import describe_exporter_faults
 from qlora_kit.weights.source import SafetensorsSource
@@ -245,6 +251,36 @@ def test_the_end_token_of_the_training_template_is_a_stop_token(checkpoint, tmp_
     failed = exporter.verify(ask(exporter, model, tmp_path / "other"), tmp_path / "other")
     assert [check.passed for check in failed.checks] == [True, False]
     assert spec.spec["eos_token"] in failed.checks[1].detail
+
+
+def test_the_adapter_runs_on_a_base_that_stops_at_the_templates_end_token(
+    checkpoint, tmp_path, monkeypatch
+):
+    model = load(checkpoint, r=4, lora_alpha=8)
+    # llama.cpp stops at <|endoftext|> and its like by itself, and at this one only if told.
+    own, end = model.base.stop_token_ids[0], model.tokenizer.bos_token_id
+    model.record.formatter = qlora_kit.AlpacaFormatter(
+        model.tokenizer, eos_token=model.tokenizer.bos_token
+    )
+    seen = []
+
+    def look_at_base(model, files, **options):
+        with Llama(files[0][1]) as llama:
+            seen.extend((llama.is_end(own), llama.is_end(end)))
+        return check_run(model, files, **options)
+
+    monkeypatch.setattr(lora, "check_run", look_at_base)
+    artifact = qlora_kit.export_model(model, "gguf-lora", tmp_path / "out", verify="full")
+    assert artifact.verification.level == "full"
+    assert artifact.verification.passed
+    assert seen == [True, True]
+    # As a user runs it: the merged file of the base alone, and the adapter beside it.
+    base = qlora_kit.load_quantized(checkpoint, load_in_4bit=False, dtype="float32")
+    plain = qlora_kit.export_model(base, "gguf", tmp_path / "base", quantization="f32")
+    ids = list(model.record.formatter.prompt("Name the capital of Italy.").token_ids)
+    path, adapter = plain.path / plain.facts["files"]["f32"], artifact.path / artifact.facts["file"]
+    with Llama(path, lora=adapter) as llama:
+        assert kl_divergence(live_logits(model, ids), llama.logits(ids)).mean() < 1e-6
 
 
 def test_options_are_checked_when_they_are_given():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 
 import pytest
 
@@ -15,7 +14,6 @@ from gguf_llamacpp import Llama, kl_divergence
 from qlora_kit import export_model
 from qlora_kit.errors import ConfigError
 from qlora_kit.exporters.gguf.convert import convert
-from qlora_kit.weights import merged
 from qlora_kit.weights.source import SafetensorsSource
 
 torch = pytest.importorskip("torch")
@@ -27,20 +25,6 @@ def load(folder, dtype, *, case="llama", four_bit=False, **options):
     tiny.save_checkpoint(model, tiny.byte_level_tokenizer(), folder)
     base = qlora_kit.load_quantized(folder, 128, "float32", four_bit, engine="native")
     return randomize(qlora_kit.attach_lora(base, r=4, **options))
-
-
-@pytest.fixture
-def merges(monkeypatch):
-    """Names of the tensors that were merged, as often as they were."""
-    made: Counter[str] = Counter()
-    real = merged.MergedWeights.merge
-
-    def count(self, live):
-        made[live.name] += 1
-        return real(self, live)
-
-    monkeypatch.setattr(merged.MergedWeights, "merge", count)
-    return made
 
 
 @pytest.mark.parametrize(
