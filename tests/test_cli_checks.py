@@ -40,7 +40,7 @@ def _refuse_to_load(*args, **kwargs):
     [
         (["train", "M", "none.json"], "There is nothing at none.json"),
         (["train", "M", "rows.json", "--eval-data", "none.json"], "nothing at none.json"),
-        (["train", "M", "owner/data"], "or allow it here with --download."),
+        (["train", "M", "owner/data"], "or allow that here with --download."),
         (["train", "M", "broken.json"], "line 1"),
         (["train", "M", "bad.jsonl"], "'output' is empty"),
         (["train", "M", "bad.jsonl"], "leave them out with --on-bad-rows skip."),
