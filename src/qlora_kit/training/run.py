@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit import device as device_module
 from qlora_kit.engines.base import TrainJob
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 __all__ = ["run_training"]
 
 logger = logging.getLogger(__name__)
+
+_MISSING: Final = "This run needs a package that is not installed"
 
 
 def run_training(
@@ -82,6 +84,10 @@ def run_training(
         except KeyboardInterrupt:
             interrupts.was_requested = True
             _save_checkpoint(trainer, saves)
+        except ImportError as error:
+            if isinstance(error, QloraKitError):
+                raise
+            raise MissingDependencyError(f"{_MISSING}: {error}") from error
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
@@ -189,10 +195,7 @@ def _make_trainer(model: AdaptedModel, job: TrainJob) -> Any:
                 f"Out of memory: {str(error).splitlines()[0]} {_advise_on_memory(model, None)}"
             ) from error
         if isinstance(error, ImportError) or "to be installed" in str(error):
-            raise MissingDependencyError(
-                f"This run needs a package that is not installed: {error} "
-                f"(report_to={job.args.report_to})."
-            ) from error
+            raise MissingDependencyError(f"{_MISSING}: {error}") from error
         raise
     except ConnectionError as error:
         raise OfflineError(
@@ -217,6 +220,9 @@ def _released_afterwards(model: AdaptedModel) -> Iterator[list[Any]]:
         for trainer in trainers:
             # accelerate wraps forward in autocast and never takes it off by itself.
             trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+            # What it took off it binds to the instance.
+            if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
+                del module.forward
             if hasattr(trainer, "release"):
                 trainer.release()
             if trainer.args.gradient_checkpointing and not had_checkpointing:
