@@ -15,7 +15,7 @@ def _forwards(model):
 
 def _logits(model, ids):
     with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits.float()
+        return model(input_ids=ids.to(model.device), use_cache=False).logits.float()
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +45,10 @@ def test_a_small_update_arrives(make_adapted, load_in_4bit, has_bias):
     if load_in_4bit:
         weight = dequantize_4bit(weight, base.weight.quant_state)
     generator = torch.Generator().manual_seed(3)
-    x = torch.randn((200, 64), generator=generator).bfloat16()
+    x = torch.randn((200, 64), generator=generator).bfloat16().to(weight.device)
     exact = x.double() @ weight.double().T
     if has_bias:
-        bias = torch.randn(128, generator=generator).bfloat16()
+        bias = torch.randn(128, generator=generator).bfloat16().to(weight.device)
         base.bias = torch.nn.Parameter(bias, requires_grad=False)
         exact += bias.double()
     update = _update_of(module, x)
@@ -78,8 +78,8 @@ def test_what_training_leaves_to_peft_is_left_to_peft(make_adapted, ids, adapter
     if adapter.get("bias"):
         for module in adapted.model.modules():
             if hasattr(module, "lora_A"):
-                module.base_layer.bias = torch.nn.Parameter(torch.ones(module.out_features))
-                module.base_layer.bias.data = module.base_layer.bias.data.bfloat16()
+                bias = torch.ones(module.out_features, dtype=torch.bfloat16)
+                module.base_layer.bias = torch.nn.Parameter(bias.to(adapted.model.device))
     expected = _logits(adapted.model.eval(), ids)
     with adapted.engine.inference(adapted) as model:
         assert torch.equal(_logits(model, ids), expected)
@@ -105,6 +105,7 @@ def test_disabled_and_switched_adapters_are_honoured(make_adapted, ids):
 
 def test_gradients_go_through_peft(make_adapted, ids):
     adapted = make_adapted(dtype="bfloat16")
+    ids = ids.to(adapted.model.device)
     expected = adapted.model.eval()(input_ids=ids).logits
     with adapted.engine.inference(adapted) as model:
         out = model(input_ids=ids).logits
@@ -154,7 +155,7 @@ def test_a_trained_model_answers_as_in_float32(smollm2, tmp_path):
         losses = []
         for text in texts:
             ids = torch.tensor([live.tokenizer(text)["input_ids"]])
-            logits = _logits(model, ids)[0, :-1]
+            logits = _logits(model, ids)[0, :-1].cpu()
             losses.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:]))
         return float(torch.stack(losses).mean())
 
