@@ -691,3 +691,26 @@ def test_out_of_memory_advice_can_be_followed(
         _train(model, alpaca_rows, tmp_path, callbacks=[_running_out(event)], **settings)
     assert advice in str(caught.value)
     assert no_advice not in str(caught.value)
+
+
+@pytest.mark.parametrize("plan", [None, False])
+def test_an_optimizer_that_is_not_installed_is_named(model, alpaca_rows, tmp_path, plan):
+    from importlib.util import find_spec
+
+    from qlora_kit.errors import MissingDependencyError
+
+    if find_spec("lomo_optim") is not None:
+        pytest.skip("lomo-optim is installed here")
+    with pytest.raises(MissingDependencyError, match="lomo_optim"):
+        _train(model, alpaca_rows, tmp_path, optim="lomo", plan=plan)
+
+
+@pytest.mark.parametrize("plan", [{"compile": False}, False])
+def test_no_forward_is_left_on_the_model(tiny_llama, alpaca_rows, tmp_path, plan):
+    """In bfloat16 accelerate wraps it in autocast, and binds what it takes off."""
+    loaded = load_quantized(tiny_llama, 128, dtype="bfloat16", load_in_4bit=False)
+    model = attach_lora(loaded, r=4)
+    before = {name for name, part in model.model.named_modules() if "forward" in part.__dict__}
+    _train(model, alpaca_rows, tmp_path, plan=plan, max_steps=1)
+    after = {name for name, part in model.model.named_modules() if "forward" in part.__dict__}
+    assert after == before

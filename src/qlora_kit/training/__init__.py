@@ -34,11 +34,10 @@ from qlora_kit.training.examples import (
     prepare_examples,
     prepare_training_data,
 )
-from qlora_kit.training.run import run_training
+from qlora_kit.training.run import Run, run_training
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
-
 
 __all__ = ["check_training", "train_sft"]
 
@@ -139,7 +138,7 @@ def train_sft(
             and model.adapter.use_gradient_checkpointing == "auto"
         ),
     )
-    return run_training(model, job, data, optimizer, device, folder, resume, options)
+    return run_training(model, Run(job, data, options, optimizer, device, folder, resume))
 
 
 def check_training(

@@ -93,8 +93,8 @@ def take_data_options(model: AdaptedModel, fields: dict[str, Any], truncation: s
 def choose_optimizer(asked: str | None, device: torch.device) -> Optimizer:
     """8-bit Adam where it is worth having, PyTorch's AdamW elsewhere.
 
-    On a CPU bitsandbytes 0.50's 8-bit AdamW learns alike and takes 14 times as long as PyTorch's
-    fused one, a fifth of a small model's step, to save 6 bytes per trained parameter. Before 0.50
+    On a CPU bitsandbytes 0.50's 8-bit AdamW learns alike and takes 15 times as long as PyTorch's
+    fused one, a sixth of a small model's step, to save 6 bytes per trained parameter. Before 0.50
     it goes through triton there, which fails or compiles for minutes; paged ones need CUDA.
     """
     # transformers' OptimizerNames is taken as well as its value.

@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit import device as device_module
 from qlora_kit.checkpoint.remembering import write_checkpoint_manifest
@@ -27,30 +26,56 @@ from qlora_kit.errors import (
     QloraKitError,
     TrainingError,
 )
-from qlora_kit.manifest import describe_model, to_jsonable, write_manifest
+from qlora_kit.manifest import MANIFEST_NAME, describe_model, to_jsonable, write_manifest
 from qlora_kit.results import AdaptedModel, TrainResult
 from qlora_kit.training.arguments import DataOptions, Optimizer
 from qlora_kit.training.checkpoints import CHECKPOINT_PREFIX, Checkpoint
 from qlora_kit.training.examples import TrainingData
+from qlora_kit.training.memory import advise_on_memory, is_out_of_memory
 
 if TYPE_CHECKING:
+    import torch
+
     from qlora_kit.training.monitoring import InterruptCallback, LastSave
 
-__all__ = ["run_training"]
+__all__ = ["Run", "run_training"]
 
 logger = logging.getLogger(__name__)
 
+_MISSING: Final = "This run needs a package that is not installed"
 
-def run_training(
-    model: AdaptedModel,
-    job: TrainJob,
-    data: TrainingData,
-    optimizer: Optimizer,
-    device: Any,
-    folder: Path,
-    resume: Checkpoint | None,
-    options: DataOptions,
-) -> TrainResult:
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """All that was settled before a run begins.
+
+    Attributes:
+        job: What the engine's trainer gets.
+        data: The training rows.
+        options: How they were prepared.
+        optimizer: The optimizer, and why it is that one.
+        device: Where it runs.
+        folder: The output folder.
+        resume: The checkpoint to go on from.
+    """
+
+    job: TrainJob
+    data: TrainingData
+    options: DataOptions
+    optimizer: Optimizer
+    device: torch.device
+    folder: Path
+    resume: Checkpoint | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    seconds: float
+    memory_before_gib: float
+    peak_memory_gib: float
+
+
+def run_training(model: AdaptedModel, run: Run) -> TrainResult:
     """Train, and report whatever was done, however it ended.
 
     Raises:
@@ -66,47 +91,50 @@ def run_training(
 
     interrupts, line = InterruptCallback(), ProgressLine()
     saves = LastSave(functools.partial(write_checkpoint_manifest, model))
-    device_module.reset_peak_memory(device)
-    memory_before = device_module.measure_memory_gib(device)
+    device_module.reset_peak_memory(run.device)
+    memory_before = device_module.measure_memory_gib(run.device)
     with _released_afterwards(model) as release:
-        trainer = _make_trainer(model, job)
+        trainer = _make_trainer(model, run.job)
         release.append(trainer)
         replace_progress_callbacks(trainer, line)
         trainer.add_callback(interrupts)
         trainer.add_callback(saves)
         # Only now: exports take their stop token from it, and a refused run trained nothing.
         # Rows without a formatter leave none: an earlier one would ask for what was not learned.
-        model.record.formatter = data.formatter
-        if data.formatter is not None:
-            _adopt_chat_template(model, data.formatter)
+        model.record.formatter = run.data.formatter
+        if run.data.formatter is not None:
+            _adopt_chat_template(model, run.data.formatter)
         started = time.perf_counter()
         try:
             with interrupts.listening():
-                trainer.train(resume_from_checkpoint=None if resume is None else str(resume.path))
+                trainer.train(
+                    resume_from_checkpoint=None if run.resume is None else str(run.resume.path)
+                )
         except KeyboardInterrupt:
             interrupts.was_requested = True
             _save_checkpoint(trainer, saves)
+        except ImportError as error:
+            if isinstance(error, QloraKitError):
+                raise
+            raise MissingDependencyError(f"{_MISSING}: {error}") from error
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise TrainingError(
                 f"Out of memory: {str(error).splitlines()[0]} The batch was not changed. "
-                f"{_advise_on_memory(model, trainer)}"
+                f"{advise_on_memory(model, trainer)}"
             ) from error
         finally:
             line.close()
         seconds = time.perf_counter() - started
         # Gone once the trainer is released.
         plan = str(getattr(trainer, "fast_plan", None) or "TRL and peft")
-    peak = device_module.measure_peak_memory_gib(device)
-    result = _make_result(
-        model, trainer, interrupts, saves, optimizer, device, folder,
-        seconds=seconds, memory_before=memory_before, peak_memory=max(peak, memory_before),
-        resumed=resume, plan=plan,
-    )  # fmt: skip
+    peak = device_module.measure_peak_memory_gib(run.device)
+    measured = _Measured(seconds, memory_before, max(peak, memory_before))
+    result = _make_result(model, run, trainer, interrupts, saves, measured, plan)
     if trainer.is_world_process_zero():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_manifest(folder, "training", _describe_run(model, job, data, options, result))
+        run.folder.mkdir(parents=True, exist_ok=True)
+        write_manifest(run.folder, "training", _describe_run(model, run, result))
     model.record.training = result
     if result.was_interrupted:
         logger.warning(
@@ -135,52 +163,6 @@ def _adopt_chat_template(model: AdaptedModel, formatter: Any) -> None:
         logger.info("The tokenizer's chat template is the formatter's from now on.")
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    # torch's own class is a RuntimeError too, and is named so in every torch we support.
-    return type(error).__name__ == "OutOfMemoryError"
-
-
-def _advise_on_memory(model: AdaptedModel, trainer: Any) -> str:
-    """What would have helped where memory ran out.
-
-    Args:
-        model: What is trained.
-        trainer: Its trainer, or ``None`` while that was being made.
-    """
-    plan = getattr(trainer, "fast_plan", None)
-    if plan is not None:
-        # This step lays a whole effective batch out anew, however the settings split it.
-        options = {
-            "micro_batch_tokens": max(1, plan.micro_batch_tokens // 2),
-            "checkpointing": "full",
-            **({"weights": "nf4"} if plan.caches_weights else {}),
-        }
-        text = ", ".join(f'"{name}": {json.dumps(value)}' for name, value in options.items())
-        return (
-            f"Set plan={{{text}}}, which keeps the maths, or lower max_length: no example is split."
-        )
-    if trainer is None or getattr(trainer, "uses_fast_step", False):
-        in_4bit = "" if model.base.quantization in ("nf4", "fp4") else "load in 4 bits, "
-        return (
-            "No batch had gone through the model yet: free memory that others hold on the device, "
-            f"{in_4bit}or attach a smaller r (now {model.adapter.r})."
-        )
-    args = trainer.args
-    advice = ["lower max_length"]
-    if args.per_device_train_batch_size > 1:
-        advice.insert(
-            0,
-            "lower per_device_train_batch_size (and raise gradient_accumulation_steps alike, which "
-            "keeps the maths)",
-        )
-    if not args.gradient_checkpointing:
-        advice.append("set gradient_checkpointing=True")
-    if args.eval_strategy != "no" and args.per_device_eval_batch_size > 1:
-        advice.append("if it was evaluating, lower per_device_eval_batch_size")
-    text = ", or ".join(advice)
-    return f"{text[0].upper()}{text[1:]}."
-
-
 def _make_trainer(model: AdaptedModel, job: TrainJob) -> Any:
     """The engine's trainer; what transformers and TRL refuse becomes an error of ours."""
     try:
@@ -188,15 +170,12 @@ def _make_trainer(model: AdaptedModel, job: TrainJob) -> Any:
     except QloraKitError:
         raise
     except (RuntimeError, ImportError) as error:
-        if isinstance(error, RuntimeError) and _is_out_of_memory(error):
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise TrainingError(
-                f"Out of memory: {str(error).splitlines()[0]} {_advise_on_memory(model, None)}"
+                f"Out of memory: {str(error).splitlines()[0]} {advise_on_memory(model, None)}"
             ) from error
         if isinstance(error, ImportError) or "to be installed" in str(error):
-            raise MissingDependencyError(
-                f"This run needs a package that is not installed: {error} "
-                f"(report_to={job.args.report_to})."
-            ) from error
+            raise MissingDependencyError(f"{_MISSING}: {error}") from error
         raise
     except ConnectionError as error:
         raise OfflineError(
@@ -221,6 +200,9 @@ def _released_afterwards(model: AdaptedModel) -> Iterator[list[Any]]:
         for trainer in trainers:
             # accelerate wraps forward in autocast and never takes it off by itself.
             trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+            # What it took off it binds to the instance.
+            if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
+                del module.forward
             if hasattr(trainer, "release"):
                 trainer.release()
             if trainer.args.gradient_checkpointing and not had_checkpointing:
@@ -251,22 +233,16 @@ def _find_saved(
 
 def _make_result(
     model: AdaptedModel,
+    run: Run,
     trainer: Any,
     interrupts: InterruptCallback,
     saves: LastSave,
-    optimizer: Optimizer,
-    device: Any,
-    folder: Path,
-    *,
-    seconds: float,
-    memory_before: float,
-    peak_memory: float,
-    resumed: Checkpoint | None,
+    measured: _Measured,
     plan: str,
 ) -> TrainResult:
     steps = trainer.state.global_step
     begun = trainer.step_losses
-    first = 0 if resumed is None else resumed.step
+    first = 0 if run.resume is None else run.resume.step
     history = tuple(dict(entry) for entry in trainer.state.log_history)
     # A hard interrupt can leave a step that was begun and not finished.
     losses = tuple(begun[: max(0, steps - first)])
@@ -280,39 +256,32 @@ def _make_result(
         ),
         tokens_seen=trainer.tokens_seen,
         trained_tokens=trainer.trained_tokens,
-        tokens_per_second=trainer.tokens_seen / seconds if seconds > 0 else 0.0,
-        seconds=seconds,
-        device=device_module.get_device_name(device),
-        memory_before_gib=memory_before,
-        peak_memory_gib=peak_memory,
+        tokens_per_second=(trainer.tokens_seen / measured.seconds if measured.seconds > 0 else 0.0),
+        device=device_module.get_device_name(run.device),
+        **dataclasses.asdict(measured),
         trainable_parameters=model.trainable_parameters,
         total_parameters=model.total_parameters,
-        optimizer=optimizer.name,
-        optimizer_note=optimizer.note,
+        optimizer=run.optimizer.name,
+        optimizer_note=run.optimizer.note,
         # Pressed in the last evaluation, it cut no step off. Until training begins max_steps is 0.
         was_interrupted=interrupts.was_requested and not 0 < trainer.state.max_steps <= steps,
-        checkpoint=_find_saved(folder, steps, saves, resumed),
-        output_dir=folder,
-        manifest_path=folder / "qlora_kit_manifest.json",
+        checkpoint=_find_saved(run.folder, steps, saves, run.resume),
+        output_dir=run.folder,
+        manifest_path=run.folder / MANIFEST_NAME,
         versions=device_module.get_versions(),
         log_history=history,
         plan=plan,
     )
 
 
-def _describe_run(
-    model: AdaptedModel,
-    job: TrainJob,
-    data: TrainingData,
-    options: DataOptions,
-    result: TrainResult,
-) -> dict[str, Any]:
+def _describe_run(model: AdaptedModel, run: Run, result: TrainResult) -> dict[str, Any]:
+    args = run.job.args
     return {
         **describe_model(model),
-        "data": data.summary,
-        "data_options": dataclasses.asdict(options),
-        "seeds": {"training": job.args.seed, "adapter": model.adapter.random_state},
+        "data": run.data.summary,
+        "data_options": dataclasses.asdict(run.options),
+        "seeds": {"training": args.seed, "adapter": model.adapter.random_state},
         # Sanitized: without tokens.
-        "arguments": to_jsonable(job.args.to_sanitized_dict()),
+        "arguments": to_jsonable(args.to_sanitized_dict()),
         "result": to_jsonable(result),
     }

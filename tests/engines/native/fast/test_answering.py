@@ -155,8 +155,8 @@ def test_a_trained_model_answers_as_in_float32(smollm2, tmp_path):
         losses = []
         for text in texts:
             ids = torch.tensor([live.tokenizer(text)["input_ids"]])
-            logits = _logits(model, ids)[0, :-1]
-            losses.append(torch.nn.functional.cross_entropy(logits.cpu(), ids[0, 1:]))
+            logits = _logits(model, ids)[0, :-1].cpu()
+            losses.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:]))
         return float(torch.stack(losses).mean())
 
     reference, peft = measure(wide.model.eval()), measure(live.model.eval())

@@ -82,7 +82,7 @@ def _find_in_settings(args: Any, dtype: torch.dtype) -> str | None:
         if getattr(args, name, None):
             return f"{name}={getattr(args, name)}"
     if args.optim in ("lomo", "adalomo"):
-        return f"optim={str(args.optim)!r} steps in the backward pass"
+        return f"{args.optim.value} steps in the backward pass"
     for name in (
         "activation_offloading",
         "use_liger_kernel",
@@ -91,6 +91,6 @@ def _find_in_settings(args: Any, dtype: torch.dtype) -> str | None:
     ):
         if getattr(args, name, False):
             return f"{name}=True"
-    if (args.bf16 and dtype != torch.bfloat16) or (args.fp16 and dtype == torch.bfloat16):
+    if (args.bf16 and dtype != torch.bfloat16) or (args.fp16 and dtype != torch.float16):
         return f"mixed precision over a {dtype} model"
     return None

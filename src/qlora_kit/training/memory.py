@@ -1,0 +1,56 @@
+"""What to do when a device runs out of memory, in the situation that it ran out in."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from qlora_kit.results import AdaptedModel
+
+__all__ = ["advise_on_memory", "is_out_of_memory"]
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error is torch's own of that name, which every device of ours raises."""
+    return type(error).__name__ == "OutOfMemoryError"
+
+
+def advise_on_memory(model: AdaptedModel, trainer: Any) -> str:
+    """What would have helped where memory ran out.
+
+    Args:
+        model: What is trained.
+        trainer: Its trainer, or ``None`` while that was being made.
+    """
+    plan = getattr(trainer, "fast_plan", None)
+    if plan is not None:
+        # This step lays a whole effective batch out anew, however the settings split it.
+        options = {
+            "micro_batch_tokens": max(1, plan.micro_batch_tokens // 2),
+            "checkpointing": "full",
+            **({"weights": "nf4"} if plan.caches_weights else {}),
+        }
+        text = ", ".join(f'"{name}": {json.dumps(value)}' for name, value in options.items())
+        return (
+            f"Set plan={{{text}}}, which keeps the maths, or lower max_length: no example is split."
+        )
+    if trainer is None or getattr(trainer, "uses_fast_step", False):
+        in_4bit = "" if model.base.quantization in ("nf4", "fp4") else "load in 4 bits, "
+        return (
+            "No batch had gone through the model yet: free memory that others hold on the device, "
+            f"{in_4bit}or attach a smaller r (now {model.adapter.r})."
+        )
+    args = trainer.args
+    advice = ["lower max_length"]
+    if args.per_device_train_batch_size > 1:
+        advice.insert(
+            0,
+            "lower per_device_train_batch_size (and raise gradient_accumulation_steps alike, which "
+            "keeps the maths)",
+        )
+    if not args.gradient_checkpointing:
+        advice.append("set gradient_checkpointing=True")
+    if args.eval_strategy != "no" and args.per_device_eval_batch_size > 1:
+        advice.append("if it was evaluating, lower per_device_eval_batch_size")
+    text = ", or ".join(advice)
+    return f"{text[0].upper()}{text[1:]}."
