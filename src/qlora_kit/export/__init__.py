@@ -20,6 +20,7 @@ from qlora_kit.export.several import export_several
 from qlora_kit.hookspecs import Exporter
 from qlora_kit.options import describe_option_fields
 from qlora_kit.results import Artifact, ExportResults, LoadedModel
+from qlora_kit.weights.live import check_finite
 from qlora_kit.weights.sharing import SharedMerge
 
 __all__ = [
@@ -101,6 +102,7 @@ def export_model(
         raise ConfigError(f"overwrite must be True or False, got {overwrite!r}.")
     if progress is not None and not callable(progress):
         raise ConfigError(f"progress must be a function of (what, done, total), got {progress!r}.")
+    check_finite(model.model)
     settings = Settings(SharedMerge(), overwrite, verify, progress)
     registry = plugins.get_registry()
     if not isinstance(format, str):

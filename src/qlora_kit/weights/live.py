@@ -12,12 +12,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.errors import UnsupportedModelError
+from qlora_kit.errors import ExportError, UnsupportedModelError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LiveTensor", "collect_live_tensors", "drop_tied_copies", "get_hf_model"]
+__all__ = [
+    "LiveTensor",
+    "check_adapters",
+    "check_finite",
+    "collect_live_tensors",
+    "drop_tied_copies",
+    "get_hf_model",
+]
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,7 @@ def collect_live_tensors(model: Any) -> dict[str, LiveTensor]:
     from peft import PeftModel
 
     if isinstance(model, PeftModel):
-        _check_adapters(model)
+        check_adapters(model)
     found = {tensor.name: tensor for tensor in _walk(get_hf_model(model), "")}
     if isinstance(model, PeftModel) and not any(t.is_adapted for t in found.values()):
         raise UnsupportedModelError(
@@ -117,6 +124,21 @@ def collect_live_tensors(model: Any) -> dict[str, LiveTensor]:
             "no tensor of this model. Activate one with model.set_adapter(name)."
         )
     return found
+
+
+def check_finite(model: Any) -> None:
+    """Refuse trained parameters that are not finite.
+
+    Raises:
+        ExportError: Names the first.
+    """
+    for name, parameter in model.named_parameters():
+        is_trained = ".lora_" in name or ".modules_to_save." in name
+        if is_trained and not parameter.isfinite().all():
+            raise ExportError(
+                f"{name} holds numbers that are not finite; training has diverged. Train with a "
+                "lower learning rate, or export an earlier checkpoint."
+            )
 
 
 def drop_tied_copies(tensors: dict[str, LiveTensor]) -> dict[str, LiveTensor]:
@@ -131,7 +153,17 @@ def drop_tied_copies(tensors: dict[str, LiveTensor]) -> dict[str, LiveTensor]:
     return {tensor.name: tensor for tensor in first.values()}
 
 
-def _check_adapters(model: Any) -> None:
+def check_adapters(model: Any) -> None:
+    """Refuse a ``PeftModel`` whose adapters are not at work, or of a kind that cannot be merged.
+
+    Raises:
+        UnsupportedModelError: Says what to call first.
+    """
+    if not model.active_adapters:
+        raise UnsupportedModelError(
+            "No adapter of this model is active: it was deleted, or none was chosen. Activate one "
+            "with model.model.set_adapter(name), or load a saved adapter again."
+        )
     for name in model.active_adapters:
         config = model.peft_config[name]
         if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
@@ -139,7 +171,13 @@ def _check_adapters(model: Any) -> None:
                 f"Adapter {name!r} is a {config.peft_type} adapter; only LoRA and its variants "
                 "rsLoRA, DoRA, PiSSA and LoftQ can be merged."
             )
-    status = model.get_model_status()
+    try:
+        status = model.get_model_status()
+    except ValueError as error:  # what peft says where it finds no adapter layers
+        raise UnsupportedModelError(
+            "The adapter was taken out of this model in memory, by unload() or merge_and_unload(). "
+            "Load a saved adapter again; exports need no merging beforehand."
+        ) from error
     if status.enabled is not True:
         raise UnsupportedModelError(
             "The adapters of this model are switched off, in whole or in part, so an export would "
