@@ -74,6 +74,16 @@ def test_training_that_diverged_is_called_that(model, verify):
             export_model(model, name, "out", verify=verify)
 
 
+def test_an_offloaded_adapter_is_called_that(model):
+    import torch
+
+    layer = model.model.get_submodule("base_model.model.model.layers.0.mlp.up_proj").lora_B.default
+    layer.weight = torch.nn.Parameter(layer.weight.to("meta"))
+    for name in FORMATS:
+        with pytest.raises(UnsupportedModelError, match=r"up_proj.lora_B.* is offloaded"):
+            export_model(model, name, "out")
+
+
 def test_a_base_that_was_moved_away_is_named(model, tmp_path):
     shutil.move(tmp_path / "base", tmp_path / "moved")
     for name in FORMATS[:-1]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.errors import ExportError, UnsupportedModelError
 
@@ -20,11 +20,16 @@ if TYPE_CHECKING:
 __all__ = [
     "LiveTensor",
     "check_adapters",
-    "check_finite",
+    "check_trained",
     "collect_live_tensors",
     "drop_tied_copies",
     "get_hf_model",
 ]
+
+_OFFLOADED: Final = (
+    "is offloaded and not in memory. Load the model without device_map, or on a device that holds "
+    "it whole."
+)
 
 
 @dataclass(frozen=True)
@@ -126,15 +131,19 @@ def collect_live_tensors(model: Any) -> dict[str, LiveTensor]:
     return found
 
 
-def check_finite(model: Any) -> None:
-    """Refuse trained parameters that are not finite.
+def check_trained(model: Any) -> None:
+    """Refuse trained parameters that are not in memory or not finite.
 
     Raises:
-        ExportError: Names the first.
+        UnsupportedModelError: When one is offloaded.
+        ExportError: When one is not finite.
     """
     for name, parameter in model.named_parameters():
-        is_trained = ".lora_" in name or ".modules_to_save." in name
-        if is_trained and not parameter.isfinite().all():
+        if ".lora_" not in name and ".modules_to_save." not in name:
+            continue
+        if parameter.is_meta:
+            raise UnsupportedModelError(f"{name} {_OFFLOADED}")
+        if not parameter.isfinite().all():
             raise ExportError(
                 f"{name} holds numbers that are not finite; training has diverged. Train with a "
                 "lower learning rate, or export an earlier checkpoint."
@@ -273,8 +282,5 @@ def _check_variants(layer: Any, active: tuple[str, ...], path: str) -> None:
 
 def _checked(tensor: LiveTensor) -> LiveTensor:
     if tensor.tensor.device.type == "meta":
-        raise UnsupportedModelError(
-            f"{tensor.name} is offloaded and not in memory. Load the model without device_map, or "
-            "on a device that holds it whole."
-        )
+        raise UnsupportedModelError(f"{tensor.name} {_OFFLOADED}")
     return tensor
