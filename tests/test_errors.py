@@ -22,3 +22,4 @@ def test_did_you_mean_names_the_nearest_or_nothing():
         "Did you mean 'learning_rate'?"
     )
     assert errors.did_you_mean("zzz", ["learning_rate"]) == ""
+    assert errors.did_you_mean("GGUF", ["gguf", "lora"]) == " Did you mean 'gguf'?"

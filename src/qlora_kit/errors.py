@@ -113,5 +113,8 @@ class VerificationError(ExportError, ValueError):
 
 def did_you_mean(name: str, known: Iterable[str], *, limit: int = 3) -> str:
     """A ``" Did you mean 'x'?"`` suffix for an unknown name, or an empty string."""
-    near = difflib.get_close_matches(name, list(known), n=limit, cutoff=0.6)
+    # Whoever types "GGUF" means "gguf".
+    spelled = {known_name.casefold(): known_name for known_name in known}
+    matches = difflib.get_close_matches(name.casefold(), spelled, n=limit, cutoff=0.6)
+    near = [spelled[match] for match in matches]
     return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""

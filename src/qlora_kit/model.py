@@ -136,12 +136,13 @@ def _load_base(path: Path, config: LoadConfig, engine: str | Engine) -> LoadedMo
     else:
         folder = path
         _check_checkpoint(folder)
+    # Absolute for what is on disk, so that exports and adapters find it from any folder.
+    folder = folder.absolute()
     if isinstance(engine, str):
         engine = resolve_engine(engine, folder)
     loaded = engine.load(dataclasses.replace(config, model_name=str(folder)))
     base = dataclasses.replace(
         loaded.base,
-        # Absolute for what is on disk, so that an adapter finds its base from any folder.
         name_or_path=str(path.absolute()) if _exists(config.model_name) else config.model_name,
         source="gguf" if is_gguf else "checkpoint",
     )

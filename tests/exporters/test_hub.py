@@ -354,6 +354,10 @@ def test_wrong_options_are_told_before_any_connection(adapted, hub, push, tmp_pa
         push(format="hub")
     with pytest.raises(ConfigError, match="commit_message is empty"):
         push(commit_message="")
+    with pytest.raises(UnknownOptionError, match=r"'lora' has no.*of 'hub' .*mean 'private'\?"):
+        push(format="lora", pirvate=True)
+    with pytest.raises(ConfigError, match=r"endpoint must be an address.*got 'hub\.local'"):
+        export_model(adapted, "hub", repo_id="me/x", token=GOOD_TOKEN, endpoint="hub.local")
     with pytest.raises(ConfigError, match="takes no path"):
         export_model(adapted, "hub", tmp_path / "x", repo_id="me/model", token=GOOD_TOKEN)
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))

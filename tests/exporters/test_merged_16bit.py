@@ -5,16 +5,11 @@ import json
 import pytest
 
 from checkpoints import make_checkpoint
+from exported import damage_file, edit_json, end_answers_with, load_plain
 from forward import logits_of
 from qlora_kit import export_model, load_quantized
 from qlora_kit.errors import ConfigError, UnknownOptionError, VerificationError
 from qlora_kit.exporters.merged_16bit import Merged16bit
-
-
-def load_plain(folder, dtype="float32"):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
@@ -36,7 +31,7 @@ def test_plain_transformers_gives_the_live_logits(
         "tensors", "merged values", "configuration", "stop tokens", "tokenizer", "logits",
         "generation stops",
     ]  # fmt: skip
-    again = load_plain(tmp_path / "out")
+    again = load_plain(tmp_path / "out", dtype="float32")
     # float16 keeps 11 bits: 2^-11 of logits around 1.
     torch.testing.assert_close(logits_of(again), logits_of(model.model), atol=2e-3, rtol=2e-3)
 
@@ -85,24 +80,13 @@ def test_a_base_without_an_adapter_is_exported_as_it_is(tiny_llama, tmp_path):
 
     base = load_quantized(tiny_llama, 64, "float32", load_in_4bit=False, engine="native")
     export_model(base, "merged_16bit", tmp_path / "out", verify="full")
-    again = load_plain(tmp_path / "out").to(base.model.device)
+    again = load_plain(tmp_path / "out", dtype="float32").to(base.model.device)
     assert torch.equal(logits_of(again), logits_of(base.model))
 
 
 def test_the_export_stops_where_the_live_model_stops(tmp_path, make_adapted):
     """The template's end token is not the base's: both must end an answer."""
-    import dataclasses
-
-    from qlora_kit.results import RunRecord
-
-    class Formatter:
-        def template_spec(self):
-            return {"eos_token": "<|im_start|>"}
-
-        def prompt(self, instruction, input=""):
-            return f"### Instruction:\n{instruction}\n### Response:\n"
-
-    model = dataclasses.replace(make_adapted(), record=RunRecord(formatter=Formatter()))
+    model = end_answers_with(make_adapted(), "<|im_start|>")
     artifact = export_model(model, "merged_16bit", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert config["eos_token_id"] == [2, 1]
@@ -111,28 +95,15 @@ def test_the_export_stops_where_the_live_model_stops(tmp_path, make_adapted):
     assert "[2, 1]" in stops.detail
 
 
-def _edit_json(path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
 def _break(folder, damage, request):
     import torch
     from safetensors.torch import load_file, save_file
 
     path = folder / "model.safetensors"
-    if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:-1000])
-        return
-    if damage == "eos":
-        _edit_json(folder / "generation_config.json", eos_token_id=1)
-        return
-    if damage == "tokenizer":
-        _edit_json(folder / "tokenizer_config.json", eos_token="<|im_start|>")
+    if damage_file(folder, damage):
         return
     if damage == "config":
-        _edit_json(
-            folder / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 7}
-        )
+        edit_json(folder / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 7})
         return
     tensors = load_file(path)
     name = "model.layers.1.mlp.down_proj.weight"

@@ -5,17 +5,12 @@ import json
 import pytest
 
 from checkpoints import make_checkpoint, make_tokenizer, randomize
+from exported import damage_file, edit_json, end_answers_with, load_plain
 from forward import logits_of
 from qlora_kit import attach_lora, export_model, load_quantized
 from qlora_kit.engines.shared import keep_weights_unpacked
 from qlora_kit.errors import ConfigError, VerificationError
 from qlora_kit.exporters.merged_4bit import Merged4bit
-
-
-def load_plain(folder, **options):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(str(folder), **options)
 
 
 def quantize_in_transformers(folder, dtype, *, double=True):
@@ -222,26 +217,11 @@ def test_shards_have_an_index(make_adapted, tmp_path):
 
 
 def test_generation_stops_where_the_template_ends_answers(make_adapted, tmp_path):
-    import dataclasses
-
-    from qlora_kit.results import RunRecord
-
-    class Formatter:
-        def template_spec(self):
-            return {"eos_token": "<|im_start|>"}
-
-        def prompt(self, instruction, input=""):
-            return f"### Instruction:\n{instruction}\n### Response:\n"
-
-    model = dataclasses.replace(make_adapted(), record=RunRecord(formatter=Formatter()))
+    model = end_answers_with(make_adapted(), "<|im_start|>")
     artifact = export_model(model, "merged_4bit", tmp_path / "out")
     stops = next(c for c in artifact.verification.checks if c.name == "generation stops")
     assert "[2, 1]" in stops.detail
     assert load_plain(tmp_path / "out").generation_config.eos_token_id == [2, 1]
-
-
-def _edit_json(path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def _quantize_base(request, tensors, name):
@@ -264,20 +244,13 @@ def _break(folder, damage, request):
     from safetensors.torch import load_file, save_file
 
     path = folder / "model.safetensors"
-    if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:-1000])
-        return
-    if damage == "eos":
-        _edit_json(folder / "generation_config.json", eos_token_id=1)
-        return
-    if damage == "tokenizer":
-        _edit_json(folder / "tokenizer_config.json", eos_token="<|im_start|>")
+    if damage_file(folder, damage):
         return
     if damage == "config":
-        _edit_json(folder / "config.json", rms_norm_eps=0.5)
+        edit_json(folder / "config.json", rms_norm_eps=0.5)
         return
     if damage == "quantization_config":
-        _edit_json(folder / "config.json", quantization_config=None)
+        edit_json(folder / "config.json", quantization_config=None)
         return
     tensors = load_file(path)
     name = "model.layers.1.mlp.down_proj.weight"

@@ -6,31 +6,18 @@ each kill, and what was left lying about.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import random
 import shutil
-import signal
 import sys
-import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+import forking
 
 
 def state_of(destination: Path) -> str:
     """``absent``, the types of a whole export, or ``broken``."""
-    if not destination.exists():
-        return "absent"
-    manifest = json.loads((destination / "qlora_kit_manifest.json").read_text())
-    wanted = {file["name"]: file["sha256"] for file in manifest["files"]}
-    found = {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in destination.iterdir()
-        if path.name != "qlora_kit_manifest.json"
-    }
-    return "+".join(manifest["facts"]["quantization"]) if wanted == found else "broken"
+    return forking.state_of(destination, lambda facts: "+".join(facts["quantization"]))
 
 
 def main(folder: Path, rounds: int) -> None:
@@ -47,21 +34,13 @@ def main(folder: Path, rounds: int) -> None:
     types = {"f16+q4_k_m": ["f16", "q4_k_m"], "q8_0": ["q8_0"]}
 
     def run_forked(name: str, seconds: float | None) -> float:
-        started = time.perf_counter()
-        child = os.fork()
-        if child == 0:
-            try:
-                export_model(
-                    model, "gguf", destination,
-                    quantization=types[name], overwrite=True, verify=False,
-                )  # fmt: skip
-            finally:
-                os._exit(0)
-        if seconds is not None:
-            time.sleep(seconds)
-            os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        return time.perf_counter() - started
+        return forking.run_forked(
+            lambda: export_model(
+                model, "gguf", destination,
+                quantization=types[name], overwrite=True, verify=False,
+            ),
+            seconds,
+        )  # fmt: skip
 
     # Here, so that the forks find everything imported and take the time of an export alone.
     export_model(model, "gguf", folder / "warm", quantization=["f16", "q4_k_m"], verify=False)

@@ -4,30 +4,20 @@ Run by test_export.py in a process of its own, single-threaded, because forking 
 there. Prints one JSON line with what it saw.
 """
 
-import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+import forking
 
 
 def state_of(destination: Path) -> str:
-    """``absent``, the marker of a whole export, or ``broken``."""
-    if not destination.exists():
-        return "absent"
-    manifest = json.loads((destination / "qlora_kit_manifest.json").read_text())
-    wanted = {file["name"]: file["sha256"] for file in manifest["files"]}
-    found = {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in destination.iterdir()
-        if path.name != "qlora_kit_manifest.json"
-    }
-    return manifest["facts"]["dtype"] if wanted == found else "broken"
+    """``absent``, the dtype of a whole export, or ``broken``."""
+    return forking.state_of(destination, lambda facts: facts["dtype"])
 
 
 def kill_at_every_step(export, destination: Path, *, replace: bool) -> list[list[object]]:
@@ -41,8 +31,6 @@ def kill_at_every_step(export, destination: Path, *, replace: bool) -> list[list
     Returns:
         For each: its name, the state before, what was being written, and the state after.
     """
-    import shutil
-
     from qlora_kit.checkpoint import staging
 
     places = [(os, "fsync"), (os, "rename"), (staging, "_exchange"), (shutil, "rmtree")]
@@ -104,18 +92,7 @@ def main(folder: Path, rounds: int) -> None:
         export_model(model, "merged_16bit", destination, dtype=dtype, overwrite=True, verify=False)
 
     def run_forked(dtype: str, seconds: float | None) -> float:
-        started = time.perf_counter()
-        child = os.fork()
-        if child == 0:
-            try:
-                export(dtype)
-            finally:
-                os._exit(0)
-        if seconds is not None:
-            time.sleep(seconds)
-            os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        return time.perf_counter() - started
+        return forking.run_forked(lambda: export(dtype), seconds)
 
     def measure() -> float:
         return max(run_forked("float16", None) for _ in range(3))
@@ -129,8 +106,6 @@ def main(folder: Path, rounds: int) -> None:
             took = measure()
         # Every other round starts from an empty place.
         if number % 2 == 0 and destination.exists():
-            import shutil
-
             shutil.rmtree(destination)
         before = state_of(destination)
         dtype = "bfloat16" if before == "float16" else "float16"

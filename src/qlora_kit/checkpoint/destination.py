@@ -57,7 +57,7 @@ def check_destination(destination: Path, *, overwrite: bool, protected: tuple[Pa
 
 
 def _check_destination(destination: Path, *, overwrite: bool, protected: tuple[Path, ...]) -> None:
-    existing = next(parent for parent in destination.parents if parent.exists())
+    existing = next(parent for parent in destination.absolute().parents if parent.exists())
     if not existing.is_dir():
         raise ConfigError(f"{existing} is a file, so {destination} cannot be a folder below it.")
     clean_leftovers(destination)

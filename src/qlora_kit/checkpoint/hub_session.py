@@ -90,6 +90,11 @@ class HubSession:
                 "token holds spaces or characters that no token has. Copy it again from "
                 "https://huggingface.co/settings/tokens."
             )
+        if self.endpoint and not self.endpoint.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"endpoint must be an address such as 'https://huggingface.co', got "
+                f"{self.endpoint!r}."
+            )
         self._api = HfApi(endpoint=self.endpoint, token=self.token, library_name="qlora_kit")
         self.endpoint = self._api.endpoint
 

@@ -23,6 +23,7 @@ from qlora_kit.hookspecs import Exporter
 from qlora_kit.manifest import to_jsonable
 from qlora_kit.options import describe_option_fields
 from qlora_kit.results import Artifact, ExportResults, LoadedModel
+from qlora_kit.weights.live import check_trained
 from qlora_kit.weights.sharing import SharedMerge
 
 __all__ = [
@@ -89,11 +90,13 @@ def export_model(
     Raises:
         ConfigError: When there is no such format, or an option is wrong; for several formats,
             before any of them is written.
+        UnsupportedModelError: When something in the model cannot be exported.
         PluginError: When two plugins claim the format, or one returned nonsense.
         DestinationExistsError: When ``path`` holds files and ``overwrite`` is off.
         DiskSpaceError: When the disk is too full; says how much is needed.
         VerificationError: When what was written is not the model in memory. Nothing is left.
-        ExportError: When the exporter failed; names its plugin. Nothing is left.
+        ExportError: When the exporter failed (names its plugin), or training has diverged.
+            Nothing is left.
     """
     if not isinstance(model, LoadedModel):
         raise ConfigError(
@@ -106,6 +109,7 @@ def export_model(
         raise ConfigError(f"overwrite must be True or False, got {overwrite!r}.")
     if progress is not None and not callable(progress):
         raise ConfigError(f"progress must be a function of (what, done, total), got {progress!r}.")
+    check_trained(model.model)
     settings = Settings(SharedMerge(), overwrite, verify, progress)
     registry = plugins.get_registry()
     if not isinstance(format, str):

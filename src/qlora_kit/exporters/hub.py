@@ -7,6 +7,7 @@ holds half a model: files that another sharding left there are removed in the sa
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 from collections.abc import Mapping
@@ -17,7 +18,12 @@ from typing import Any, Final
 from qlora_kit.checkpoint.anonymizing import hide_base_paths, hide_paths
 from qlora_kit.checkpoint.hub_session import HubSession
 from qlora_kit.checkpoint.model_card import describe_merged
-from qlora_kit.errors import ConfigError, MissingDependencyError
+from qlora_kit.errors import (
+    ConfigError,
+    MissingDependencyError,
+    UnknownOptionError,
+    did_you_mean,
+)
 from qlora_kit.export import NestedExport, get_exporter, nest_export
 from qlora_kit.hookspecs import Exporter, ExportEstimate, ExportRequest, hookimpl
 from qlora_kit.manifest import read_manifest, to_jsonable
@@ -158,7 +164,14 @@ def _prepare(request: ExportRequest) -> NestedExport:
             f"Format 'hub' pushes files, and format {options.format!r} writes none. Give another "
             "format, such as format='merged_16bit'."
         )
-    return nest_export(request, options.format, **options.format_options)
+    try:
+        return nest_export(request, options.format, **options.format_options)
+    except UnknownOptionError as error:
+        own = [field.name for field in dataclasses.fields(HubOptions)][:-1]
+        near = [did_you_mean(name, own) for name in options.format_options]
+        raise UnknownOptionError(
+            f"{error} Those of 'hub' itself: {', '.join(own)}.{''.join(near)}"
+        ) from None
 
 
 def _connect(options: HubOptions) -> HubSession:

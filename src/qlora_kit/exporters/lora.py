@@ -17,6 +17,7 @@ from qlora_kit.errors import UnsupportedModelError
 from qlora_kit.hookspecs import Exporter, ExportEstimate, ExportRequest, hookimpl
 from qlora_kit.results import AdaptedModel, LoadedModel, Verification
 from qlora_kit.weights.adapter import AdapterTensors
+from qlora_kit.weights.choosing import check_base_files
 
 __all__ = ["Lora", "LoraOptions"]
 
@@ -40,6 +41,8 @@ class Lora:
                 "Format 'lora' writes an adapter, and this model has none. Use attach_lora first, "
                 "or format 'merged_16bit' for the model itself."
             )
+        if request.verify:
+            check_base_files(request.model)
         tensors = AdapterTensors(request.model)
         return ExportEstimate(sum(count_bytes(tensors, name) for name in tensors.names()))
 

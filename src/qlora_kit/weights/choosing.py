@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Literal, get_args
 
-from qlora_kit.errors import ConfigError
+from qlora_kit.errors import ConfigError, ModelNotFoundError
 from qlora_kit.results import LoadedModel
 
 if TYPE_CHECKING:
@@ -12,9 +12,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MergeBase",
+    "check_base_files",
     "choose_merge_base",
     "choose_merge_dtype",
     "describe_merge_base",
+    "find_stored_dtype",
     "is_loftq",
 ]
 
@@ -38,20 +40,41 @@ def choose_merge_base(model: LoadedModel, asked: str) -> MergeBase:
 def choose_merge_dtype(model: LoadedModel, asked: str) -> torch.dtype:
     """Settle ``"auto"``: the base checkpoint's own 16-bit dtype, else bfloat16."""
     import torch
+
+    stored = find_stored_dtype(model) if asked == "auto" else asked
+    return {"float16": torch.float16}.get(stored, torch.bfloat16)
+
+
+def find_stored_dtype(model: LoadedModel) -> str:
+    """The dtype that the base checkpoint is published in, for example ``"bfloat16"``.
+
+    Raises:
+        ModelNotFoundError: When its files are gone.
+    """
+    if model.base.is_prequantized:
+        return model.base.compute_dtype
     from transformers import AutoConfig
 
-    if asked != "auto":
-        stored = asked
-    elif model.base.is_prequantized:
-        stored = model.base.compute_dtype
-    else:
-        config = AutoConfig.from_pretrained(
-            str(model.base.path),
-            local_files_only=True,
-            trust_remote_code=model.config.trust_remote_code,
+    check_base_files(model)
+    config = AutoConfig.from_pretrained(
+        str(model.base.path),
+        local_files_only=True,
+        trust_remote_code=model.config.trust_remote_code,
+    )
+    return str(config.get_text_config().dtype).removeprefix("torch.")
+
+
+def check_base_files(model: LoadedModel) -> None:
+    """Refuse a model whose base was moved or removed since it was loaded.
+
+    Raises:
+        ModelNotFoundError: Names the folder.
+    """
+    if not (model.base.path / "config.json").is_file():
+        raise ModelNotFoundError(
+            f"The base model is not in {model.base.path} any more, and this export reads it there. "
+            "Put it back, or load the model from where it is now."
         )
-        stored = str(config.get_text_config().dtype).removeprefix("torch.")
-    return {"float16": torch.float16}.get(stored, torch.bfloat16)
 
 
 def describe_merge_base(model: LoadedModel, base: MergeBase) -> str:

@@ -10,14 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from qlora_kit.errors import UnsupportedModelError
+from qlora_kit.errors import ExportError, UnsupportedModelError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LiveTensor", "collect_live_tensors", "drop_tied_copies", "get_hf_model"]
+__all__ = [
+    "LiveTensor",
+    "check_adapters",
+    "check_trained",
+    "collect_live_tensors",
+    "drop_tied_copies",
+    "get_hf_model",
+]
+
+_OFFLOADED: Final = (
+    "is offloaded and not in memory. Load the model without device_map, or on a device that holds "
+    "it whole."
+)
 
 
 @dataclass(frozen=True)
@@ -109,7 +121,7 @@ def collect_live_tensors(model: Any) -> dict[str, LiveTensor]:
     from peft import PeftModel
 
     if isinstance(model, PeftModel):
-        _check_adapters(model)
+        check_adapters(model)
     found = {tensor.name: tensor for tensor in _walk(get_hf_model(model), "")}
     if isinstance(model, PeftModel) and not any(t.is_adapted for t in found.values()):
         raise UnsupportedModelError(
@@ -117,6 +129,25 @@ def collect_live_tensors(model: Any) -> dict[str, LiveTensor]:
             "no tensor of this model. Activate one with model.set_adapter(name)."
         )
     return found
+
+
+def check_trained(model: Any) -> None:
+    """Refuse trained parameters that are not in memory or not finite.
+
+    Raises:
+        UnsupportedModelError: When one is offloaded.
+        ExportError: When one is not finite.
+    """
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name and ".modules_to_save." not in name:
+            continue
+        if parameter.is_meta:
+            raise UnsupportedModelError(f"{name} {_OFFLOADED}")
+        if not parameter.isfinite().all():
+            raise ExportError(
+                f"{name} holds numbers that are not finite; training has diverged. Train with a "
+                "lower learning rate, or export an earlier checkpoint."
+            )
 
 
 def drop_tied_copies(tensors: dict[str, LiveTensor]) -> dict[str, LiveTensor]:
@@ -131,7 +162,17 @@ def drop_tied_copies(tensors: dict[str, LiveTensor]) -> dict[str, LiveTensor]:
     return {tensor.name: tensor for tensor in first.values()}
 
 
-def _check_adapters(model: Any) -> None:
+def check_adapters(model: Any) -> None:
+    """Refuse a ``PeftModel`` whose adapters are not at work, or of a kind that cannot be merged.
+
+    Raises:
+        UnsupportedModelError: Says what to call first.
+    """
+    if not model.active_adapters:
+        raise UnsupportedModelError(
+            "No adapter of this model is active: it was deleted, or none was chosen. Activate one "
+            "with model.model.set_adapter(name), or load a saved adapter again."
+        )
     for name in model.active_adapters:
         config = model.peft_config[name]
         if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
@@ -139,7 +180,13 @@ def _check_adapters(model: Any) -> None:
                 f"Adapter {name!r} is a {config.peft_type} adapter; only LoRA and its variants "
                 "rsLoRA, DoRA, PiSSA and LoftQ can be merged."
             )
-    status = model.get_model_status()
+    try:
+        status = model.get_model_status()
+    except ValueError as error:  # what peft says where it finds no adapter layers
+        raise UnsupportedModelError(
+            "The adapter was taken out of this model in memory, by unload() or merge_and_unload(). "
+            "Load a saved adapter again; exports need no merging beforehand."
+        ) from error
     if status.enabled is not True:
         raise UnsupportedModelError(
             "The adapters of this model are switched off, in whole or in part, so an export would "
@@ -235,8 +282,5 @@ def _check_variants(layer: Any, active: tuple[str, ...], path: str) -> None:
 
 def _checked(tensor: LiveTensor) -> LiveTensor:
     if tensor.tensor.device.type == "meta":
-        raise UnsupportedModelError(
-            f"{tensor.name} is offloaded and not in memory. Load the model without device_map, or "
-            "on a device that holds it whole."
-        )
+        raise UnsupportedModelError(f"{tensor.name} {_OFFLOADED}")
     return tensor

@@ -22,6 +22,7 @@ from qlora_kit.exporters.gguf.tensors import make_name_mapper
 from qlora_kit.exporters.gguf.verifying import check_run
 from qlora_kit.hookspecs import ExportEstimate, ExportRequest
 from qlora_kit.results import AdaptedModel, Check, Verification
+from qlora_kit.weights.live import check_adapters
 from qlora_kit.weights.source import SafetensorsSource
 
 if TYPE_CHECKING:
@@ -204,6 +205,7 @@ def _peft_config(request: ExportRequest) -> tuple[str, Any]:
         raise UnsupportedModelError(
             "This model has no adapter. Attach and train one, or export with 'gguf'."
         )
+    check_adapters(model.model)
     active = model.model.active_adapters
     if len(active) != 1:
         raise UnsupportedModelError(

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.device import to_torch_dtype
 from qlora_kit.results import LoadedModel
-from qlora_kit.weights.merged import MergedWeights, choose_merge_base
+from qlora_kit.weights.choosing import choose_merge_base, find_stored_dtype
+from qlora_kit.weights.merged import MergedWeights
 
 if TYPE_CHECKING:
     import torch
@@ -53,20 +54,7 @@ def choose_rounding(model: LoadedModel, asked: str) -> torch.dtype | None:
     more.
     """
     if asked == "auto":
-        asked = _find_stored_dtype(model)
+        asked = find_stored_dtype(model)
         if asked not in _16_BITS:
             return None
     return None if asked == "float32" else to_torch_dtype(asked)
-
-
-def _find_stored_dtype(model: LoadedModel) -> str:
-    from transformers import AutoConfig
-
-    if model.base.is_prequantized:
-        return model.base.compute_dtype
-    config = AutoConfig.from_pretrained(
-        str(model.base.path),
-        local_files_only=True,
-        trust_remote_code=model.config.trust_remote_code,
-    )
-    return str(config.get_text_config().dtype).removeprefix("torch.")
