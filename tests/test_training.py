@@ -675,7 +675,11 @@ def _running_out(event):
         ),
         (
             "on_train_begin",
-            {"plan": False, "per_device_train_batch_size": 2},
+            {
+                "plan": False,
+                "per_device_train_batch_size": 2,
+                "gradient_checkpointing": False,
+            },
             "set gradient_checkpointing=True",
             "smaller r",
         ),

@@ -43,7 +43,7 @@ def test_a_family_is_read_back_as_it_was_or_refused(case, tmp_path, monkeypatch)
             dequantize_gguf(path, tmp_path / "cache")
         return
     loaded = qlora_kit.load_quantized(
-        path, load_in_4bit=False, dtype="float32", cache_dir=tmp_path / "cache"
+        path, 512, "float32", False, engine="native", cache_dir=tmp_path / "cache"
     )
     ids = tokenizer("The quick brown fox jumps over the lazy dog, 1234 times.")["input_ids"]
     right, got = (logits_of(m, [ids])[0].numpy() for m in (model, loaded.model))
@@ -56,7 +56,7 @@ def test_a_quantized_file_is_read_as_llama_cpp_reads_it(quantization, tmp_path):
     model = tiny.make_model(tiny.make_config("qwen3"))
     path = export(tmp_path, model, tokenizer, quantization)
     loaded = qlora_kit.load_quantized(
-        path, load_in_4bit=False, dtype="float32", cache_dir=tmp_path / "cache"
+        path, 512, "float32", False, engine="native", cache_dir=tmp_path / "cache"
     )
     ids = tokenizer("The quick brown fox jumps over the lazy dog, 1234 times.")["input_ids"]
     got = logits_of(loaded.model, [ids])[0].numpy()

@@ -53,9 +53,7 @@ def checkpoint(request, tmp_path_factory):
 
 def load(folder, *, targets="all-linear", four_bit=False, **options):
     """A live model in float32 whose adapter does something."""
-    model = qlora_kit.load_quantized(
-        folder, load_in_4bit=four_bit, dtype="float32", max_seq_length=128
-    )
+    model = qlora_kit.load_quantized(folder, 128, "float32", load_in_4bit=four_bit, engine="native")
     adapted = qlora_kit.attach_lora(model, target_modules=targets, **options)
     generator = torch.Generator().manual_seed(5)
     for name, parameter in adapted.model.named_parameters():
@@ -184,7 +182,7 @@ def test_what_llama_cpp_cannot_apply_is_refused_with_advice(settings, said, tmp_
 
 
 def test_a_model_without_an_adapter_exports_as_it_is(checkpoint, tmp_path):
-    model = qlora_kit.load_quantized(checkpoint, load_in_4bit=False, dtype="float32")
+    model = qlora_kit.load_quantized(checkpoint, 128, "float32", False, engine="native")
     _, verification = run(GgufExporter(), model, tmp_path / "out", verify="full")
     assert verification.passed, verification
     with pytest.raises(UnsupportedModelError, match="no adapter"):
@@ -275,7 +273,7 @@ def test_the_adapter_runs_on_a_base_that_stops_at_the_templates_end_token(
     assert artifact.verification.passed
     assert seen == [True, True]
     # As a user runs it: the merged file of the base alone, and the adapter beside it.
-    base = qlora_kit.load_quantized(checkpoint, load_in_4bit=False, dtype="float32")
+    base = qlora_kit.load_quantized(checkpoint, 128, "float32", False, engine="native")
     plain = qlora_kit.export_model(base, "gguf", tmp_path / "base", quantization="f32")
     ids = list(model.record.formatter.prompt("Name the capital of Italy.").token_ids)
     path, adapter = plain.path / plain.facts["files"]["f32"], artifact.path / artifact.facts["file"]

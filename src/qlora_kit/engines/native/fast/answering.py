@@ -3,7 +3,8 @@
 peft adds the adapter's product to a base product that is rounded to 16 bits already, and loses
 most of an update below half a step of that rounding. While a model is read, its adapted
 projections compute as in training (:mod:`projection`); weights, parameters and classes stay
-as they are, and what the fused step leaves to peft's own modules is left to them here as well.
+as they are, and what the fused step leaves to peft's own modules is left to them here as well,
+and so are single tokens on a GPU.
 """
 
 from __future__ import annotations
@@ -89,8 +90,11 @@ def _forward(
         adapter = read_adapter(module)
         if isinstance(adapter, AdapterPart):
             rows = x.reshape(-1, x.shape[-1])
-            compute = _compute_row if rows.shape[0] == 1 else _compute_rows
-            return compute(base, rows, adapter).reshape(*x.shape[:-1], -1)
+            if rows.shape[0] > 1:
+                return _compute_rows(base, rows, adapter).reshape(*x.shape[:-1], -1)
+            # A GPU's kernels for one row round before they add, whatever they are asked for.
+            if x.device.type == "cpu":
+                return _compute_row(base, rows, adapter).reshape(*x.shape[:-1], -1)
     out: Tensor = type(module).forward(module, x, *args, **kwargs)
     return out
 
