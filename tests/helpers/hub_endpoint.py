@@ -171,7 +171,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, {"transfer": "basic", "objects": objects})
 
     def _repository(self, name, repo, rest, body):
-        if not rest:
+        # The client asks for the revision where nothing has changed since the last commit.
+        if rest in ([], ["revision", "main"]):
             head = repo.commits[-1][0] if repo.commits else "0" * 40
             siblings = [{"rfilename": path} for path in repo.files]
             self._answer(
