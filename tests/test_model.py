@@ -246,6 +246,15 @@ def _drop_a_tensor(path):
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def _halve_a_tensor(path):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name][:64].contiguous()
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 def _list_a_shard(path):
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": path.name}}
     path.with_name("model.safetensors.index.json").write_text(json.dumps(index))
@@ -261,6 +270,7 @@ def _set_type(path, value):
     [
         ("model.safetensors", _cut, UnsupportedModelError, "damaged or cut short"),
         ("model.safetensors", _drop_a_tensor, UnsupportedModelError, "layers.1.mlp.up_proj"),
+        ("model.safetensors", _halve_a_tensor, UnsupportedModelError, r"\(64, 64\), not \(128"),
         ("model.safetensors", _list_a_shard, ModelNotFoundError, "lacks 1 of the 2 weight files"),
         ("config.json", _cut, UnsupportedModelError, "not JSON"),
         ("config.json", lambda p: p.write_text("[]"), UnsupportedModelError, "no JSON object"),
@@ -274,6 +284,20 @@ def test_damaged_checkpoints_are_refused(tiny_llama, tmp_path, file, damage, err
     damage(folder / file)
     with pytest.raises(error, match=said):
         load_quantized(folder)
+
+
+def test_an_nf4_checkpoint_without_its_scales_is_refused(tiny_llama, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    load_quantized(tiny_llama, engine="native").model.save_pretrained(tmp_path / "nf4")
+    for file in tiny_llama.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "nf4")
+    path = tmp_path / "nf4" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight.absmax"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match="Download the model again"):
+        load_quantized(tmp_path / "nf4")
 
 
 @pytest.mark.parametrize("name", [3, None, "x" * 5000, "a\0b"])
@@ -455,6 +479,8 @@ def test_a_damaged_manifest_is_said_and_ignored(exported, tmp_path, caplog):
     import shutil
 
     folder = shutil.copytree(exported / "merged_16bit", tmp_path / "copy")
-    (folder / "qlora_kit_manifest.json").write_text("{", encoding="utf-8")
-    assert load_quantized(folder, dtype="float32").record.formatter is None
-    assert "is ignored" in caplog.text
+    for damaged in ("{", "[]", '{"formatter": {"kind": 5, "eos_token": []}, "base": "x"}'):
+        caplog.clear()
+        (folder / "qlora_kit_manifest.json").write_text(damaged, encoding="utf-8")
+        assert load_quantized(folder, dtype="float32").record.formatter is None
+        assert "is ignored" in caplog.text or "is not here" in caplog.text

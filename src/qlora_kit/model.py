@@ -183,7 +183,9 @@ def _read_adapter_config(path: Path) -> dict[str, Any]:
 
 def _find_base_of(path: Path, saved: dict[str, Any], manifest: dict[str, Any]) -> str:
     """The base an adapter was trained on: what the user named first, then where it lay."""
-    names = [manifest.get("base", {}).get("name_or_path"), saved.get("base_model_name_or_path")]
+    base = manifest.get("base")
+    remembered = base.get("name_or_path") if isinstance(base, dict) else None
+    names = [remembered, saved.get("base_model_name_or_path")]
     candidates = [name for name in names if name]
     for name in candidates:
         if Path(name).exists() or (path / name).exists():

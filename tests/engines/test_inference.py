@@ -7,7 +7,10 @@ import logging
 import shutil
 import sys
 
+import pytest
+
 from qlora_kit import generate_stream, load_quantized
+from qlora_kit.engines.inference import inference_mode
 from qlora_kit.engines.printing import log_prints_of
 
 
@@ -52,3 +55,34 @@ def test_prints_of_one_package_are_logged_and_all_others_pass(caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "half a line", "and another", "an end without a new line that goes on",
     ]  # fmt: skip
+
+
+def test_a_model_that_trains_again_between_two_readers_is_left_training(make_adapted):
+    model, tokenizer = make_adapted().model, _Tokenizer()
+    model.train()
+    first, second = inference_mode(model, tokenizer), inference_mode(model, tokenizer)
+    first.__enter__()
+    model.train()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not model.training, "the second still reads"
+    second.__exit__(None, None, None)
+    assert model.training
+
+
+def test_a_switch_that_fails_leaves_no_reader_behind(make_adapted):
+    model, tokenizer = make_adapted().model, _Tokenizer()
+    model.train()
+
+    def fail(_):
+        raise RuntimeError("cannot switch")
+
+    with pytest.raises(RuntimeError, match="cannot switch"):
+        inference_mode(model, tokenizer, switch=fail).__enter__()
+    with inference_mode(model, tokenizer):
+        assert not model.training
+    assert model.training
+
+
+class _Tokenizer:
+    padding_side = "right"

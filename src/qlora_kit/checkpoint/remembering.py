@@ -40,9 +40,12 @@ def find_manifest(path: Path) -> dict[str, Any]:
     """
     folder = path if path.is_dir() else path.parent
     try:
-        manifest = read_manifest(folder)
+        manifest: Any = read_manifest(folder)
     except (OSError, ValueError) as error:
         logger.warning("The manifest in %s cannot be read and is ignored: %s", folder, error)
+        return {}
+    if not isinstance(manifest, dict):
+        logger.warning("The manifest in %s is no JSON object and is ignored.", folder)
         return {}
     if path.is_file() and path.name not in _list_files(manifest):
         return {}
@@ -58,9 +61,10 @@ def restore_formatter(model: Model, manifest: Mapping[str, Any]) -> Model:
 
     try:
         model.record.formatter = formatter_from_spec(spec, model.tokenizer)
-    except ConfigError as error:
+    # A manifest that was edited by hand may hold anything.
+    except (ConfigError, TypeError, ValueError, AttributeError) as error:
         logger.warning("The formatter that the model was trained with is not here: %s", error)
-        stop = model.tokenizer.get_vocab().get(spec.get("eos_token"))
+        stop = model.tokenizer.get_vocab().get(str(spec.get("eos_token")))
         if stop is not None:
             ids = tuple(dict.fromkeys((stop, *model.base.stop_token_ids)))
             base = dataclasses.replace(model.base, stop_token_ids=ids)

@@ -89,17 +89,30 @@ def open_checkpoint(config: LoadConfig) -> OpenedCheckpoint:
     model_config = _read_model_config(folder, config)
     _warn_beyond_positions(config.max_seq_length, model_config)
     tokenizer = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
-    _check_tensors(folder, model_config, trust_remote_code=config.trust_remote_code)
+    _check_tensors(
+        folder,
+        model_config,
+        is_quantized=stored is not None,
+        trust_remote_code=config.trust_remote_code,
+    )
     return OpenedCheckpoint(folder, device, dtype, stored, quantization, model_config, tokenizer)
 
 
 @contextlib.contextmanager
 def explain_load_errors(folder: Path) -> Iterator[None]:
     """Turn what transformers raises over a checkpoint into an error of ours."""
+    import torch
     from safetensors import SafetensorError
 
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # sizes that differ, quantized tensors that are incomplete
+        raise UnsupportedModelError(
+            f"transformers cannot load {folder}: {str(error).strip().splitlines()[0]} "
+            "Download the model again."
+        ) from error
     except (ValueError, KeyError, OSError) as error:
         raise UnsupportedModelError(
             f"transformers cannot load {folder} as a causal language model: {error}"
@@ -123,10 +136,13 @@ def refuse_missing_tensors(folder: Path, missing: Collection[str]) -> None:
         )
 
 
-def _check_tensors(folder: Path, model_config: Any, *, trust_remote_code: bool) -> None:
-    """Let transformers match the files' tensors with the model's, without reading their numbers.
+def _check_tensors(
+    folder: Path, model_config: Any, *, is_quantized: bool, trust_remote_code: bool
+) -> None:
+    """Let transformers match the files' tensors with the model's, without computing with them.
 
-    What is missing it would draw at random, and not every engine's loading says so. A checkpoint
+    What is missing, or has another shape where weights are quantized while they are loaded, it
+    would take as it comes, and not every engine's loading says so. A checkpoint
     that cannot be matched this way is left for the engine to judge.
     """
     from safetensors import SafetensorError
@@ -155,6 +171,15 @@ def _check_tensors(folder: Path, model_config: Any, *, trust_remote_code: bool) 
             logger.info("The tensors of %s were not checked first: %s", folder, error)
             return
     refuse_missing_tensors(folder, loading["missing_keys"])
+    # Packed weights have a shape of their own.
+    mismatched = [] if is_quantized else sorted(loading["mismatched_keys"])
+    if mismatched:
+        name, stored_shape, shape = mismatched[0]
+        raise UnsupportedModelError(
+            f"{len(mismatched)} tensors in {folder} do not have the shape that its config.json "
+            f"implies, such as {name}: {tuple(stored_shape)}, not {tuple(shape)}. Download the "
+            "model again."
+        )
 
 
 @contextlib.contextmanager

@@ -48,20 +48,21 @@ def inference_mode(
         if found is None or training or not model.config.use_cache:
             found = _found[model] = _look_at(model, tokenizer, training, found)
         found.readers += 1
-        if switch is not None:
-            switch(model)
-        model.eval()
-        model.config.use_cache = True
-        # Answers are limited by max_new_tokens; transformers warns of every limit beside it.
-        model.generation_config.max_length = None
     try:
+        with _lock:
+            if switch is not None:
+                switch(model)
+            model.eval()
+            model.config.use_cache = True
+            # Answers are limited by max_new_tokens; transformers warns of every limit beside it.
+            model.generation_config.max_length = None
         yield
     finally:
         with _lock:
             found.readers -= 1
-            if found.readers == 0:
-                if _found.get(model) is found:
-                    del _found[model]
+            # A later reader that found the model training again puts back what it found.
+            if found.readers == 0 and _found.get(model) is found:
+                del _found[model]
                 _put_back(model, tokenizer, found)
 
 
@@ -74,7 +75,10 @@ def _look_at(model: Any, tokenizer: Any, training: list[Any], earlier: _Found | 
     # What training does not touch is still as an earlier reader left it.
     max_length = earlier.max_length if earlier else model.generation_config.max_length
     padding_side = earlier.padding_side if earlier else tokenizer.padding_side
-    return _Found(training, checkpointing, model.config.use_cache, max_length, padding_side)
+    use_cache = model.config.use_cache
+    if earlier is not None and use_cache:  # an earlier reader's doing
+        use_cache = earlier.use_cache
+    return _Found(training, checkpointing, use_cache, max_length, padding_side)
 
 
 def _put_back(model: Any, tokenizer: Any, found: _Found) -> None:

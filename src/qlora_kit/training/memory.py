@@ -11,8 +11,9 @@ __all__ = ["advise_on_memory", "is_out_of_memory"]
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error is torch's own of that name, which every device of ours raises."""
-    return type(error).__name__ == "OutOfMemoryError"
+    """Whether a device, or this machine, had no memory left."""
+    # A CPU's allocator raises a plain RuntimeError.
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def advise_on_memory(model: AdaptedModel, trainer: Any) -> str:

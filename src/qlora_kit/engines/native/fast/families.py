@@ -31,8 +31,6 @@ def find_architecture_obstacle(config: Mapping[str, Any]) -> str | None:
     model_type = config.get("model_type")
     if model_type not in DECODERS:
         return f"{model_type} is not of the Llama family"
-    if "auto_map" in config:
-        return "the checkpoint brings code of its own"
     # What transformers takes where a file does not say.
     activation = config.get("hidden_act") or "silu"
     if activation != "silu":
@@ -58,5 +56,5 @@ def _has_window(config: Mapping[str, Any], model_type: str) -> bool:
     return bool(
         config.get("use_sliding_window")
         and config.get("sliding_window", 4096)
-        and config.get("num_hidden_layers", 32) > config.get("max_window_layers", 28)
+        and config.get("num_hidden_layers", 32) > (config.get("max_window_layers") or 28)
     )
