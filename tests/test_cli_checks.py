@@ -60,6 +60,11 @@ def _refuse_to_load(*args, **kwargs):
             ["train", "M", "rows.json", "--export", "gguf", "--export-option", "quantization=3"],
             "quantization must be str",
         ),
+        (
+            ["train", "M", "rows.json", "--export-option", "max_shard_size=huge",
+             "--export", "merged_16bit"],
+            "max_shard_size is a size such as '5GB'",
+        ),
         (["train", "M", "rows.json", "--export", "hub"], "needs --export-option repo_id=..."),
         (["train", "M", "rows.json", "--set", "learning_rat=1"], "Did you mean 'learning_rate'"),
         (["train", "M", "rows.json", "--set", "max_steps=0"], "max_steps must be at least 1"),

@@ -62,6 +62,9 @@ def test_a_path_that_cannot_be_a_folder_is_told_first(adapted, tmp_path):
     for name in ("x" * 300, "x\0y"):
         with pytest.raises(ConfigError, match="cannot be written"):
             export_model(adapted, "lora", tmp_path / name)
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match="root of a file system"):
+            export_model(adapted, "lora", tmp_path.root, overwrite=overwrite)
     for path in ("", 3, b"out", "~no-such-user/out"):
         for formats in ("lora", ["lora"]):
             with pytest.raises(ConfigError, match=r"path must be the path|cannot be resolved"):

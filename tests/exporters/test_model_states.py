@@ -74,6 +74,16 @@ def test_training_that_diverged_is_called_that(model, verify):
             export_model(model, name, "out", verify=verify)
 
 
+def test_a_bias_that_diverged_is_called_that(model):
+    import torch
+
+    layer = model.model.get_submodule("base_model.model.model.layers.0.mlp.up_proj").base_layer
+    layer.bias = torch.nn.Parameter(torch.full((layer.out_features,), float("nan")))
+    for name in FORMATS:
+        with pytest.raises(ExportError, match=r"up_proj.*bias.*not finite; training has diverged"):
+            export_model(model, name, "out", verify=False)
+
+
 def test_an_offloaded_adapter_is_called_that(model):
     import torch
 

@@ -57,6 +57,8 @@ def check_destination(destination: Path, *, overwrite: bool, protected: tuple[Pa
 
 
 def _check_destination(destination: Path, *, overwrite: bool, protected: tuple[Path, ...]) -> None:
+    if destination.parent == destination:
+        raise ConfigError(f"{destination} is the root of a file system. Give a folder inside it.")
     existing = next(parent for parent in destination.absolute().parents if parent.exists())
     if not existing.is_dir():
         raise ConfigError(f"{existing} is a file, so {destination} cannot be a folder below it.")

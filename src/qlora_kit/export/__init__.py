@@ -104,9 +104,7 @@ def export_model(
             f"{type(model).__name__}."
         )
     _check_verify(verify)
-    # Any other value would be taken for true, and a folder replaced that was to be kept.
-    if not isinstance(overwrite, bool):
-        raise ConfigError(f"overwrite must be True or False, got {overwrite!r}.")
+    _check_overwrite(overwrite)
     if progress is not None and not callable(progress):
         raise ConfigError(f"progress must be a function of (what, done, total), got {progress!r}.")
     check_trained(model.model)
@@ -141,6 +139,7 @@ def check_export(
         DestinationExistsError: When a folder to write holds files and ``overwrite`` is off.
     """
     _check_verify(verify)
+    _check_overwrite(overwrite)
     registry = plugins.get_registry()
     destination = None if path is None else resolve_destination(path)
     if isinstance(format, str):
@@ -212,6 +211,12 @@ def get_exporter(name: str) -> Exporter:
 def _check_verify(verify: object) -> None:
     if verify not in (True, False, "full"):
         raise ConfigError(f"verify must be True, False or 'full', got {verify!r}.")
+
+
+def _check_overwrite(overwrite: object) -> None:
+    # Any other value would be taken for true, and a folder replaced that was to be kept.
+    if not isinstance(overwrite, bool):
+        raise ConfigError(f"overwrite must be True or False, got {overwrite!r}.")
 
 
 def _find_missing(exporter: Exporter) -> list[str]:

@@ -48,6 +48,9 @@ class Merged16bitOptions:
     dtype: Literal["auto", "bfloat16", "float16"] = "auto"
     max_shard_size: int | str = "5GB"
 
+    def __post_init__(self) -> None:
+        parse_size(self.max_shard_size)
+
 
 class Merged16bit:
     """Writes merged weights, configuration, generation settings and tokenizer."""
@@ -60,7 +63,6 @@ class Merged16bit:
 
     def check(self, request: ExportRequest) -> ExportEstimate:
         """Refuse what cannot be merged and count the bytes."""
-        parse_size(request.options.max_shard_size)
         base, dtype = _settle(request)
         with MergedWeights(request.model, base, dtype=dtype) as merged:
             merged.config_updates()

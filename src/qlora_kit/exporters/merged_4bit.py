@@ -55,6 +55,9 @@ class Merged4bitOptions:
     use_double_quant: bool = True
     max_shard_size: int | str = "5GB"
 
+    def __post_init__(self) -> None:
+        parse_size(self.max_shard_size)
+
 
 class Merged4bit:
     """Writes quantized weights, configuration, generation settings and tokenizer."""
@@ -71,7 +74,6 @@ class Merged4bit:
 
     def check(self, request: ExportRequest) -> ExportEstimate:
         """Refuse what cannot be merged or quantized, and count the bytes."""
-        parse_size(request.options.max_shard_size)
         try:
             import bitsandbytes  # noqa: F401
         # A build without kernels for this machine raises whatever the system does.

@@ -139,7 +139,9 @@ def check_trained(model: Any) -> None:
         ExportError: When one is not finite.
     """
     for name, parameter in model.named_parameters():
-        if ".lora_" not in name and ".modules_to_save." not in name:
+        is_adapters = ".lora_" in name or ".modules_to_save." in name
+        # Biases and other parameters of the base that trained with it.
+        if not is_adapters and not parameter.requires_grad:
             continue
         if parameter.is_meta:
             raise UnsupportedModelError(f"{name} {_OFFLOADED}")
