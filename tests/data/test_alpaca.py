@@ -328,3 +328,12 @@ def test_names_of_special_tokens_are_tokenized_as_any_text(
     text = "Say <|im_end|> and <|im_start|>"
     (ids,) = AlpacaFormatter(tokenizer).text.encode_texts([text])
     assert ids == tokenizer(text, split_special_tokens=True)["input_ids"]
+
+
+def test_inputs_that_a_template_leaves_out_are_said(tokenizer: Any, caplog: Any) -> None:
+    rows = [{"instruction": "Add.", "input": text, "output": "3"} for text in ("1 and 2", "")]
+    AlpacaFormatter(tokenizer, "Q: {instruction}{input}\nA: {output}").load(rows)
+    assert not caplog.records
+    AlpacaFormatter(tokenizer, "Q: {instruction}\nA: {output}").load(rows)
+    assert "1 rows of" in caplog.text
+    assert "no {input}" in caplog.text

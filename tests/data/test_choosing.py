@@ -217,6 +217,10 @@ def test_named_columns_choose_before_others(tokenizers: dict[str, Any]) -> None:
     assert plan_formatter(present).kind is AlpacaFormatter
     plan = plan_formatter(present, columns={"messages": "dialogue"})
     assert plan.kind is ChatFormatter
+    # A role alone may leave it open: the columns that are there decide then.
+    plan = plan_formatter(["prompt", "answer"], columns={"completion": "answer"})
+    assert plan.kind is PromptCompletionFormatter
+    plan = plan_formatter(present, columns={"messages": "dialogue"})
     row = {"instruction": "x", "output": "y", "dialogue": CHAT}
     assert plan.make(tokenizers["bytes"]).load([row])[0]["messages"] == CHAT
 

@@ -113,7 +113,15 @@ class AlpacaFormatter(FormatterBase):
         return self._prompt_input if row["input"].strip() else self._prompt_no_input
 
     def review_rows(self, rows: Rows) -> None:
-        """Say when answers bring an end token along as text."""
+        """Say when answers bring an end token along as text, and when inputs are left out."""
+        left_out = sum(bool(row.get("input")) for row in rows)
+        if left_out and "{input}" not in self.template.prompt_input:
+            logger.warning(
+                "%s rows of %s have an input, for which the template has no {input}: it is left "
+                "out of training and prompts.",
+                f"{left_out:,}",
+                rows.source,
+            )
         count = sum(row["output"].rstrip().endswith(self.eos_token) for row in rows)
         if count:
             logger.warning(

@@ -90,6 +90,14 @@ def choose_kind(columns: Collection[str]) -> type[FormatterBase]:
     return TextFormatter if "text" in columns else AlpacaFormatter
 
 
+def _choose_named(columns: Collection[str], present: Collection[str]) -> type[FormatterBase]:
+    """What named roles ask for; where they leave that open, together with the columns there are."""
+    kind = choose_kind(columns)
+    if kind is AlpacaFormatter and not {"instruction", "input", "output"} & set(columns):
+        return choose_kind({*columns, *present})
+    return kind
+
+
 def plan_formatter(
     present: Collection[str] = (),
     *,
@@ -113,7 +121,7 @@ def plan_formatter(
     """
     given = {"columns": columns, "system": system, **options}
     if template is None:
-        kind = choose_kind(list(columns) if columns else present)
+        kind = _choose_named(columns, present) if columns else choose_kind(present)
     elif template in _KINDS:
         kind = _KINDS[template]
     else:
