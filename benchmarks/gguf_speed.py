@@ -160,7 +160,7 @@ def measure_once(checkpoint: Path, type_name: str, threads: int) -> dict[str, An
     import torch
 
     import gguf  # noqa: F401 - loading packages is not what is measured
-    from qlora_kit.exporters.gguf.convert import convert
+    from qlora_kit.exporters.gguf.conversion.file_writer import convert
     from qlora_kit.weights.source import SafetensorsSource
 
     torch.set_num_threads(1)
@@ -199,7 +199,7 @@ def _time_ggml_alone(numbers: dict[str, int], threads: int) -> tuple[float, floa
     """Seconds ggml takes for so many numbers of each type, from a sample of random rows."""
     import numpy as np
 
-    from qlora_kit.exporters.gguf.ggml import encode_rows
+    from qlora_kit.exporters.gguf.quantization.ggml import encode_rows
 
     generator = np.random.default_rng(0)
     total = total_cpu = 0.0

@@ -59,7 +59,7 @@ DOTTED = (
     "qlora_kit.data.Segment",
     "qlora_kit.data.DataReport",
     "qlora_kit.data.EncodingReport",
-    "qlora_kit.results.BaseInfo",
+    "qlora_kit.handles.BaseInfo",
     "qlora_kit.results.ExportResults",
     "qlora_kit.results.ArtifactFile",
     "qlora_kit.engines.native.fast.plan.FastPlan",

@@ -183,7 +183,7 @@ def test_a_reader_that_goes_away_is_no_traceback(trained):
 
 
 def test_settings_that_have_an_argument_of_their_own_are_refused():
-    from qlora_kit.cli.arguments import read_settings
+    from qlora_kit.cli.parser import read_settings
     from qlora_kit.errors import ConfigError
 
     with pytest.raises(ConfigError, match="an argument of its own"):
@@ -216,7 +216,7 @@ def test_defaults_of_options_are_json_values(capsys):
 
 
 def test_verbosity_is_asked_for_before_or_after_the_command():
-    from qlora_kit.cli.arguments import make_parser
+    from qlora_kit.cli.parser import make_parser
 
     parser = make_parser()
     for arguments in (["-v", "exporters"], ["exporters", "-v"]):
@@ -225,8 +225,8 @@ def test_verbosity_is_asked_for_before_or_after_the_command():
 
 
 def test_evaluation_may_have_a_split_of_its_own(alpaca_rows, tmp_path):
-    from qlora_kit.cli.arguments import make_parser
     from qlora_kit.cli.commands import _read_data
+    from qlora_kit.cli.parser import make_parser
 
     for name, rows in (("train", alpaca_rows), ("validation", alpaca_rows[:3])):
         text = "\n".join(map(json.dumps, rows))

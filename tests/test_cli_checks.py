@@ -7,7 +7,7 @@ import re
 import pytest
 
 from qlora_kit.cli import main
-from qlora_kit.cli.arguments import make_parser, read_columns
+from qlora_kit.cli.parser import make_parser, read_columns
 from qlora_kit.cli.spelling import EXPORTING, FLAGS, PHRASES, Spelling
 from qlora_kit.errors import ConfigError
 

@@ -21,7 +21,7 @@ from qlora_kit import (
     hookimpl,
     plugins,
 )
-from qlora_kit.checkpoint import staging
+from qlora_kit.artifacts import staging
 from qlora_kit.errors import (
     ConfigError,
     DestinationExistsError,
@@ -33,7 +33,7 @@ from qlora_kit.errors import (
 from qlora_kit.exporters.lora import Lora
 from qlora_kit.exporters.merged_16bit import Merged16bit, Merged16bitOptions
 from qlora_kit.results import Verification
-from qlora_kit.weights.sharing import SharedMerge
+from qlora_kit.weights.shared_merge import SharedMerge
 
 
 def test_formats_are_listed_and_unknown_ones_get_the_nearest_name(adapted, tmp_path):

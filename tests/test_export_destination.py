@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qlora_kit import export_model
-from qlora_kit.checkpoint.destination import check_destination
+from qlora_kit.artifacts.destination import check_destination
 from qlora_kit.errors import ConfigError, DestinationExistsError
 from qlora_kit.exporters.lora import Lora
 

@@ -174,7 +174,7 @@ def test_prompts_of_every_kind(model):
 
 
 def test_characters_of_several_tokens_come_whole(model):
-    from qlora_kit.generation.text import TextAssembler
+    from qlora_kit.generation.detokenization import TextAssembler
 
     text = "naïve 你好 🦊 end"
     for stops in ((), ("🦊 end",)):
@@ -246,7 +246,7 @@ def test_settings_that_transformers_finds_wrong_only_when_it_starts(model):
 
 
 def test_a_stop_string_is_found_across_chunk_borders(model):
-    from qlora_kit.generation.text import TextAssembler
+    from qlora_kit.generation.detokenization import TextAssembler
 
     text = "one two STOP three STO"
     tokens = model.tokenizer(text)["input_ids"]

@@ -12,9 +12,9 @@ from qlora_kit import (
     load_quantized,
     train_sft,
 )
-from qlora_kit.checkpoint.comparing import make_probes
-from qlora_kit.checkpoint.reference import check_against_original
-from qlora_kit.checkpoint.verifying import load_exported
+from qlora_kit.verification.checkpoint import load_exported
+from qlora_kit.verification.checks import make_probes
+from qlora_kit.verification.original import check_against_original
 
 
 def test_a_merge_into_the_original_is_held_against_the_original(make_adapted, tmp_path):

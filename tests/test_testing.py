@@ -11,7 +11,7 @@ from qlora_kit import Check, ExportEstimate, Verification, get_exporter
 from qlora_kit.options import COLLECTS_UNKNOWN
 from qlora_kit.plugins import ExporterRegistry
 from qlora_kit.testing import ContractError, check_exporter, make_tiny_model
-from qlora_kit.testing.observing import fingerprint_model
+from qlora_kit.testing.snapshots import fingerprint_model
 
 BUILTINS = [
     name

@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 _HOME_OF: Final = {
-    "AdaptedModel": "results",
+    "AdaptedModel": "handles",
     "AdapterConfig": "config",
     "AlpacaFormatter": "data",
     "Artifact": "results",
@@ -63,7 +63,7 @@ _HOME_OF: Final = {
     "Formatter": "data",
     "FormatterBase": "data",
     "LoadConfig": "config",
-    "LoadedModel": "results",
+    "LoadedModel": "handles",
     "PromptCompletionFormatter": "data",
     "QloraKitError": "errors",
     "Segment": "data",
@@ -79,7 +79,7 @@ _HOME_OF: Final = {
     "get_exporter": "export",
     "hookimpl": "hookspecs",
     "hookspec": "hookspecs",
-    "load_quantized": "model",
+    "load_quantized": "loading",
     "nest_export": "export",
     "pack_examples": "data",
     "train_sft": "training",
@@ -108,14 +108,13 @@ if TYPE_CHECKING:
         nest_export,
     )
     from qlora_kit.generation import generate_stream
+    from qlora_kit.handles import AdaptedModel, LoadedModel
     from qlora_kit.hookspecs import Exporter, ExportEstimate, ExportRequest, hookimpl, hookspec
-    from qlora_kit.model import load_quantized
+    from qlora_kit.loading import load_quantized
     from qlora_kit.results import (
-        AdaptedModel,
         Artifact,
         Check,
         ExportResults,
-        LoadedModel,
         TextChunk,
         TrainResult,
         Verification,

@@ -17,9 +17,9 @@ from qlora_kit.config import (
     TARGET_PRESETS,
     AdapterConfig,
 )
-from qlora_kit.elsewhere import ADAPTER_ARGUMENTS, refuse_unknown
 from qlora_kit.errors import ConfigError, did_you_mean
-from qlora_kit.results import AdaptedModel, LoadedModel
+from qlora_kit.handles import AdaptedModel, LoadedModel
+from qlora_kit.script_arguments import ADAPTER_ARGUMENTS, refuse_unknown
 
 __all__ = ["attach_lora"]
 

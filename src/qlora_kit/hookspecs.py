@@ -27,10 +27,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, runtime_checkab
 
 import pluggy
 
-from qlora_kit.results import LoadedModel, Verification
+from qlora_kit.handles import LoadedModel
+from qlora_kit.results import Verification
 
 if TYPE_CHECKING:
-    from qlora_kit.weights.sharing import SharedMerge
+    from qlora_kit.weights.shared_merge import SharedMerge
 
 __all__ = [
     "PROJECT_NAME",

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from qlora_kit.results import AdaptedModel, LoadedModel
+from qlora_kit.handles import AdaptedModel, LoadedModel
 
 __all__ = ["MANIFEST_NAME", "describe_model", "read_manifest", "to_jsonable", "write_manifest"]
 

@@ -324,7 +324,7 @@ def test_names_of_special_tokens_are_tokenized_as_any_text(
     def refuse(*_: Any) -> None:
         raise AssertionError("broken apart")
 
-    monkeypatch.setattr("qlora_kit.data.tokenization.TextTokenizer._encode_apart", refuse)
+    monkeypatch.setattr("qlora_kit.data.tokens.text_tokenizer.TextTokenizer._encode_apart", refuse)
     text = "Say <|im_end|> and <|im_start|>"
     (ids,) = AlpacaFormatter(tokenizer).text.encode_texts([text])
     assert ids == tokenizer(text, split_special_tokens=True)["input_ids"]

@@ -17,8 +17,8 @@ from qlora_kit.data import (
     Segment,
     pack_examples,
 )
-from qlora_kit.data import encoding as encoding_module
-from qlora_kit.data.packing import plan_packs
+from qlora_kit.data.batches.packing import plan_packs
+from qlora_kit.data.tokens import encoding as encoding_module
 from qlora_kit.errors import ConfigError, DataError
 
 SHORT = {"instruction": "Say.", "input": "", "output": "Hello"}

@@ -32,7 +32,7 @@ def _step(
     """The weights after one step, and the loss that was logged for it."""
     from trl import SFTConfig
 
-    from qlora_kit.engines.portable_loss import PortableLoss
+    from qlora_kit.engines.trainer_mixins import PortableLoss
 
     trainer_class = _trainer_class(PortableLoss)
     model = make_model("llama")

@@ -15,7 +15,7 @@ from qlora_kit.data import (
     PaddedCollator,
     pack_examples,
 )
-from qlora_kit.data.packing import plan_packs
+from qlora_kit.data.batches.packing import plan_packs
 from qlora_kit.errors import DataError
 
 from .conftest import SPECIALS, make_model

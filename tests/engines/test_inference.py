@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from qlora_kit import generate_stream, load_quantized
+from qlora_kit.engines.captured_prints import log_prints_of
 from qlora_kit.engines.inference import inference_mode
-from qlora_kit.engines.printing import log_prints_of
 
 
 def test_a_length_that_the_checkpoint_states_neither_warns_nor_limits(

@@ -12,7 +12,6 @@ import pytest
 
 from hub_endpoint import GOOD_TOKEN, READ_TOKEN, HubEndpoint
 from qlora_kit import AlpacaFormatter, export_model, load_quantized, train_sft
-from qlora_kit.checkpoint import hub_session
 from qlora_kit.errors import (
     ConfigError,
     ExportError,
@@ -21,6 +20,7 @@ from qlora_kit.errors import (
     UnsupportedModelError,
     VerificationError,
 )
+from qlora_kit.exporters.hub import session as hub_session
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def test_the_cards_own_code_loads_the_adapter(adapted16, tmp_path, monkeypatch):
 
 def test_the_export_stops_where_the_live_model_stops(make_adapted, tmp_path):
     from qlora_kit import AlpacaFormatter
-    from qlora_kit.checkpoint.companions import collect_stop_token_ids
+    from qlora_kit.artifacts.config_files import collect_stop_token_ids
 
     model = make_adapted()
     model.tokenizer.eos_token = "<|im_start|>"
@@ -158,7 +158,7 @@ def test_a_broken_export_is_caught_and_removed(adapted, tmp_path, monkeypatch, d
                                        {"init_lora_weights": "loftq"}])  # fmt: skip
 def test_loftq_is_remembered_by_what_is_saved(make_adapted, alpaca_rows, tmp_path, arguments):
     from qlora_kit import AlpacaFormatter, train_sft
-    from qlora_kit.weights.choosing import choose_merge_base
+    from qlora_kit.weights.merge_base import choose_merge_base
 
     model = make_adapted(**arguments)
     formatter = AlpacaFormatter(model.tokenizer)
@@ -177,7 +177,7 @@ def test_loftq_is_remembered_by_what_is_saved(make_adapted, alpaca_rows, tmp_pat
 
 
 def test_the_card_says_how_to_ask(adapted):
-    from qlora_kit.checkpoint.model_card import describe_merged
+    from qlora_kit.artifacts.model_card import describe_merged
     from qlora_kit.data import AlpacaFormatter, ChatFormatter, TextFormatter
 
     def describe(formatter):

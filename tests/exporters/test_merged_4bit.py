@@ -8,7 +8,7 @@ from checkpoints import make_checkpoint, make_tokenizer, randomize
 from exported import damage_file, edit_json, end_answers_with, load_plain
 from forward import logits_of
 from qlora_kit import attach_lora, export_model, load_quantized
-from qlora_kit.engines.shared import keep_weights_unpacked
+from qlora_kit.engines.peft_model import keep_weights_unpacked
 from qlora_kit.errors import ConfigError, VerificationError
 from qlora_kit.exporters.merged_4bit import Merged4bit
 

@@ -32,7 +32,7 @@ def damage_file(folder, damage):
 
 def end_answers_with(model, token):
     """A model whose training template ended answers with another token than the base's."""
-    from qlora_kit.results import RunRecord
+    from qlora_kit.handles import RunRecord
 
     class Formatter:
         def template_spec(self):

@@ -49,8 +49,8 @@ TYPES_FILE = Path(__file__).parent.parent / "exporters" / "gguf" / "llama_quanti
 
 def export_case(case: str, folder: Path) -> Any:
     """A random model of a case in every type."""
-    from qlora_kit.exporters.gguf.convert import convert
-    from qlora_kit.exporters.gguf.recipes import RECIPES
+    from qlora_kit.exporters.gguf.conversion.file_writer import convert
+    from qlora_kit.exporters.gguf.quantization.recipes import RECIPES
     from qlora_kit.weights.source import SafetensorsSource
 
     family, shape, changes = CASES[case]
@@ -133,8 +133,8 @@ class Quantizer:
 def main(folder: Path) -> None:
     import numpy as np
 
-    from qlora_kit.exporters.gguf.reading import GgufFile
-    from qlora_kit.exporters.gguf.recipes import RECIPES
+    from qlora_kit.exporters.gguf.quantization.recipes import RECIPES
+    from qlora_kit.exporters.gguf.verification.gguf_file import GgufFile
 
     quantizer = Quantizer(folder)
     recorded: dict[str, dict[str, dict[str, str]]] = {}

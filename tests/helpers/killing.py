@@ -31,7 +31,7 @@ def kill_at_every_step(export, destination: Path, *, replace: bool) -> list[list
     Returns:
         For each: its name, the state before, what was being written, and the state after.
     """
-    from qlora_kit.checkpoint import staging
+    from qlora_kit.artifacts import staging
 
     places = [(os, "fsync"), (os, "rename"), (staging, "_exchange"), (shutil, "rmtree")]
     seen: list[list[object]] = []

@@ -112,7 +112,7 @@ def test_lora_bias_merges_where_there_is_a_bias_and_is_refused_where_not(tmp_pat
 
     from peft import LoraConfig, get_peft_model
 
-    from qlora_kit.results import AdaptedModel
+    from qlora_kit.handles import AdaptedModel
 
     def adapt(folder):
         base = load_quantized(folder, 64, "float32", load_in_4bit=False, engine="native")

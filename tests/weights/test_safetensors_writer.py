@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from qlora_kit.checkpoint.safetensors_writer import parse_size, plan_shards, write_tensors
+from qlora_kit.artifacts.safetensors_writer import parse_size, plan_shards, write_tensors
 from qlora_kit.errors import ConfigError, UnsupportedModelError
 
 

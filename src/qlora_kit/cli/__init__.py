@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from qlora_kit.cli import commands
-from qlora_kit.cli.arguments import make_parser
 from qlora_kit.cli.commands import INTERRUPTED
+from qlora_kit.cli.parser import make_parser
 from qlora_kit.cli.spelling import Spelling, SpellingFormatter
 from qlora_kit.errors import QloraKitError
 

@@ -9,14 +9,14 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from qlora_kit.cli.arguments import read_columns, read_settings, split_names
-from qlora_kit.cli.printing import (
+from qlora_kit.cli.output import (
     describe_failures,
     print_artifact,
     print_exporters,
     print_json,
     print_results,
 )
+from qlora_kit.cli.parser import read_columns, read_settings, split_names
 from qlora_kit.cli.spelling import EXPORTING, FLAGS, Spelling
 from qlora_kit.errors import ConfigError
 from qlora_kit.manifest import to_jsonable

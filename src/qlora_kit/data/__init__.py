@@ -6,23 +6,23 @@ know models or trainers.
 
 from __future__ import annotations
 
-from qlora_kit.data.alpaca import AlpacaFormatter
-from qlora_kit.data.chat import ChatFormatter
-from qlora_kit.data.choosing import FormatterPlan, plan_formatter
-from qlora_kit.data.collators import PackedCollator, PaddedCollator
-from qlora_kit.data.encoding import EncodedExamples
-from qlora_kit.data.formatter import FormatterBase
-from qlora_kit.data.inspection import DataReport
-from qlora_kit.data.packing import pack_examples
-from qlora_kit.data.protocol import Formatter
-from qlora_kit.data.report import EncodingReport
-from qlora_kit.data.rows import Rows
-from qlora_kit.data.segments import Prompt, Segment
-from qlora_kit.data.sources import RawRows, read_source
-from qlora_kit.data.spec import formatter_from_spec
-from qlora_kit.data.templates import AlpacaTemplate
-from qlora_kit.data.text import PromptCompletionFormatter, TextFormatter
-from qlora_kit.data.tokenized import take_tokenized
+from qlora_kit.data.batches.collators import PackedCollator, PaddedCollator
+from qlora_kit.data.batches.packing import pack_examples
+from qlora_kit.data.formatters.alpaca import AlpacaFormatter
+from qlora_kit.data.formatters.alpaca_templates import AlpacaTemplate
+from qlora_kit.data.formatters.chat import ChatFormatter
+from qlora_kit.data.formatters.formatter_base import FormatterBase
+from qlora_kit.data.formatters.formatter_plan import FormatterPlan, plan_formatter
+from qlora_kit.data.formatters.protocol import Formatter
+from qlora_kit.data.formatters.registry import formatter_from_spec
+from qlora_kit.data.formatters.text import PromptCompletionFormatter, TextFormatter
+from qlora_kit.data.sources.raw_rows import RawRows, read_source
+from qlora_kit.data.sources.rows import Rows
+from qlora_kit.data.tokens.encoding import EncodedExamples
+from qlora_kit.data.tokens.encoding_report import EncodingReport
+from qlora_kit.data.tokens.inspection import DataReport
+from qlora_kit.data.tokens.pretokenized import take_tokenized
+from qlora_kit.data.tokens.segments import Prompt, Segment
 
 __all__ = [
     "AlpacaFormatter",

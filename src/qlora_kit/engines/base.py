@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from qlora_kit.config import AdapterConfig, LoadConfig
-from qlora_kit.results import AdaptedModel, LoadedModel
+from qlora_kit.handles import AdaptedModel, LoadedModel
 
 if TYPE_CHECKING:
     from trl import SFTConfig, SFTTrainer

@@ -21,15 +21,10 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.config import AdapterConfig, DtypeName, LoadConfig
 from qlora_kit.device import choose_compute_dtype, get_device, to_torch_dtype
 from qlora_kit.engines.base import TrainJob
-from qlora_kit.engines.checkpoint import OpenedCheckpoint, open_checkpoint
-from qlora_kit.engines.draft_cards import NoDraftCards
+from qlora_kit.engines.base_model import OpenedCheckpoint, open_checkpoint
+from qlora_kit.engines.captured_prints import log_prints_of
 from qlora_kit.engines.inference import inference_mode
-from qlora_kit.engines.offline import NoTelemetry
-from qlora_kit.engines.portable_loss import PortableLoss
-from qlora_kit.engines.printing import log_prints_of
-from qlora_kit.engines.quantization import set_compute_dtype
-from qlora_kit.engines.recording import StepRecorder
-from qlora_kit.engines.shared import (
+from qlora_kit.engines.peft_model import (
     attach_saved_adapter,
     check_start,
     keep_random_states,
@@ -37,13 +32,15 @@ from qlora_kit.engines.shared import (
     make_adapted,
     settle_stop_tokens,
 )
+from qlora_kit.engines.quantization import set_compute_dtype
+from qlora_kit.engines.trainer_mixins import NoDraftCards, NoTelemetry, PortableLoss, StepRecorder
 from qlora_kit.errors import (
     EngineError,
     MissingDependencyError,
     QloraKitError,
     UnsupportedModelError,
 )
-from qlora_kit.results import AdaptedModel, BaseInfo, LoadedModel
+from qlora_kit.handles import AdaptedModel, BaseInfo, LoadedModel
 
 if TYPE_CHECKING:
     from trl import SFTTrainer

@@ -13,18 +13,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
 from qlora_kit import plugins
-from qlora_kit.checkpoint.destination import resolve_destination
+from qlora_kit.artifacts.destination import resolve_destination
 from qlora_kit.errors import ConfigError
-from qlora_kit.export.asking import check_request
+from qlora_kit.export.batch import Part, divide, export_several
 from qlora_kit.export.job import ExportJob, Progress, Settings, Verify
-from qlora_kit.export.nesting import NestedExport, nest_export
-from qlora_kit.export.several import Part, divide, export_several
+from qlora_kit.export.nested import NestedExport, nest_export
+from qlora_kit.export.request import check_request
+from qlora_kit.handles import LoadedModel
 from qlora_kit.hookspecs import Exporter
 from qlora_kit.manifest import to_jsonable
 from qlora_kit.options import describe_option_fields
-from qlora_kit.results import Artifact, ExportResults, LoadedModel
+from qlora_kit.results import Artifact, ExportResults
 from qlora_kit.weights.live import check_trained
-from qlora_kit.weights.sharing import SharedMerge
+from qlora_kit.weights.shared_merge import SharedMerge
 
 __all__ = [
     "NestedExport",

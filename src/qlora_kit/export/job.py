@@ -19,8 +19,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from qlora_kit.checkpoint.files import describe_file, list_files
-from qlora_kit.checkpoint.staging import stage_folder
+from qlora_kit.artifacts.files import describe_file, list_files
+from qlora_kit.artifacts.staging import stage_folder
 from qlora_kit.device import get_versions
 from qlora_kit.errors import (
     DiskSpaceError,
@@ -29,11 +29,12 @@ from qlora_kit.errors import (
     QloraKitError,
     VerificationError,
 )
-from qlora_kit.export.asking import check_request
+from qlora_kit.export.request import check_request
+from qlora_kit.handles import LoadedModel
 from qlora_kit.hookspecs import Exporter, ExportEstimate, ExportRequest
 from qlora_kit.manifest import MANIFEST_NAME, describe_model, read_manifest, write_manifest
-from qlora_kit.results import Artifact, ArtifactFile, LoadedModel, Verification
-from qlora_kit.weights.sharing import SharedMerge
+from qlora_kit.results import Artifact, ArtifactFile, Verification
+from qlora_kit.weights.shared_merge import SharedMerge
 
 __all__ = ["ExportJob", "Progress", "Settings", "Verify"]
 

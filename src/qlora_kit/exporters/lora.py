@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.checkpoint.companions import write_generation_config, write_tokenizer
-from qlora_kit.checkpoint.model_card import find_base_name, write_adapter_card
-from qlora_kit.checkpoint.safetensors_writer import count_bytes, write_tensors
-from qlora_kit.checkpoint.verifying import verify_adapter
+from qlora_kit.artifacts.config_files import write_generation_config, write_tokenizer
+from qlora_kit.artifacts.model_card import find_base_name, write_adapter_card
+from qlora_kit.artifacts.safetensors_writer import count_bytes, write_tensors
 from qlora_kit.errors import UnsupportedModelError
+from qlora_kit.handles import AdaptedModel, LoadedModel
 from qlora_kit.hookspecs import Exporter, ExportEstimate, ExportRequest, hookimpl
-from qlora_kit.results import AdaptedModel, LoadedModel, Verification
+from qlora_kit.results import Verification
+from qlora_kit.verification.checkpoint import verify_adapter
 from qlora_kit.weights.adapter import AdapterTensors
-from qlora_kit.weights.choosing import check_base_files
+from qlora_kit.weights.merge_base import check_base_files
 
 __all__ = ["Lora", "LoraOptions"]
 

@@ -7,24 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qlora_kit.checkpoint.companions import (
+from qlora_kit.artifacts.config_files import (
     make_config,
     write_config,
     write_generation_config,
     write_tokenizer,
 )
-from qlora_kit.checkpoint.safetensors_writer import count_bytes, parse_size, write_tensors
-from qlora_kit.checkpoint.verifying import verify_merged
+from qlora_kit.artifacts.safetensors_writer import count_bytes, parse_size, write_tensors
 from qlora_kit.hookspecs import Exporter, ExportEstimate, ExportRequest, hookimpl
 from qlora_kit.results import Verification
-from qlora_kit.weights.choosing import (
+from qlora_kit.verification.checkpoint import verify_merged
+from qlora_kit.weights.merge_base import (
     MergeBase,
     choose_merge_base,
     choose_merge_dtype,
     describe_merge_base,
 )
 from qlora_kit.weights.merged import MergedWeights
-from qlora_kit.weights.sharing import SharedMerge
+from qlora_kit.weights.shared_merge import SharedMerge
 
 if TYPE_CHECKING:
     import torch

@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.errors import ConfigError
+from qlora_kit.generation.detokenization import TextAssembler
 from qlora_kit.generation.settings import check_sampling, make_config, read_stops
-from qlora_kit.generation.text import TextAssembler
 from qlora_kit.generation.worker import Worker
-from qlora_kit.results import FinishReason, LoadedModel, TextChunk
+from qlora_kit.handles import LoadedModel
+from qlora_kit.results import FinishReason, TextChunk
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.errors import ConfigError, UnknownOptionError, did_you_mean
-from qlora_kit.results import LoadedModel
+from qlora_kit.handles import LoadedModel
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig

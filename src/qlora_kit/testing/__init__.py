@@ -17,11 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from qlora_kit.handles import AdaptedModel
 from qlora_kit.hookspecs import Exporter
-from qlora_kit.results import AdaptedModel
 from qlora_kit.testing.contract import Broken, Contract
 from qlora_kit.testing.promises import PROMISES
-from qlora_kit.testing.tiny import make_tiny_model
+from qlora_kit.testing.tiny_model import make_tiny_model
 
 __all__ = ["ContractError", "check_exporter", "make_tiny_model"]
 

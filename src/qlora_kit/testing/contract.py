@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qlora_kit.export.job import ExportJob, Settings
+from qlora_kit.handles import AdaptedModel
 from qlora_kit.hookspecs import Exporter
-from qlora_kit.results import AdaptedModel, Artifact
-from qlora_kit.testing.observing import fingerprint_model, snapshot_tree
-from qlora_kit.weights.sharing import SharedMerge
+from qlora_kit.results import Artifact
+from qlora_kit.testing.snapshots import fingerprint_model, snapshot_tree
+from qlora_kit.weights.shared_merge import SharedMerge
 
 __all__ = ["Broken", "Contract", "Promise"]
 

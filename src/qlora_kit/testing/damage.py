@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from qlora_kit.checkpoint.files import describe_file
+from qlora_kit.artifacts.files import describe_file
 from qlora_kit.manifest import MANIFEST_NAME
 
 __all__ = ["DAMAGES", "copy_export", "find_weight_files"]

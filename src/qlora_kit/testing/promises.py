@@ -18,15 +18,15 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Final
 
-from qlora_kit.checkpoint.files import list_files
+from qlora_kit.artifacts.files import list_files
 from qlora_kit.errors import ExportError, UnknownOptionError
+from qlora_kit.handles import AdaptedModel
 from qlora_kit.hookspecs import Exporter, describe_exporter_faults
 from qlora_kit.manifest import MANIFEST_NAME
 from qlora_kit.options import build_options, collects_unknown
-from qlora_kit.results import AdaptedModel
 from qlora_kit.testing.contract import Broken, Contract, Promise
 from qlora_kit.testing.damage import DAMAGES, copy_export, find_weight_files
-from qlora_kit.testing.tiny import shake_adapter
+from qlora_kit.testing.tiny_model import shake_adapter
 
 __all__ = ["PROMISES"]
 

@@ -14,27 +14,28 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit import device as device_module
 from qlora_kit.engines.base import TrainJob, quietly
 from qlora_kit.errors import ConfigError, DataError
-from qlora_kit.results import AdaptedModel, LoadedModel, TrainResult
+from qlora_kit.handles import AdaptedModel, LoadedModel
+from qlora_kit.results import TrainResult
 from qlora_kit.training.arguments import (
     DataOptions,
     build_arguments,
     choose_optimizer,
     take_data_options,
 )
-from qlora_kit.training.checking import (
-    check_names,
-    check_output_folder,
-    check_truncation,
-    check_values,
-)
-from qlora_kit.training.checkpoints import find_checkpoint
 from qlora_kit.training.examples import (
     TrainingData,
     make_collator,
     prepare_examples,
     prepare_training_data,
 )
+from qlora_kit.training.resumption import find_checkpoint
 from qlora_kit.training.run import Run, run_training
+from qlora_kit.training.validation import (
+    check_names,
+    check_output_folder,
+    check_truncation,
+    check_values,
+)
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.config import SCRIPT_TRAINING_DEFAULTS
-from qlora_kit.engines.portable_loss import has_triton_loss
+from qlora_kit.engines.trainer_mixins import has_triton_loss
 from qlora_kit.errors import ConfigError
-from qlora_kit.results import AdaptedModel
-from qlora_kit.training.checking import REFUSED, check_names, check_truncation
+from qlora_kit.handles import AdaptedModel
+from qlora_kit.training.validation import REFUSED, check_names, check_truncation
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.errors import ConfigError, DataError
-from qlora_kit.results import AdaptedModel
+from qlora_kit.handles import AdaptedModel
 from qlora_kit.training.arguments import DataOptions
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def prepare_examples(
     dictionary of splits and a dataset in memory are read alike.
     """
     from qlora_kit.data import Formatter, RawRows, Rows, read_source
-    from qlora_kit.data.tokenized import take_tokenized
+    from qlora_kit.data.tokens.pretokenized import take_tokenized
 
     if isinstance(rows, os.PathLike):
         rows = os.fspath(rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from qlora_kit.results import AdaptedModel
+from qlora_kit.handles import AdaptedModel
 
 __all__ = ["advise_on_memory", "is_out_of_memory"]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit import device as device_module
-from qlora_kit.checkpoint.remembering import write_checkpoint_manifest
+from qlora_kit.artifacts.provenance import write_checkpoint_manifest
 from qlora_kit.engines.base import TrainJob
 from qlora_kit.errors import (
     ConfigError,
@@ -26,17 +26,18 @@ from qlora_kit.errors import (
     QloraKitError,
     TrainingError,
 )
+from qlora_kit.handles import AdaptedModel
 from qlora_kit.manifest import MANIFEST_NAME, describe_model, to_jsonable, write_manifest
-from qlora_kit.results import AdaptedModel, TrainResult
+from qlora_kit.results import TrainResult
 from qlora_kit.training.arguments import DataOptions, Optimizer
-from qlora_kit.training.checkpoints import CHECKPOINT_PREFIX, Checkpoint
 from qlora_kit.training.examples import TrainingData
 from qlora_kit.training.memory import advise_on_memory, is_out_of_memory
+from qlora_kit.training.resumption import CHECKPOINT_PREFIX, Checkpoint
 
 if TYPE_CHECKING:
     import torch
 
-    from qlora_kit.training.monitoring import InterruptCallback, LastSave
+    from qlora_kit.training.callbacks import InterruptCallback, LastSave
 
 __all__ = ["Run", "run_training"]
 
@@ -82,7 +83,7 @@ def run_training(model: AdaptedModel, run: Run) -> TrainResult:
         ConfigError: When the trainer refuses the settings.
         TrainingError: When the device runs out of memory.
     """
-    from qlora_kit.training.monitoring import (
+    from qlora_kit.training.callbacks import (
         InterruptCallback,
         LastSave,
         ProgressLine,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.errors import UnsupportedModelError
-from qlora_kit.results import LoadedModel
+from qlora_kit.handles import LoadedModel
 from qlora_kit.weights.live import LiveTensor, collect_live_tensors, get_hf_model
 from qlora_kit.weights.source import SafetensorsSource
 

@@ -14,8 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, get_args
 
 from qlora_kit.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
-from qlora_kit.results import LoadedModel
-from qlora_kit.weights.choosing import MergeBase, choose_merge_base, is_loftq
+from qlora_kit.handles import LoadedModel
 from qlora_kit.weights.dequantize import dequantize
 from qlora_kit.weights.live import (
     LiveTensor,
@@ -24,6 +23,7 @@ from qlora_kit.weights.live import (
     get_hf_model,
 )
 from qlora_kit.weights.mapped_file import TORCH_DTYPES
+from qlora_kit.weights.merge_base import MergeBase, choose_merge_base, is_loftq
 from qlora_kit.weights.source import SafetensorsSource
 
 if TYPE_CHECKING:

@@ -17,12 +17,12 @@ import pytest
 import gguf_tiny as tiny
 from gguf_llamacpp import Llama, kl_divergence
 from qlora_kit.errors import ConfigError, DiskSpaceError, ExportError
-from qlora_kit.exporters.gguf.awkward import awkward_strings
-from qlora_kit.exporters.gguf.convert import convert
-from qlora_kit.exporters.gguf.planning import plan_conversion
-from qlora_kit.exporters.gguf.reading import GgufFile
-from qlora_kit.exporters.gguf.recipes import RECIPES
-from qlora_kit.exporters.gguf.verifying import check_files
+from qlora_kit.exporters.gguf.conversion.file_plan import plan_conversion
+from qlora_kit.exporters.gguf.conversion.file_writer import convert
+from qlora_kit.exporters.gguf.quantization.recipes import RECIPES
+from qlora_kit.exporters.gguf.tokenizer.probe_texts import list_probe_texts
+from qlora_kit.exporters.gguf.verification.comparisons import check_files
+from qlora_kit.exporters.gguf.verification.gguf_file import GgufFile
 from qlora_kit.weights.source import SafetensorsSource
 
 torch = pytest.importorskip("torch")
@@ -145,7 +145,7 @@ def test_a_killed_conversion_leaves_a_file_that_nothing_takes_for_whole(checkpoi
         sys.path.insert(0, {str(Path(tiny.__file__).parent)!r})
         import gguf_tiny as tiny
         from pathlib import Path
-        from qlora_kit.exporters.gguf.convert import convert
+        from qlora_kit.exporters.gguf.conversion.file_writer import convert
         from qlora_kit.weights.source import SafetensorsSource
         folder = Path({str(checkpoint)!r})
         config = json.loads((folder / "config.json").read_text())
@@ -224,7 +224,7 @@ def test_smollm2_answers_in_llama_cpp_as_in_transformers(smollm2_folder, tmp_pat
             if name == "f16":
                 wrong = [
                     text
-                    for text in awkward_strings()
+                    for text in list_probe_texts()
                     if llama.tokenize(text)
                     != tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
                 ]

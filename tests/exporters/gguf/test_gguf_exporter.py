@@ -13,17 +13,13 @@ import qlora_kit
 from forward import logits_of
 from gguf_llamacpp import Llama, kl_divergence
 from qlora_kit.errors import ConfigError, UnsupportedModelError
-from qlora_kit.exporters.gguf import (
-    GgufExporter,
-    GgufLoraExporter,
-    lora,
-    qlora_kit_register_exporters,
-)
-from qlora_kit.exporters.gguf.convert import convert
+from qlora_kit.exporters.gguf import GgufExporter, GgufLoraExporter, qlora_kit_register_exporters
+from qlora_kit.exporters.gguf import lora_exporter as lora
+from qlora_kit.exporters.gguf.conversion.file_writer import convert
 from qlora_kit.exporters.gguf.exporter import GgufOptions
-from qlora_kit.exporters.gguf.lora import GgufLoraOptions
-from qlora_kit.exporters.gguf.reading import GgufFile
-from qlora_kit.exporters.gguf.verifying import check_run
+from qlora_kit.exporters.gguf.lora_exporter import GgufLoraOptions
+from qlora_kit.exporters.gguf.verification.comparisons import check_run
+from qlora_kit.exporters.gguf.verification.gguf_file import GgufFile
 from qlora_kit.hookspecs import ExportRequest
 from qlora_kit.plugins import describe_exporter_faults
 from qlora_kit.weights.source import SafetensorsSource

@@ -16,14 +16,11 @@ import pytest
 import gguf_tiny as tiny
 from gguf_llamacpp import Llama, kl_divergence
 from qlora_kit.errors import PluginError, UnsupportedModelError
-from qlora_kit.exporters.gguf import (
-    families,
-    pretokenizers,
-    register_family,
-    register_pre_tokenizer,
-)
-from qlora_kit.exporters.gguf.convert import convert
-from qlora_kit.exporters.gguf.planning import plan_conversion
+from qlora_kit.exporters.gguf import register_family, register_pre_tokenizer
+from qlora_kit.exporters.gguf.conversion.file_plan import plan_conversion
+from qlora_kit.exporters.gguf.conversion.file_writer import convert
+from qlora_kit.exporters.gguf.families import table as families
+from qlora_kit.exporters.gguf.tokenizer import pre_tokenizers as pretokenizers
 from qlora_kit.weights.source import SafetensorsSource
 
 torch = pytest.importorskip("torch")

@@ -92,7 +92,7 @@ def test_writing_needs_memory_for_a_tensor_not_for_a_model(tmp_path):
         import torch
         from safetensors.torch import save_file
         import gguf_tiny as tiny
-        from qlora_kit.exporters.gguf.convert import convert
+        from qlora_kit.exporters.gguf.conversion.file_writer import convert
         from qlora_kit.weights.source import SafetensorsSource
 
         torch.set_num_threads(1)

@@ -13,7 +13,7 @@ from forward import logits_of
 from gguf_llamacpp import Llama, kl_divergence
 from qlora_kit import export_model
 from qlora_kit.errors import ConfigError
-from qlora_kit.exporters.gguf.convert import convert
+from qlora_kit.exporters.gguf.conversion.file_writer import convert
 from qlora_kit.weights.source import SafetensorsSource
 
 torch = pytest.importorskip("torch")

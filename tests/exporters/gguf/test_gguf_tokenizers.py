@@ -16,17 +16,20 @@ from hypothesis import strategies as st
 import gguf_tiny as tiny
 from gguf_llamacpp import Llama
 from qlora_kit.errors import UnsupportedModelError
-from qlora_kit.exporters.gguf.awkward import awkward_strings, mix_with_tokens
-from qlora_kit.exporters.gguf.convert import convert
-from qlora_kit.exporters.gguf.pretokenizers import find_approximated, recognize_pre_tokenizer
-from qlora_kit.exporters.gguf.reading import GgufFile
-from qlora_kit.exporters.gguf.retokenize import _ALPHABET, LlamaTokenizer
-from qlora_kit.exporters.gguf.tokens import (
+from qlora_kit.exporters.gguf.conversion.file_writer import convert
+from qlora_kit.exporters.gguf.tokenizer.comparison import (
     check_vocabulary,
     check_written_name,
     compare_tokenizers,
 )
-from qlora_kit.exporters.gguf.vocabulary import describe_backend, read_vocabulary
+from qlora_kit.exporters.gguf.tokenizer.llama_tokenizer import _ALPHABET, LlamaTokenizer
+from qlora_kit.exporters.gguf.tokenizer.pre_tokenizers import (
+    find_approximated,
+    recognize_pre_tokenizer,
+)
+from qlora_kit.exporters.gguf.tokenizer.probe_texts import list_probe_texts, mix_with_tokens
+from qlora_kit.exporters.gguf.tokenizer.vocabulary import describe_backend, read_vocabulary
+from qlora_kit.exporters.gguf.verification.gguf_file import GgufFile
 from qlora_kit.weights.source import SafetensorsSource
 
 BYTE_LEVEL = ["gpt-2", "smollm", "qwen2", "llama-bpe", "dbrx", "qwen35", "tekken", "gpt-4o"]
@@ -70,10 +73,10 @@ def files(tmp_path_factory):
 @pytest.mark.parametrize("kind", [*BYTE_LEVEL, *SENTENCEPIECE])
 def test_llama_cpp_tokenizes_awkward_texts_alike(kind, files):
     tokenizer, done, llama = files[kind]
-    texts = awkward_strings() + mix_with_tokens([tokenizer.bos_token, tokenizer.eos_token])
+    texts = list_probe_texts() + mix_with_tokens([tokenizer.bos_token, tokenizer.eos_token])
     if kind == "first":
         special = (tokenizer.bos_token, tokenizer.eos_token, "<unk>")
-        texts = [t for t in awkward_strings() if not t.startswith((" ", "▁"))]
+        texts = [t for t in list_probe_texts() if not t.startswith((" ", "▁"))]
         texts = [t for t in texts if not any(token in t for token in special)]
     if kind in APPROXIMATED:
         texts, left_out = find_approximated(tokenizer.backend_tokenizer, kind, texts)
@@ -92,7 +95,7 @@ def test_the_checker_is_llama_cpp_in_python(kind, files):
     """What the export checks with must agree with the real thing, right or wrong."""
     tokenizer, done, llama = files[kind]
     written = LlamaTokenizer(GgufFile(done.files["q8_0"]).vocabulary())
-    texts = awkward_strings() + mix_with_tokens([tokenizer.bos_token, tokenizer.eos_token])
+    texts = list_probe_texts() + mix_with_tokens([tokenizer.bos_token, tokenizer.eos_token])
     assert [t for t in texts if written.encode(t) != llama.tokenize(t)] == []
     assert GgufFile(done.files["q8_0"]).vocabulary() == dataclasses.replace(
         done.vocabulary, notes=()
@@ -201,10 +204,14 @@ def test_flat_scores_would_mistokenize_in_llama_cpp_too(files, monkeypatch, tmp_
     flat = dataclasses.replace(
         read_vocabulary(tokenizer, len(tokenizer)), scores=(0.0,) * len(tokenizer)
     )
-    monkeypatch.setattr("qlora_kit.exporters.gguf.convert.read_vocabulary", lambda *a: flat)
-    monkeypatch.setattr("qlora_kit.exporters.gguf.convert.check_vocabulary", lambda *a: (0, ()))
+    monkeypatch.setattr(
+        "qlora_kit.exporters.gguf.conversion.file_writer.read_vocabulary", lambda *a: flat
+    )
+    monkeypatch.setattr(
+        "qlora_kit.exporters.gguf.conversion.file_writer.check_vocabulary", lambda *a: (0, ())
+    )
     done = export(tokenizer, tmp_path)
-    texts = [text for text in awkward_strings() if text]
+    texts = [text for text in list_probe_texts() if text]
     with Llama(done.files["q8_0"]) as llama:
         wrong = [t for t in texts if llama.tokenize(t) != wanted_ids(tokenizer, t)]
     assert len(wrong) >= 3
@@ -368,7 +375,7 @@ def test_the_real_vocabulary_of_qwen(tmp_path):
     assert done.vocabulary.pre == "qwen2"
     texts = [
         text
-        for text in awkward_strings() + mix_with_tokens(["<|im_start|>", "<|im_end|>"])
+        for text in list_probe_texts() + mix_with_tokens(["<|im_start|>", "<|im_end|>"])
         if tokenizer.backend_tokenizer.normalizer.normalize_str(text) == text
     ]
     with Llama(done.files["q8_0"]) as llama:

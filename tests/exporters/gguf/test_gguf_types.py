@@ -14,17 +14,18 @@ import gguf_llama_quantize as llama_quantize
 import gguf_tiny as tiny
 from gguf_llamacpp import Llama, kl_divergence
 from qlora_kit.errors import ConfigError, ExportError, MissingDependencyError
-from qlora_kit.exporters.gguf import encoding, ggml
-from qlora_kit.exporters.gguf.convert import convert
-from qlora_kit.exporters.gguf.planning import plan_conversion
-from qlora_kit.exporters.gguf.reading import GgufFile
-from qlora_kit.exporters.gguf.recipes import (
+from qlora_kit.exporters.gguf.conversion.file_plan import plan_conversion
+from qlora_kit.exporters.gguf.conversion.file_writer import convert
+from qlora_kit.exporters.gguf.quantization import blocks as encoding
+from qlora_kit.exporters.gguf.quantization import ggml
+from qlora_kit.exporters.gguf.quantization.recipes import (
     RECIPES,
     ModelShape,
     choose_types,
     resolve_recipes,
 )
-from qlora_kit.exporters.gguf.verifying import TENSOR_TOLERANCES
+from qlora_kit.exporters.gguf.verification.comparisons import TENSOR_TOLERANCES
+from qlora_kit.exporters.gguf.verification.gguf_file import GgufFile
 from qlora_kit.weights.source import SafetensorsSource
 
 torch = pytest.importorskip("torch")

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qlora_kit import ExportEstimate, ExportRequest, LoadedModel, Verification, nest_export
-from qlora_kit.checkpoint.companions import (
+from qlora_kit.artifacts.config_files import (
     collect_stop_token_ids,
     write_generation_config,
     write_tokenizer,
 )
-from qlora_kit.checkpoint.comparing import check_generation_config, check_tokenizer, make_probes
 from qlora_kit.errors import UnsupportedModelError
 from qlora_kit.export import NestedExport
+from qlora_kit.verification.checks import check_generation_config, check_tokenizer, make_probes
 from qlora_kit.weights.merged import choose_merge_base
 from qlora_kit_ctranslate2.running import check_logits, check_start_and_end, find_end_token
 

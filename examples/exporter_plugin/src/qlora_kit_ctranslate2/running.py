@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit import Check, LoadedModel
-from qlora_kit.checkpoint.comparing import read_logits
-from qlora_kit.checkpoint.reference import attach_live_adapters
+from qlora_kit.verification.checks import read_logits
+from qlora_kit.verification.original import attach_live_adapters
 
 if TYPE_CHECKING:
     import torch

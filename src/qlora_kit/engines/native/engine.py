@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.config import AdapterConfig, LoadConfig
 from qlora_kit.device import to_torch_dtype
 from qlora_kit.engines.base import TrainJob
-from qlora_kit.engines.checkpoint import (
+from qlora_kit.engines.base_model import (
     explain_load_errors,
     open_checkpoint,
     refuse_missing_tensors,
 )
 from qlora_kit.engines.inference import inference_mode
 from qlora_kit.engines.native import loftq
-from qlora_kit.engines.quantization import make_quantization_config, set_compute_dtype
-from qlora_kit.engines.shared import (
+from qlora_kit.engines.peft_model import (
     attach_saved_adapter,
     check_start,
     keep_weights_unpacked,
     make_adapted,
     settle_stop_tokens,
 )
+from qlora_kit.engines.quantization import make_quantization_config, set_compute_dtype
 from qlora_kit.errors import ConfigError
-from qlora_kit.results import AdaptedModel, BaseInfo, LoadedModel
+from qlora_kit.handles import AdaptedModel, BaseInfo, LoadedModel
 
 if TYPE_CHECKING:
     from trl import SFTTrainer
@@ -132,7 +132,7 @@ class NativeEngine:
 
         The last of several readers puts all of it back.
         """
-        from qlora_kit.engines.native.fast.answering import rounding_once
+        from qlora_kit.engines.native.fast.rounding import rounding_once
 
         with inference_mode(model.model, model.tokenizer), rounding_once(model.model):
             yield model.model

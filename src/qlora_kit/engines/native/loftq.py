@@ -15,7 +15,7 @@ from typing import Any
 
 from qlora_kit.config import AdapterConfig
 from qlora_kit.errors import ConfigError, UnsupportedModelError
-from qlora_kit.results import BaseInfo
+from qlora_kit.handles import BaseInfo
 from qlora_kit.weights.source import SafetensorsSource
 
 __all__ = ["check", "initialize", "is_requested"]

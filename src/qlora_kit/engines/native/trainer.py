@@ -9,14 +9,11 @@ from typing import Any
 
 from trl import SFTTrainer
 
-from qlora_kit.engines.draft_cards import NoDraftCards
 from qlora_kit.engines.native.bitsandbytes_optimizers import without_waiting
+from qlora_kit.engines.native.fast.fast_step import FastStep
 from qlora_kit.engines.native.fast.plan import FastPlan, parse_plan
-from qlora_kit.engines.native.fast.steps import FastSteps
 from qlora_kit.engines.native.fast.support import find_obstacle
-from qlora_kit.engines.offline import NoTelemetry
-from qlora_kit.engines.portable_loss import PortableLoss
-from qlora_kit.engines.recording import StepRecorder
+from qlora_kit.engines.trainer_mixins import NoDraftCards, NoTelemetry, PortableLoss, StepRecorder
 from qlora_kit.errors import EngineError
 
 __all__ = ["NativeTrainer"]
@@ -24,7 +21,7 @@ __all__ = ["NativeTrainer"]
 logger = logging.getLogger(__name__)
 
 
-class NativeTrainer(StepRecorder, FastSteps, PortableLoss, NoTelemetry, NoDraftCards, SFTTrainer):
+class NativeTrainer(StepRecorder, FastStep, PortableLoss, NoTelemetry, NoDraftCards, SFTTrainer):
     """``SFTTrainer`` that leaves the adapter's dtype and the model's forward as it found them.
 
     TRL 1.15 rounds every trainable parameter of a quantized model to bfloat16 when the

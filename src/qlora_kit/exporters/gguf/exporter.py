@@ -8,20 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from qlora_kit.checkpoint.companions import collect_stop_token_ids
+from qlora_kit.artifacts.config_files import collect_stop_token_ids
 from qlora_kit.errors import ConfigError
-from qlora_kit.exporters.gguf.convert import convert
-from qlora_kit.exporters.gguf.ggml import find_missing_encoder
-from qlora_kit.exporters.gguf.merging import choose_rounding, open_merged
+from qlora_kit.exporters.gguf.conversion.file_plan import plan_conversion
+from qlora_kit.exporters.gguf.conversion.file_writer import convert
+from qlora_kit.exporters.gguf.conversion.merged_source import choose_rounding, open_merged
 from qlora_kit.exporters.gguf.modelfile import describe_prompt, write_modelfile
-from qlora_kit.exporters.gguf.planning import plan_conversion
-from qlora_kit.exporters.gguf.recipes import resolve_recipes
-from qlora_kit.exporters.gguf.running import check_runner
-from qlora_kit.exporters.gguf.tokens import check_vocabulary
-from qlora_kit.exporters.gguf.verifying import check_files, check_run
-from qlora_kit.exporters.gguf.vocabulary import Vocabulary, read_vocabulary
+from qlora_kit.exporters.gguf.quantization.ggml import find_missing_encoder
+from qlora_kit.exporters.gguf.quantization.recipes import resolve_recipes
+from qlora_kit.exporters.gguf.tokenizer.comparison import check_vocabulary
+from qlora_kit.exporters.gguf.tokenizer.vocabulary import Vocabulary, read_vocabulary
+from qlora_kit.exporters.gguf.verification.comparisons import check_files, check_run
+from qlora_kit.exporters.gguf.verification.llama_run import check_runner
+from qlora_kit.handles import LoadedModel
 from qlora_kit.hookspecs import ExportEstimate, ExportRequest
-from qlora_kit.results import LoadedModel, Verification
+from qlora_kit.results import Verification
 
 __all__ = ["GgufExporter", "GgufOptions", "choose_name", "read_config"]
 

@@ -4,22 +4,22 @@ import pytest
 import torch
 
 from qlora_kit.engines.native.fast.attention import attend, make_block_mask
-from qlora_kit.engines.native.fast.execution import StepRunner
+from qlora_kit.engines.native.fast.fused_model import FusedModel
 from qlora_kit.engines.native.fast.layout import split_rows
 from qlora_kit.engines.native.fast.plan import FastPlan, resolve_plan
-from qlora_kit.engines.native.fast.runtime import FastRuntime
+from qlora_kit.engines.native.fast.step_runner import StepRunner
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 def _make_runner(model, **options):
     plan = FastPlan(**options)
-    runtime = FastRuntime(model, plan)
-    runner = StepRunner(runtime)
-    runtime.apply(
+    fused_model = FusedModel(model, plan)
+    runner = StepRunner(fused_model)
+    fused_model.apply(
         resolve_plan(
-            plan, runtime.memory_model(), device_type="cuda", free_bytes=2**33, step_tokens=2000,
-            longest=40, is_quantized=runtime.is_quantized,
+            plan, fused_model.memory_model(), device_type="cuda", free_bytes=2**33, step_tokens=2000,
+            longest=40, is_quantized=fused_model.is_quantized,
             supports_graphs=runner.supports_graphs(),
         )
     )  # fmt: skip
@@ -36,7 +36,7 @@ def test_replayed_graphs_give_the_plain_steps(make_adapted, token_rows, kind, we
     model = make_adapted(kind, dtype="bfloat16").model
     graphs = _make_runner(model, weights=weights, compile=False)
     plain = _make_runner(model, weights=weights, compile=False, cuda_graphs=False)
-    assert graphs.runtime.plan.uses_cuda_graphs
+    assert graphs.fused_model.plan.uses_cuda_graphs
     # Several sizes, each seen more than once: captured, then replayed with other rows.
     for start in (0, 8, 0, 16, 24, 8, 40):
         examples = split_rows(token_rows[start : start + 8])
@@ -77,13 +77,13 @@ def test_variable_length_attention_has_the_masks_gradients():
 
 def test_a_changed_example_leaves_its_neighbours_bit_equal(make_adapted, token_rows):
     runner = _make_runner(make_adapted("qwen3", dtype="bfloat16").model, compile=False)
-    runner.runtime.begin_step()
+    runner.fused_model.begin_step()
     rows = [dict(row) for row in token_rows[:6]]
 
     def run():
         (batch,) = runner._lay_out(split_rows(rows))
         with torch.no_grad():
-            return runner.runtime.hidden_states(batch.to(runner.runtime.device))
+            return runner.fused_model.hidden_states(batch.to(runner.fused_model.device))
 
     before = run()
     rows[2] = {**rows[2], "input_ids": [(i + 7) % 300 for i in rows[2]["input_ids"]]}
@@ -136,7 +136,7 @@ def test_compiled_steps_equal_plain_ones(make_adapted, token_rows):
     results = []
     for compiled in (False, True):
         runner = _make_runner(model, compile=compiled, cuda_graphs=False)
-        assert (runner.runtime.shape.gated is not None) is compiled
+        assert (runner.fused_model.shape.gated is not None) is compiled
         loss, _ = runner.run_step(examples, 200)
         results.append((loss, _gradients(model)))
         model.zero_grad()

@@ -2,7 +2,7 @@
 
 The first micro-batch runs plainly, which warms every kernel up, and is captured afterwards;
 later ones of sizes not seen before are captured at once and replayed. All graphs share one
-memory pool; their gradients are added to the banks inside the graph.
+memory pool; their gradients are added to the adapter copies inside the graph.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qlora_kit.engines.native.fast.fused_model import FusedModel
 from qlora_kit.engines.native.fast.layout import MicroBatch
-from qlora_kit.engines.native.fast.runtime import FastRuntime
 
 __all__ = ["GraphPool"]
 
@@ -39,11 +39,11 @@ class GraphPool:
     """Captures and replays micro-batches.
 
     Args:
-        runtime: A planned runtime on CUDA.
+        fused_model: A planned model on CUDA.
     """
 
-    def __init__(self, runtime: FastRuntime) -> None:
-        self._runtime = runtime
+    def __init__(self, fused_model: FusedModel) -> None:
+        self._fused_model = fused_model
         self._graphs: dict[tuple[int, ...], _Captured] = {}
         self._pool: tuple[int, int] | None = None
         self._is_broken = False
@@ -62,8 +62,8 @@ class GraphPool:
         key = (len(batch.input_ids), len(batch.bounds), len(batch.trained), int(batch.longest))
         captured = self._graphs.get(key)
         if captured is None:
-            moved = batch.to(self._runtime.device)
-            share = torch.full((), 1.0 / trained, device=self._runtime.device)
+            moved = batch.to(self._fused_model.device)
+            share = torch.full((), 1.0 / trained, device=self._fused_model.device)
             if self._graphs and self._captures_cold and len(self._graphs) < _MOST_GRAPHS:
                 captured = self._capture(key, moved, share)
                 self._captures_cold = captured is not None
@@ -81,24 +81,24 @@ class GraphPool:
         return captured.loss, captured.stats
 
     def _compute(self, batch: MicroBatch, share: Tensor) -> tuple[Tensor, Tensor]:
-        loss, stats = self._runtime.loss(batch)
+        loss, stats = self._fused_model.loss(batch)
         loss = loss * share
         loss.backward()
-        self._runtime.end_micro_batch()
+        self._fused_model.end_micro_batch()
         return loss.detach(), stats
 
     def _capture(self, key: tuple[int, ...], batch: MicroBatch, share: Tensor) -> _Captured | None:
         """Record a micro-batch without running it; ``None`` when that failed."""
         graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize(self._runtime.device)
+        torch.cuda.synchronize(self._fused_model.device)
         try:
             with torch.cuda.graph(graph, pool=self._pool):
                 loss, stats = self._compute(batch, share)
         except RuntimeError as error:
             logger.warning("Capturing a CUDA graph failed: %s", str(error).splitlines()[0])
-            torch.cuda.synchronize(self._runtime.device)
-            for bank in self._runtime.banks:
-                bank.drop_gradients()
+            torch.cuda.synchronize(self._fused_model.device)
+            for copies in self._fused_model.adapter_copies:
+                copies.drop_gradients()
             return None
         self._pool = self._pool or graph.pool()
         logger.debug("Captured a CUDA graph for %s tokens.", len(batch.input_ids))

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import torch
 
-from qlora_kit.engines.native.fast.families import DECODERS, find_architecture_obstacle
+from qlora_kit.engines.native.fast.architectures import DECODERS, find_architecture_obstacle
 
 __all__ = ["find_obstacle"]
 

@@ -1,0 +1,108 @@
+"""The small files beside the weights: configuration, stop tokens, tokenizer, template.
+
+An exported model must stop where the live one stops, so the stop tokens that training
+used are written into ``generation_config.json`` whatever the base said there.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qlora_kit.handles import LoadedModel
+from qlora_kit.weights.live import get_hf_model
+
+__all__ = [
+    "collect_stop_token_ids",
+    "make_config",
+    "write_config",
+    "write_generation_config",
+    "write_tokenizer",
+]
+
+logger = logging.getLogger(__name__)
+
+# Vocabulary files that other tools read and save_pretrained leaves out.
+_VOCABULARY_FILES = ("tokenizer.model", "vocab.json", "merges.txt")
+
+
+def collect_stop_token_ids(model: LoadedModel) -> tuple[int, ...]:
+    """Every token that ends an answer of the live model, the base's end token first.
+
+    They are the base's own and the one the training template ended its answers with.
+    """
+    ids = list(model.base.stop_token_ids)
+    formatter = model.record.formatter
+    if formatter is not None:
+        end = formatter.template_spec().get("eos_token")
+        found = None if end is None else model.tokenizer.convert_tokens_to_ids(end)
+        if isinstance(found, int) and found != model.tokenizer.unk_token_id:
+            ids.append(found)
+    return tuple(dict.fromkeys(ids))
+
+
+def make_config(
+    model: LoadedModel,
+    *,
+    dtype: str,
+    updates: Mapping[str, Any],
+    quantization: Mapping[str, Any] | None = None,
+) -> Any:
+    """The configuration an exported checkpoint has.
+
+    Args:
+        model: The live model, whose configuration knows a resized vocabulary.
+        dtype: The dtype of the tensors, for example ``"bfloat16"``.
+        updates: Values that differ from the live configuration.
+        quantization: The ``quantization_config`` to state; ``None`` states none.
+    """
+    config = copy.deepcopy(get_hf_model(model.model).config)
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(config, name):
+            delattr(config, name)
+    config.use_cache = True
+    text_config = config.get_text_config()
+    for name, value in updates.items():
+        setattr(text_config, name, value)
+        if hasattr(config, name):
+            setattr(config, name, value)
+    config.dtype = dtype
+    config.architectures = [type(get_hf_model(model.model)).__name__]
+    if quantization is not None:
+        config.quantization_config = dict(quantization)
+    return config
+
+
+def write_config(model: LoadedModel, folder: Path, config: Any) -> None:
+    """Write ``config.json``, and the model's own code if it ships any."""
+    config.save_pretrained(str(folder))
+    if getattr(config, "auto_map", None):
+        for file in model.base.path.glob("*.py"):
+            shutil.copy2(file, folder / file.name)
+
+
+def write_generation_config(model: LoadedModel, folder: Path) -> None:
+    """Write ``generation_config.json`` with every stop token."""
+    settings = copy.deepcopy(get_hf_model(model.model).generation_config)
+    stops = list(collect_stop_token_ids(model))
+    if stops:
+        settings.eos_token_id = stops if len(stops) > 1 else stops[0]
+    settings.pad_token_id = model.tokenizer.pad_token_id
+    # Not save_pretrained: it refuses settings that many base models ship, such as a
+    # temperature without do_sample.
+    text = json.dumps(settings.to_diff_dict(), indent=2, sort_keys=True, default=str)
+    (folder / "generation_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def write_tokenizer(model: LoadedModel, folder: Path) -> None:
+    """Write the tokenizer with its chat template, and the vocabulary files it came from."""
+    model.tokenizer.save_pretrained(str(folder))
+    for name in _VOCABULARY_FILES:
+        source = model.base.path / name
+        if source.is_file() and not (folder / name).exists():
+            shutil.copy2(source, folder / name)

@@ -1,0 +1,79 @@
+"""What a saved model remembers of its training: the formatter, through its manifest.
+
+An adapter, a merged export, a ``.gguf`` file of an export and a checkpoint of a run are all
+asked in the words they were trained with. This module does not know how a model is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qlora_kit.errors import ConfigError
+from qlora_kit.handles import LoadedModel
+from qlora_kit.manifest import describe_model, read_manifest, write_manifest
+
+__all__ = ["find_manifest", "restore_formatter", "write_checkpoint_manifest"]
+
+logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=LoadedModel)
+
+
+def write_checkpoint_manifest(model: LoadedModel, folder: Path) -> None:
+    """Say in a checkpoint itself which base and formatter it belongs to.
+
+    The run's manifest is written when the run ends, and stays behind where a checkpoint is
+    copied from.
+    """
+    write_manifest(folder, "checkpoint", describe_model(model))
+
+
+def find_manifest(path: Path) -> dict[str, Any]:
+    """The manifest that speaks of a model, or an empty dictionary.
+
+    Args:
+        path: A folder with a checkpoint or an adapter, or a ``.gguf`` file.
+    """
+    folder = path if path.is_dir() else path.parent
+    try:
+        manifest: Any = read_manifest(folder)
+    except (OSError, ValueError) as error:
+        logger.warning("The manifest in %s cannot be read and is ignored: %s", folder, error)
+        return {}
+    if not isinstance(manifest, dict):
+        logger.warning("The manifest in %s is no JSON object and is ignored.", folder)
+        return {}
+    if path.is_file() and path.name not in _list_files(manifest):
+        return {}
+    return manifest
+
+
+def restore_formatter(model: Model, manifest: Mapping[str, Any]) -> Model:
+    """The model with the formatter it was trained with; of a stranger's only the end token."""
+    spec = manifest.get("formatter")
+    if not isinstance(spec, Mapping):
+        return model
+    from qlora_kit.data import formatter_from_spec
+
+    try:
+        model.record.formatter = formatter_from_spec(spec, model.tokenizer)
+    # A manifest that was edited by hand may hold anything.
+    except (ConfigError, TypeError, ValueError, AttributeError) as error:
+        logger.warning("The formatter that the model was trained with is not here: %s", error)
+        stop = model.tokenizer.get_vocab().get(str(spec.get("eos_token")))
+        if stop is not None:
+            ids = tuple(dict.fromkeys((stop, *model.base.stop_token_ids)))
+            base = dataclasses.replace(model.base, stop_token_ids=ids)
+            return dataclasses.replace(model, base=base)
+    return model
+
+
+def _list_files(manifest: Mapping[str, Any]) -> set[str]:
+    files = manifest.get("files")
+    if not isinstance(files, list):
+        return set()
+    return {str(file.get("name")) for file in files if isinstance(file, Mapping)}

@@ -1,0 +1,1 @@
+"""How encoded examples are laid out in batches."""

@@ -1,0 +1,1 @@
+"""What text a row becomes, and which parts of it are learned."""

@@ -1,0 +1,185 @@
+"""Alpaca rows: an instruction, an optional input, an answer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.data.formatters.alpaca_templates import AlpacaTemplate, resolve_template
+from qlora_kit.data.formatters.formatter_base import FormatterBase
+from qlora_kit.data.sources.row_problems import BadRowPolicy
+from qlora_kit.data.sources.rows import Rows
+from qlora_kit.data.tokens.segments import Prompt, Segment
+from qlora_kit.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["AlpacaFormatter"]
+
+logger = logging.getLogger(__name__)
+
+
+class AlpacaFormatter(FormatterBase):
+    """Formats ``instruction``, ``input``, ``output`` rows, for training and for prompts.
+
+    The prompt and the answer are tokenized apart and joined as ids, so the boundary of the
+    loss is exact and a prompt for generation is what training saw. Text of a row that looks
+    like a special token stays text. The tokenizer's beginning token comes first, once, if it
+    adds one; the end token comes last, once, and always carries loss.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        template: ``"alpaca"`` (Stanford's wording, the default), ``"alpaca-zh"``, a text with
+            ``{instruction}``, ``{input}`` and ``{output}``, or an
+            :class:`~qlora_kit.data.AlpacaTemplate`. Special tokens in a template count as such.
+        response_only: Whether only the answers carry loss, or the prompts too.
+        eos_token: The token that ends an answer; the tokenizer's own end token by default.
+        columns: Which column holds which role, for data whose columns are named differently:
+            ``{"instruction": "question", "output": "answer"}``.
+        system: Text in place of the template's opening sentence, where it has ``{system}``.
+        on_bad_rows: What :meth:`load` does about rows it cannot use: ``"raise"`` or ``"skip"``.
+        max_reported_rows: How many bad rows a message lists one by one.
+
+    Raises:
+        ConfigError: When an argument cannot work.
+    """
+
+    name = "alpaca"
+    roles = ("instruction", "output")
+    optional_roles = ("input",)
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | AlpacaTemplate | None = None,
+        *,
+        response_only: bool = False,
+        eos_token: str | None = None,
+        columns: Mapping[str, str] | None = None,
+        system: str | None = None,
+        on_bad_rows: BadRowPolicy = "raise",
+        max_reported_rows: int = 10,
+    ) -> None:
+        super().__init__(
+            tokenizer,
+            response_only=response_only,
+            eos_token=eos_token,
+            columns=columns,
+            on_bad_rows=on_bad_rows,
+            max_reported_rows=max_reported_rows,
+        )
+        self.system = system
+        self.template = resolve_template(template).with_system(system)
+        no_input = self.template.prompt_no_input
+        self._prompt_input = self._compile(self.template.prompt_input)
+        self._prompt_no_input = self._prompt_input if no_input is None else self._compile(no_input)
+        self._answer_end, self._after = self._compile_suffix(self.template.suffix)
+
+    def segments(self, row: Mapping[str, Any]) -> Sequence[Segment]:
+        """Prompt, answer, and whatever the template puts between the answer and the end."""
+        prompt = self._choose_prompt(row)
+        return [
+            *(s if s.is_special else Segment(s.text.format_map(row)) for s in prompt),
+            Segment(row["output"] + self._answer_end, is_trained=True),
+            *self._after,
+        ]
+
+    def prompt(self, instruction: str, input: str = "") -> Prompt:
+        """The prompt for an instruction, with the ids that training would put there.
+
+        Args:
+            instruction: What the model is asked to do.
+            input: What it is asked to do it with, if anything.
+
+        Returns:
+            Text that also carries its ``token_ids``.
+
+        Raises:
+            DataError: When the instruction is empty or either is not text.
+        """
+        row = {"instruction": instruction, "input": input}
+        for name, value in row.items():
+            if not isinstance(value, str):
+                raise DataError(f"{name} must be text, got {type(value).__name__}: {value!r}.")
+        if not instruction.strip():
+            raise DataError("instruction is empty; say what the model should do.")
+        return self.make_prompt(
+            self.segments(row | {"output": ""})[: len(self._choose_prompt(row))]
+        )
+
+    def _choose_prompt(self, row: Mapping[str, Any]) -> list[Segment]:
+        return self._prompt_input if row["input"].strip() else self._prompt_no_input
+
+    def review_rows(self, rows: Rows) -> None:
+        """Say when answers bring an end token along as text, and when inputs are left out."""
+        left_out = sum(bool(row.get("input")) for row in rows)
+        if left_out and "{input}" not in self.template.prompt_input:
+            logger.warning(
+                "%s rows of %s have an input, for which the template has no {input}: it is left "
+                "out of training and prompts.",
+                f"{left_out:,}",
+                rows.source,
+            )
+        count = sum(row["output"].rstrip().endswith(self.eos_token) for row in rows)
+        if count:
+            logger.warning(
+                "%s answers of %s end with the text %r. It stays text; the formatter adds the "
+                "token itself. Remove it from the data, or the model learns to write it out.",
+                f"{count:,}",
+                rows.source,
+                self.eos_token,
+            )
+
+    def template_spec(self) -> dict[str, Any]:
+        """The template and its tokens as JSON values; ``formatter_from_spec`` reads it back.
+
+        ``prompt_input`` and ``prompt_no_input`` are format strings that end where the answer
+        begins; ``suffix`` stands between the answer and the end token.
+        """
+        return super().template_spec() | {
+            "name": self.template.name,
+            "prompt_input": self.template.prompt_input,
+            "prompt_no_input": self.template.prompt_no_input,
+            "suffix": self.template.suffix,
+            "system": self.system,
+        }
+
+    def _compile(self, prompt: str) -> list[Segment]:
+        """A prompt's format string cut at the special tokens its own text names."""
+        from string import Formatter as FormatParser
+
+        parts = [
+            (literal, "" if name is None else "{" + name + "}")
+            for literal, name, _, _ in FormatParser().parse(prompt)
+        ]
+        segments: list[Segment] = []
+        text = ""
+        for literal, placeholder in parts:
+            for piece in self.text.split_special(literal):
+                if piece.is_special:
+                    segments += [Segment(text), piece]
+                    text = ""
+                else:
+                    text += piece.text.replace("{", "{{").replace("}", "}}")
+            text += placeholder
+        segments.append(Segment(text))
+        return [segment for segment in segments if segment.text]
+
+    def _compile_suffix(self, suffix: str) -> tuple[str, list[Segment]]:
+        """Text that joins the answer, and the segments after it, without the end token."""
+        segments = self.text.split_special(suffix, is_trained=True)
+        ends = [i for i, s in enumerate(segments) if s.is_special and s.text == self.eos_token]
+        if ends:
+            rest = "".join(segment.text for segment in segments[ends[0] + 1 :])
+            if rest.strip():
+                raise ConfigError(
+                    f"The template goes on after the end token {self.eos_token!r} with {rest!r}, "
+                    "which a model that has stopped never writes. End the template there, or "
+                    "choose another eos_token."
+                )
+            segments = segments[: ends[0]]
+        if segments and not segments[0].is_special:
+            return segments[0].text, segments[1:]
+        return "", segments

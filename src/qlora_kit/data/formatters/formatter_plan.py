@@ -1,0 +1,164 @@
+"""Which formatter rows ask for: by their columns, or by a template that was named.
+
+Nothing here takes a tokenizer, so that what cannot work is said before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from qlora_kit.data.formatters.alpaca import AlpacaFormatter
+from qlora_kit.data.formatters.alpaca_templates import BUILTIN_TEMPLATES, resolve_template
+from qlora_kit.data.formatters.chat import ChatFormatter
+from qlora_kit.data.formatters.formatter_base import FormatterBase
+from qlora_kit.data.formatters.text import PromptCompletionFormatter, TextFormatter
+from qlora_kit.data.sources.raw_rows import RawRows
+from qlora_kit.data.sources.row_checks import check_columns, parse_rows
+from qlora_kit.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["TEMPLATES", "FormatterPlan", "choose_kind", "plan_formatter"]
+
+logger = logging.getLogger(__name__)
+
+_KINDS: Final[Mapping[str, type[FormatterBase]]] = {
+    "chat": ChatFormatter,
+    "prompt-completion": PromptCompletionFormatter,
+    "text": TextFormatter,
+}
+#: Every template that has a name.
+TEMPLATES: Final = (*BUILTIN_TEMPLATES, *_KINDS)
+
+
+@dataclass(frozen=True)
+class FormatterPlan:
+    """A formatter that lacks nothing but its tokenizer.
+
+    Attributes:
+        kind: Its class.
+        options: Its arguments.
+    """
+
+    kind: type[FormatterBase]
+    options: Mapping[str, Any]
+
+    def check(self, source: RawRows) -> None:
+        """Refuse what :meth:`FormatterBase.load` would refuse.
+
+        Raises:
+            DataError: When there are no rows, they lack a column, or some cannot be used and are
+                not to be skipped.
+        """
+        named = self.options.get("columns")
+        check_columns(
+            source,
+            lambda present: self.kind.find_missing(present, named),
+            self.kind.map_columns(named),
+        )
+        # To be skipped, they are listed when the formatter loads them.
+        if self.options.get("on_bad_rows", "raise") == "raise":
+            parse_rows(
+                source,
+                lambda row: self.kind.read_row(row, named),
+                policy="raise",
+                limit=self.options.get("max_reported_rows", 10),
+            )
+
+    def make(self, tokenizer: PreTrainedTokenizerBase) -> FormatterBase:
+        """The formatter.
+
+        Raises:
+            ConfigError: When this tokenizer lacks what it takes, such as a chat template.
+        """
+        return self.kind(tokenizer, **self.options)
+
+
+def choose_kind(columns: Collection[str]) -> type[FormatterBase]:
+    """The formatter that rows with these columns ask for; Alpaca's if they name none."""
+    if "instruction" in columns:
+        return AlpacaFormatter
+    if "messages" in columns or "conversations" in columns:
+        return ChatFormatter
+    if "prompt" in columns and "completion" in columns:
+        return PromptCompletionFormatter
+    return TextFormatter if "text" in columns else AlpacaFormatter
+
+
+def _choose_named(columns: Collection[str], present: Collection[str]) -> type[FormatterBase]:
+    """What named roles ask for; where they leave that open, together with the columns there are."""
+    kind = choose_kind(columns)
+    if kind is AlpacaFormatter and not {"instruction", "input", "output"} & set(columns):
+        return choose_kind({*columns, *present})
+    return kind
+
+
+def plan_formatter(
+    present: Collection[str] = (),
+    *,
+    template: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    system: str | None = None,
+    **options: Any,
+) -> FormatterPlan:
+    """A formatter as far as it can be made, and checked, without a tokenizer.
+
+    Args:
+        present: The columns of the rows; they decide where no template or column is named.
+        template: One of :data:`TEMPLATES`; a text with ``{instruction}``, ``{input}`` and
+            ``{output}``, or a file that holds one; or a ``.jinja`` file with a chat template.
+        columns: Which column holds which role.
+        system: Text for the template's or the conversation's system message.
+        **options: Further arguments of the formatter; ``None`` leaves one to its default.
+
+    Raises:
+        ConfigError: When there is no such template or role, or they do not go together.
+    """
+    given = {"columns": columns, "system": system, **options}
+    if template is None:
+        kind = _choose_named(columns, present) if columns else choose_kind(present)
+    elif template in _KINDS:
+        kind = _KINDS[template]
+    else:
+        kind, own = _read_template(template)
+        given |= own
+    if kind is AlpacaFormatter:
+        resolve_template(given.get("template")).with_system(system)
+    elif issubclass(kind, TextFormatter) and system is not None:
+        raise ConfigError(
+            f"system was given, but a {kind.name!r} example is a rendered text already and has no "
+            "place for it. Write it into the text."
+        )
+    kind.map_columns(columns)
+    return FormatterPlan(kind, {name: value for name, value in given.items() if value is not None})
+
+
+def _read_template(template: str) -> tuple[type[FormatterBase], dict[str, Any]]:
+    if template in BUILTIN_TEMPLATES or "{" in template:
+        return AlpacaFormatter, {"template": template}
+    path = Path(template).expanduser()
+    if not path.is_file():
+        raise ConfigError(
+            f"There is no template {template!r}, and no such file."
+            f"{did_you_mean(template, TEMPLATES)} Known: {', '.join(TEMPLATES)}. One of your own "
+            "is a file with {instruction}, {input} and {output}, or a chat template in a .jinja "
+            "file."
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"The template {path} cannot be read: {error}") from error
+    if path.suffix == ".jinja":
+        return ChatFormatter, {"chat_template": text}
+    if "{" not in text:
+        raise ConfigError(
+            f"The template {path} has no {{instruction}} in it. A chat template's file is called "
+            "*.jinja."
+        )
+    # An editor's last line break is no part of what the model learns to write.
+    return AlpacaFormatter, {"template": text.removesuffix("\n")}

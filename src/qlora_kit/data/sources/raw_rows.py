@@ -1,0 +1,197 @@
+"""Where rows come from: a file, a folder, a hub name, a ``datasets`` object or a list.
+
+This module finds the rows and names their source. It does not know what they should hold.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from qlora_kit.data.sources.file_readers import READERS, RawRow, drop_nulls_inside, read_file
+from qlora_kit.data.sources.row_problems import Location
+from qlora_kit.errors import DataError, DataNotFoundError, OfflineError, QloraKitError, did_you_mean
+from qlora_kit.paths import describe_nearest, suggest_existing
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["RawRow", "RawRows", "read_source"]
+
+_SPLIT_NAMES: Final = frozenset({"train", "test", "validation", "valid", "val", "dev", "eval"})
+#: Files that describe a dataset and are not part of it.
+_METADATA: Final = frozenset(
+    {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+)
+
+
+class RawRows(NamedTuple):
+    """A source that has been read, before anyone asked what its rows should hold.
+
+    Attributes:
+        label: What to call it.
+        rows: Its rows, in order.
+    """
+
+    label: str
+    rows: list[RawRow]
+
+    @property
+    def columns(self) -> list[str]:
+        """Every column that a row has, in the order they appear."""
+        mappings = (row.value for row in self.rows if isinstance(row.value, Mapping))
+        return list(dict.fromkeys(str(name) for row in mappings for name in row))
+
+
+def read_source(source: Any, split: str = "train", *, local_files_only: bool = True) -> RawRows:
+    """The rows of a source, and what to call it; what was read already is as it is.
+
+    Raises:
+        DataError: When there is nothing readable there.
+        OfflineError: When it is a hub dataset that would have to be downloaded.
+    """
+    if isinstance(source, RawRows):
+        return source
+    if isinstance(source, str | os.PathLike):
+        name = os.fspath(source)
+        try:
+            return _read_named(name, split, local_files_only=local_files_only)
+        except QloraKitError:
+            raise
+        except OSError as error:
+            raise DataError(f"{name} cannot be read: {error}") from error
+    if isinstance(source, Mapping):
+        return _read_splits(source, split)
+    if hasattr(source, "features") and hasattr(source, "column_names"):
+        if not hasattr(source, "__len__"):
+            raise DataError(
+                "A streaming dataset has no length and cannot be read whole. Take what you need "
+                "first: list(dataset.take(10_000))."
+            )
+        return _read_dataset(source, "the datasets.Dataset")
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):
+        source = source.to_dict("records")
+    if isinstance(source, Sequence) and not isinstance(source, bytes | bytearray):
+        rows = [RawRow(Location(index), value) for index, value in enumerate(source)]
+        return RawRows(f"a list of {len(rows):,}", rows)
+    raise DataError(
+        f"Rows cannot be read from {type(source).__name__}. Give a file, a folder, a hub dataset's "
+        "name, a datasets.Dataset or a list of dictionaries."
+    )
+
+
+def _read_named(name: str, split: str, *, local_files_only: bool) -> RawRows:
+    if not name.strip():
+        raise DataError("The source is an empty name; give a file, a folder or a dataset's name.")
+    if "://" in name:
+        raise DataError(f"{name} is an address. Download the file first, then give its path.")
+    path = Path(name).expanduser()
+    if path.is_file():
+        return RawRows(str(path), read_file(path))
+    if path.is_dir():
+        return RawRows(str(path), _read_folder(path, split))
+    if not _looks_like_hub_name(name):
+        raise DataNotFoundError(f"There is nothing at {path}.{describe_nearest(path)}")
+    return _read_hub(name, path, split, local_files_only=local_files_only)
+
+
+def _read_folder(folder: Path, split: str) -> list[RawRow]:
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        from datasets import load_from_disk
+
+        saved = load_from_disk(str(folder))
+        if isinstance(saved, Mapping):
+            return _read_splits(saved, split).rows
+        return _read_dataset(saved, str(folder)).rows
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in READERS
+        and file.name not in _METADATA
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
+    if not files:
+        inside = sorted(entry.name for entry in folder.iterdir())[:8]
+        raise DataError(
+            f"{folder} has no {', '.join(READERS)} files. It holds: "
+            f"{', '.join(inside) or 'nothing'}."
+        )
+    files = _choose_split(folder, files, split)
+    if len(files) == 1:
+        return read_file(files[0])
+    rows: list[RawRow] = []
+    for file in files:
+        name = str(file.relative_to(folder))
+        rows += [row._replace(location=row.location._replace(file=name)) for row in read_file(file)]
+    return rows
+
+
+def _choose_split(folder: Path, files: list[Path], split: str) -> list[Path]:
+    """The files named after the split, as in ``train-00000-of-00002.parquet``; or all of them."""
+    words = {
+        file: set(re.split(r"[^a-z]+", str(file.relative_to(folder)).lower())) for file in files
+    }
+    if not any(words[file] & (_SPLIT_NAMES | {split.lower()}) for file in files):
+        return files
+    chosen = [file for file in files if split.lower() in words[file]]
+    if not chosen:
+        names = ", ".join(str(file.relative_to(folder)) for file in files[:8])
+        raise DataError(
+            f"No file in {folder} is named after the split {split!r}. There are: {names}. Choose "
+            "with split=..., or give the file itself."
+        )
+    return chosen
+
+
+def _read_splits(splits: Mapping[str, Any], split: str) -> RawRows:
+    if split in splits:
+        read = read_source(splits[split], split)
+        return read._replace(label=f"{read.label} (split {split!r})")
+    names = ", ".join(map(repr, splits))
+    raise DataError(
+        f"There is no split {split!r}.{did_you_mean(split, [str(name) for name in splits])} "
+        f"There are: {names or 'none'}. A table of columns is given as a list of rows or as a "
+        "datasets.Dataset."
+    )
+
+
+def _read_dataset(dataset: Dataset, label: str) -> RawRows:
+    rows = [
+        RawRow(Location(index), drop_nulls_inside(value))
+        for index, value in enumerate(dataset.to_list())
+    ]
+    return RawRows(f"{label} of {len(rows):,} rows", rows)
+
+
+def _read_hub(name: str, path: Path, split: str, *, local_files_only: bool) -> RawRows:
+    if not local_files_only:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetNotFoundError
+
+        try:
+            return _read_dataset(load_dataset(name, split=split), name)
+        except (DatasetNotFoundError, OSError, ValueError) as error:
+            raise DataNotFoundError(f"{name!r} could not be downloaded: {error}") from error
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(name, repo_type="dataset", local_files_only=True)
+    except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise OfflineError(
+            f"There is no file or folder {name!r}, and no dataset of that name in the local hub "
+            f"cache.{suggest_existing(path)} Download the dataset first, or allow that here with "
+            "local_files_only=False."
+        ) from error
+    return RawRows(name, _read_folder(Path(folder), split))
+
+
+def _looks_like_hub_name(name: str) -> bool:
+    return (
+        re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
+        and not name.startswith(".")
+        and Path(name).suffix.lower() not in {*READERS, ".txt", ".tsv", ".xlsx", ".gz", ".zip"}
+    )

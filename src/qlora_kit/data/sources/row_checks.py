@@ -1,0 +1,121 @@
+"""Loading: from any source to checked rows, with every bad row reported at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.data.sources.raw_rows import RawRow, RawRows, read_source
+from qlora_kit.data.sources.row_problems import BadRowPolicy, Location, RowProblem, settle_problems
+from qlora_kit.data.sources.rows import Rows
+from qlora_kit.errors import DataError
+
+if TYPE_CHECKING:
+    from qlora_kit.data.formatters.formatter_base import FormatterBase
+
+__all__ = ["check_columns", "load_rows", "parse_rows"]
+
+
+def load_rows(
+    formatter: FormatterBase,
+    source: Any,
+    split: str,
+    *,
+    policy: BadRowPolicy,
+    local_files_only: bool,
+) -> Rows:
+    """Read and check rows; see :meth:`FormatterBase.load`."""
+    if isinstance(source, Rows):
+        if source.has_roles_of(formatter):
+            return source.select(range(len(source)), formatter=formatter)
+        label = source.source
+        raw = [RawRow(source.get_location(index), value) for index, value in enumerate(source)]
+    else:
+        label, raw = read_source(source, split, local_files_only=local_files_only)
+    check_columns(RawRows(label, raw), formatter.find_missing_columns, formatter.columns)
+    values, locations = parse_rows(
+        RawRows(label, raw), formatter.parse_row, policy=policy, limit=formatter.max_reported_rows
+    )
+    return Rows(values, formatter=formatter, source=label, locations=locations)
+
+
+def parse_rows(
+    source: RawRows,
+    parse: Callable[[Mapping[str, Any]], tuple[dict[str, Any], list[str]]],
+    *,
+    policy: BadRowPolicy,
+    limit: int,
+) -> tuple[list[dict[str, Any]], list[Location]]:
+    """The roles of every row that can be used, and where each was.
+
+    Args:
+        source: What was read.
+        parse: The roles of a raw row, and what is wrong with it.
+        policy: What happens to rows that cannot be used.
+        limit: How many of them a message lists.
+
+    Raises:
+        DataError: When rows cannot be used and are not to be skipped, or none can.
+    """
+    values: list[dict[str, Any]] = []
+    locations: list[Location] = []
+    problems: list[RowProblem] = []
+    for row in source.rows:
+        if row.problem:
+            problems.append(RowProblem(row.location, row.problem))
+        elif not isinstance(row.value, Mapping):
+            problems.append(
+                RowProblem(
+                    row.location, f"is {type(row.value).__name__}, not an object with columns"
+                )
+            )
+        else:
+            value, reasons = parse(row.value)
+            if reasons:
+                problems.append(RowProblem(row.location, ", ".join(reasons)))
+            else:
+                values.append(value)
+                locations.append(row.location)
+    settle_problems(
+        problems,
+        total=len(source.rows),
+        source=source.label,
+        policy=policy,
+        limit=limit,
+    )
+    if not values:
+        raise DataError(
+            f"No row of {source.label} can be used; the log lists what is wrong with them."
+        )
+    return values, locations
+
+
+def check_columns(
+    source: RawRows,
+    find_missing: Callable[[Sequence[str]], Mapping[str, str]],
+    columns: Mapping[str, str],
+) -> None:
+    """Refuse a source without rows, or one where a whole column is absent.
+
+    Args:
+        source: What was read.
+        find_missing: Roles whose column is not among those present, with that column.
+        columns: Which column holds which role.
+
+    Raises:
+        DataError: With one message instead of one per row.
+    """
+    if not source.rows:
+        raise DataError(f"{source.label} has no rows. Training takes at least one.")
+    present = source.columns
+    if not present:
+        return
+    missing = find_missing(present)
+    if missing:
+        role = next(iter(missing))
+        example = next((name for name in present if name not in columns.values()), "...")
+        raise DataError(
+            f"No row of {source.label} has a column {' or '.join(map(repr, missing.values()))}. "
+            f"Its columns are: {', '.join(map(repr, present[:12]))}. Say which one it is, for "
+            f"example columns={{{role!r}: {example!r}}}."
+        )

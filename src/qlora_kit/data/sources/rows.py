@@ -1,0 +1,115 @@
+"""Rows that have been read and checked, ready to be formatted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, overload
+
+from qlora_kit.data.sources.row_problems import Location
+from qlora_kit.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from qlora_kit.data.formatters.formatter_base import FormatterBase
+
+__all__ = ["Rows"]
+
+
+class Rows(Sequence[dict[str, Any]]):
+    """Checked rows of a dataset, each a dictionary from role to value.
+
+    Attributes:
+        formatter: The formatter that read them.
+        source: Where they came from, in words.
+    """
+
+    def __init__(
+        self,
+        values: Sequence[dict[str, Any]],
+        *,
+        formatter: FormatterBase,
+        source: str,
+        locations: Sequence[Location] | None = None,
+    ) -> None:
+        self._values = list(values)
+        self._locations = (
+            [Location(index) for index in range(len(self._values))]
+            if locations is None
+            else list(locations)
+        )
+        self.formatter = formatter
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self._values)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Rows: ...
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | Rows:
+        if isinstance(index, slice):
+            return self.select(range(len(self))[index])
+        return self._values[index]
+
+    def __repr__(self) -> str:
+        return f"Rows({len(self):,} from {self.source})"
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the rows' content and order; where they came from does not matter."""
+        digest = hashlib.sha256()
+        for value in self._values:
+            digest.update(json.dumps(value, sort_keys=True, ensure_ascii=False).encode())
+            digest.update(b"\n")
+        return digest.hexdigest()[:16]
+
+    def has_roles_of(self, formatter: FormatterBase) -> bool:
+        """Whether another formatter can take these rows as they are."""
+        own = self.formatter
+        return (own.roles, own.optional_roles) == (formatter.roles, formatter.optional_roles)
+
+    def get_location(self, index: int) -> Location:
+        """Where the row at ``index`` stood in its source."""
+        return self._locations[index]
+
+    def select(self, indices: Iterable[int], *, formatter: FormatterBase | None = None) -> Rows:
+        """The rows at ``indices``, in that order; for another formatter of the kind, if given."""
+        chosen = list(indices)
+        return Rows(
+            [self._values[index] for index in chosen],
+            formatter=formatter or self.formatter,
+            source=self.source,
+            locations=[self._locations[index] for index in chosen],
+        )
+
+    def split(self, fraction: float, seed: int = 3407) -> tuple[Rows, Rows]:
+        """Split off a random share, for evaluation.
+
+        Args:
+            fraction: Share of the rows to hold out, between 0 and 1.
+            seed: The same seed holds out the same rows.
+
+        Returns:
+            The rows to train on and the held-out rows, each in their original order.
+
+        Raises:
+            ConfigError: When ``fraction`` is not between 0 and 1.
+            DataError: When there are too few rows for both parts.
+        """
+        is_number = isinstance(fraction, float | int) and not isinstance(fraction, bool)
+        if not is_number or not 0.0 < fraction < 1.0:
+            raise ConfigError(f"fraction is a share between 0 and 1, got {fraction!r}.")
+        if len(self) < 2:
+            raise DataError(f"{self.source} has {len(self)} row; splitting takes at least 2.")
+        count = min(max(round(len(self) * fraction), 1), len(self) - 1)
+        held_out = set(random.Random(seed).sample(range(len(self)), count))
+        return (
+            self.select(index for index in range(len(self)) if index not in held_out),
+            self.select(sorted(held_out)),
+        )

@@ -1,0 +1,1 @@
+"""From segments of text to token ids and labels."""

@@ -1,0 +1,209 @@
+"""Rows to token ids and labels: the one place where it is decided what carries loss."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from qlora_kit.data.batches.collators import IGNORED_LABEL
+from qlora_kit.data.sources.row_problems import RowProblem, settle_problems
+from qlora_kit.data.tokens.encoded_cache import find_cached, make_key, store
+from qlora_kit.data.tokens.encoding_report import EncodingReport, explain_emptiness
+from qlora_kit.data.tokens.segment_ids import digest_segments, join_segments, make_segments
+from qlora_kit.data.tokens.truncation import check_limits, fit_examples
+from qlora_kit.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from qlora_kit.data.formatters.formatter_base import FormatterBase
+    from qlora_kit.data.sources.rows import Rows
+
+__all__ = ["EncodedExamples", "encode_rows"]
+
+logger = logging.getLogger(__name__)
+
+_BATCH: Final = 1000
+_CACHED_FROM: Final = 2000
+
+
+@dataclass(frozen=True)
+class EncodedExamples:
+    """Examples as tokens.
+
+    Attributes:
+        dataset: Rows with ``input_ids`` and ``labels``, lists of ints of the same length;
+            labels are -100 where there is no loss, at the first token always.
+        report: What became of the rows.
+    """
+
+    dataset: Dataset
+    report: EncodingReport
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+_Work = tuple["FormatterBase", "Rows", int, str]
+
+
+class _Batch(NamedTuple):
+    table: Any
+    report: EncodingReport
+    too_long: list[tuple[int, int]]
+    problems: list[RowProblem]
+
+
+def encode_rows(
+    formatter: FormatterBase,
+    rows: Rows,
+    *,
+    max_length: int,
+    truncation: str = "end",
+    num_proc: int | None = None,
+    cache: bool | None = None,
+) -> EncodedExamples:
+    """Turn rows into token ids and labels; see :meth:`FormatterBase.encode`."""
+    check_limits(max_length, truncation)
+    if num_proc is not None and (not isinstance(num_proc, int) or num_proc < 1):
+        raise ConfigError(f"num_proc must be at least 1, got {num_proc!r}.")
+    if not len(rows):
+        raise DataError(f"{rows.source} has no rows.")
+    start = time.perf_counter()
+    key = None
+    if cache if cache is not None else len(rows) >= _CACHED_FROM:
+        # A formatter from elsewhere may run any code; what it makes of the rows is hashed then.
+        is_own = type(formatter).segments.__module__.startswith("qlora_kit.data.")
+        content = rows.fingerprint if is_own else digest_segments(formatter, rows)
+        # An error about bad rows must not be answered with what an earlier run left of them.
+        policy = formatter.on_bad_rows
+        key = make_key(content, formatter.fingerprint, policy, str(max_length), truncation)
+        cached = find_cached(key)
+        if cached is not None:
+            dataset, values = cached
+            report = EncodingReport(**values)
+            report = replace(report, is_cached=True, seconds=time.perf_counter() - start)
+            _log(report)
+            return EncodedExamples(dataset, report)
+    batches = list(_encode_all(formatter, rows, max_length, truncation, num_proc))
+    report = EncodingReport.add_up([batch.report for batch in batches])
+    report = replace(report, seconds=time.perf_counter() - start)
+    _check_outcome(formatter, rows, batches, report)
+    dataset = _make_dataset(batches)
+    if key is not None:
+        dataset = store(key, dataset, asdict(report))
+    _log(report)
+    return EncodedExamples(dataset, report)
+
+
+def _encode_all(
+    formatter: FormatterBase, rows: Rows, max_length: int, truncation: str, num_proc: int | None
+) -> Iterator[_Batch]:
+    from tqdm.auto import tqdm
+
+    work = (formatter, rows, max_length, truncation)
+    starts = range(0, len(rows), _BATCH)
+    processes = min(_choose_processes(formatter, len(rows), num_proc), len(starts))
+    # What takes a moment only needs no progress bar.
+    with tqdm(total=len(rows), desc="Tokenizing", unit="row", disable=len(starts) == 1) as progress:
+        if processes == 1:
+            for start in starts:
+                yield (batch := _encode_batch(*work, start))
+                progress.update(batch.report.rows)
+            return
+        # Forked processes find the tokenizer and the rows in memory; nothing is sent but results.
+        context = multiprocessing.get_context("fork")
+        with context.Pool(processes, initializer=_inherit, initargs=(work,)) as pool:
+            for batch in pool.imap(_encode_inherited, starts):
+                yield batch
+                progress.update(batch.report.rows)
+
+
+_inherited: list[_Work] = []
+
+
+def _inherit(work: _Work) -> None:
+    _inherited[:] = [work]
+
+
+def _encode_inherited(start: int) -> _Batch:
+    return _encode_batch(*_inherited[0], start)
+
+
+def _choose_processes(formatter: FormatterBase, rows: int, num_proc: int | None) -> int:
+    if "fork" not in multiprocessing.get_all_start_methods():
+        return 1
+    if num_proc is not None:
+        return num_proc
+    if formatter.text.is_fast or rows < _CACHED_FROM:
+        return 1
+    return os.cpu_count() or 1
+
+
+def _encode_batch(
+    formatter: FormatterBase, rows: Rows, max_length: int, truncation: str, start: int
+) -> _Batch:
+    import numpy as np
+
+    indices = range(start, min(start + _BATCH, len(rows)))
+    places, segments, problems = make_segments(formatter, rows, indices)
+    joined = join_segments(formatter, segments)
+    ids = np.fromiter(chain.from_iterable(ids for ids, _ in joined), np.int32)
+    trained = np.fromiter(chain.from_iterable(trained for _, trained in joined), bool)
+    fitted = fit_examples(
+        ids,
+        np.where(trained, ids, np.int32(IGNORED_LABEL)),
+        np.cumsum([0, *(len(ids) for ids, _ in joined)]),
+        max_length=max_length,
+        truncation=truncation,
+    )
+    report = replace(fitted.report, rows=len(indices), unusable=len(problems))
+    too_long = [(places[place], length) for place, length in fitted.too_long]
+    return _Batch(fitted.table, report, too_long, problems)
+
+
+def _make_dataset(batches: Sequence[_Batch]) -> Dataset:
+    import pyarrow as pa
+    from datasets import Dataset
+
+    return Dataset(pa.concat_tables([batch.table for batch in batches]))
+
+
+def _check_outcome(
+    formatter: FormatterBase, rows: Rows, batches: Sequence[_Batch], report: EncodingReport
+) -> None:
+    settle_problems(
+        [problem for batch in batches for problem in batch.problems],
+        total=len(rows),
+        source=rows.source,
+        policy=formatter.on_bad_rows,
+        limit=formatter.max_reported_rows,
+    )
+    too_long = [pair for batch in batches for pair in batch.too_long]
+    if report.truncation == "error":
+        problems = [
+            RowProblem(
+                rows.get_location(index), f"{length:,} tokens, the limit is {report.max_length:,}"
+            )
+            for index, length in too_long
+        ]
+        settle_problems(
+            problems,
+            total=len(rows),
+            source=rows.source,
+            policy="raise",
+            limit=formatter.max_reported_rows,
+            advice="Raise max_length, or choose truncation='end' or truncation='drop'.",
+        )
+    if not report.examples:
+        raise DataError(explain_emptiness(report, rows.source))
+
+
+def _log(report: EncodingReport) -> None:
+    logger.log(logging.WARNING if report.has_losses else logging.INFO, "%s.", report)

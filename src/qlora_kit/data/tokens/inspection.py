@@ -1,0 +1,214 @@
+"""Looking before training: examples with their trained tokens marked, and statistics."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from qlora_kit.data.sources.row_problems import settle_problems
+from qlora_kit.data.tokens.segment_ids import join_segments, make_segments
+from qlora_kit.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from qlora_kit.data.formatters.formatter_base import FormatterBase
+    from qlora_kit.data.sources.rows import Rows
+
+__all__ = ["DataReport", "describe_rows", "render_preview"]
+
+_PERCENTILES: Final = (5, 25, 50, 75, 95, 99)
+# Two channels, so that a special token still says whether it is trained: colour, and underlining.
+_TRAINED: Final = "\033[32m"
+_PLAIN: Final = "\033[2m"
+_SPECIAL: Final = "\033[4m"
+_RESET: Final = "\033[0m"
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """Statistics of a data set under a formatter.
+
+    Attributes:
+        source: Where the rows came from.
+        rows: Number of rows.
+        tokens: Tokens of all rows, untruncated.
+        trained_tokens: Of those, the tokens that carry loss.
+        lengths: Length at each percentile, in tokens: ``{0: shortest, 5: ..., 100: longest}``.
+        mean_length: Mean length, in tokens.
+        max_length: The limit that the next three count against, in tokens.
+        truncated: Rows longer than the limit.
+        tokens_beyond: Tokens beyond the limit.
+        without_trained_tokens: Rows of which nothing trained is within the limit.
+        duplicates: Rows that repeat an earlier row exactly.
+        repeated_prompts: Rows whose prompt an earlier row has with another answer.
+        literal_specials: Rows whose text contains the name of a special token; it stays text.
+    """
+
+    source: str
+    rows: int
+    tokens: int
+    trained_tokens: int
+    lengths: dict[int, int]
+    mean_length: float
+    max_length: int
+    truncated: int
+    tokens_beyond: int
+    without_trained_tokens: int
+    duplicates: int
+    repeated_prompts: int
+    literal_specials: int
+
+    def __str__(self) -> str:
+        def share(part: int) -> str:
+            return f"{part:,} ({100 * part / self.rows:.1f}%)"
+
+        shown = ", ".join(
+            f"{self.lengths[p]:,} ({name})"
+            for p, name in ((0, "shortest"), (5, "5%"), (50, "half"), (95, "95%"), (100, "longest"))
+        )
+        lines = [
+            ("rows", f"{self.rows:,}"),
+            ("tokens", f"{self.tokens:,}, mean {self.mean_length:.0f} per row"),
+            (
+                "trained tokens",
+                f"{self.trained_tokens:,} ({100 * self.trained_tokens / self.tokens:.1f}%)",
+            ),
+            ("length", shown),
+            (f"longer than {self.max_length:,}", f"{share(self.truncated)} of the rows"),
+            ("tokens beyond", f"{self.tokens_beyond:,}"),
+            ("nothing to learn", f"{share(self.without_trained_tokens)} of the rows"),
+            ("duplicate rows", share(self.duplicates)),
+            ("repeated prompts", f"{share(self.repeated_prompts)} with another answer"),
+        ]
+        if self.literal_specials:
+            lines.append(
+                ("special tokens", f"{share(self.literal_specials)} rows name one; it stays text")
+            )
+        width = max(len(name) for name, _ in lines)
+        return "\n".join([self.source, *(f"  {name:<{width}}  {value}" for name, value in lines)])
+
+
+def describe_rows(formatter: FormatterBase, rows: Rows, *, max_length: int) -> DataReport:
+    """Statistics of rows; see :meth:`FormatterBase.describe`."""
+    import numpy as np
+
+    if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1:
+        raise ConfigError(f"max_length must be at least 1 token, got {max_length!r}.")
+    lengths: list[int] = []
+    trained_tokens = without = literal = 0
+    seen: set[bytes] = set()
+    prompts: set[bytes] = set()
+    duplicates = repeated = 0
+    pattern = formatter.text.special_pattern
+    problems = []
+    for start in range(0, len(rows), 1000):
+        made = make_segments(formatter, rows, range(start, min(start + 1000, len(rows))))
+        problems += made.problems
+        for place, segments, (ids, trained) in zip(
+            made.places, made.segments, join_segments(formatter, made.segments), strict=True
+        ):
+            lengths.append(len(ids))
+            trained_tokens += sum(trained)
+            without += not any(trained[:max_length])
+            literal += pattern is not None and any(
+                pattern.search(s.text) for s in segments if not s.is_special
+            )
+            whole = _digest(rows[place])
+            prompt = _digest([s.text for s in segments if not s.is_trained])
+            duplicates += whole in seen
+            repeated += whole not in seen and prompt in prompts
+            seen.add(whole)
+            prompts.add(prompt)
+    settle_problems(
+        problems,
+        total=len(rows),
+        source=rows.source,
+        policy=formatter.on_bad_rows,
+        limit=formatter.max_reported_rows,
+    )
+    if not lengths:
+        raise DataError(f"No row of {rows.source} can be used; the log lists why.")
+    counts = np.array(lengths)
+    points = (0, *_PERCENTILES, 100)
+    return DataReport(
+        source=rows.source,
+        rows=len(lengths),
+        tokens=int(counts.sum()),
+        trained_tokens=trained_tokens,
+        lengths={p: round(float(np.percentile(counts, p))) for p in points},
+        mean_length=float(counts.mean()),
+        max_length=max_length,
+        truncated=int((counts > max_length).sum()),
+        tokens_beyond=int(np.maximum(counts - max_length, 0).sum()),
+        without_trained_tokens=without,
+        duplicates=duplicates,
+        repeated_prompts=repeated,
+        literal_specials=literal,
+    )
+
+
+def render_preview(formatter: FormatterBase, rows: Rows, *, n: int, color: bool | None) -> str:
+    """Examples as text; see :meth:`FormatterBase.preview`."""
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise ConfigError(f"n must be at least 1, got {n!r}.")
+    if color is None:
+        color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    made = make_segments(formatter, rows, range(min(n, len(rows))))
+    settle_problems(
+        made.problems,
+        total=len(rows),
+        source=rows.source,
+        policy=formatter.on_bad_rows,
+        limit=formatter.max_reported_rows,
+    )
+    examples = join_segments(formatter, made.segments)
+    legend = (
+        f"{_TRAINED}trained{_RESET}, {_PLAIN}not trained{_RESET}, {_SPECIAL}special tokens{_RESET}"
+        if color
+        else "trained tokens stand between ⟦ and ⟧"
+    )
+    blocks = [f"{len(examples)} of {len(rows):,} examples; {legend}"]
+    for place, (ids, trained) in zip(made.places, examples, strict=True):
+        header = f"── example {place + 1}: {len(ids)} tokens, {sum(trained)} trained "
+        blocks.append(header + "─" * max(0, 72 - len(header)))
+        blocks.append(_render(formatter, ids, trained, color=color))
+    return "\n".join(blocks)
+
+
+def _render(
+    formatter: FormatterBase, ids: Sequence[int], trained: Sequence[bool], *, color: bool
+) -> str:
+    """Runs of tokens decoded together: one token may be only part of a character."""
+    specials = {
+        formatter.text.get_token_id(name)
+        for name in formatter.text.special_tokens
+        if name in formatter.tokenizer.get_vocab()
+    }
+    runs: list[tuple[bool, bool, list[int]]] = []
+    for token, is_trained in zip(ids, trained, strict=True):
+        is_special = token in specials
+        if runs and runs[-1][:2] == (is_trained, is_special) and not is_special:
+            runs[-1][2].append(token)
+        else:
+            runs.append((is_trained, is_special, [token]))
+    text = ""
+    was_trained = False
+    for is_trained, is_special, tokens in runs:
+        piece: Any = formatter.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+        if color:
+            style = (_TRAINED if is_trained else _PLAIN) + (_SPECIAL if is_special else "")
+            text += f"{style}{piece}{_RESET}"
+            continue
+        if is_trained != was_trained:
+            text += "⟦" if is_trained else "⟧"
+            was_trained = is_trained
+        text += piece
+    return text + ("⟧" if was_trained else "")
+
+
+def _digest(value: Any) -> bytes:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()[:16]

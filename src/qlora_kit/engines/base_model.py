@@ -1,0 +1,228 @@
+"""A checkpoint as every engine opens it: looked through before a weight is read.
+
+What is refused here is refused by all engines, in the same words.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.config import DtypeName, LoadConfig
+from qlora_kit.device import choose_compute_dtype, get_device
+from qlora_kit.engines.peft_model import keep_random_states
+from qlora_kit.engines.quantization import (
+    QuantizationName,
+    check_bitsandbytes,
+    read_stored_quantization,
+)
+from qlora_kit.engines.tokenizer import load_tokenizer
+from qlora_kit.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "OpenedCheckpoint",
+    "explain_load_errors",
+    "open_checkpoint",
+    "refuse_missing_tensors",
+]
+
+logger = logging.getLogger(__name__)
+
+# Where transformers reports which tensors it did not find.
+_LOADING_LOG = "transformers.modeling_utils"
+
+
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """What is known of a checkpoint while its weights are still on disk.
+
+    Attributes:
+        folder: Where it lies.
+        device: Where it goes.
+        dtype: What it will compute in.
+        stored: How its files are quantized already.
+        quantization: How it will be quantized in memory.
+        model_config: transformers' configuration of the model.
+        tokenizer: Its tokenizer, with padding settled.
+    """
+
+    folder: Path
+    device: torch.device
+    dtype: DtypeName
+    stored: QuantizationName | None
+    quantization: QuantizationName | None
+    model_config: Any
+    tokenizer: PreTrainedTokenizerBase
+
+
+def open_checkpoint(config: LoadConfig) -> OpenedCheckpoint:
+    """Read everything of the checkpoint in ``config.model_name``, a local folder, but its weights.
+
+    Raises:
+        ConfigError: When the dtype is none.
+        MissingDependencyError: When bitsandbytes is needed and does not run.
+        ModelNotFoundError: When there is no tokenizer.
+        UnsupportedModelError: When the files are damaged or incomplete, quantized by something
+            other than bitsandbytes, or of a model that is no causal language model.
+    """
+    folder = Path(config.model_name)
+    device = get_device()
+    dtype = choose_compute_dtype(config.dtype, device)
+    stored = read_stored_quantization(folder)
+    wanted: QuantizationName | None = (
+        "nf4" if config.load_in_4bit else "int8" if config.load_in_8bit else None
+    )
+    if stored is not None and wanted != stored:
+        logger.info("%s is already quantized to %s and stays so.", folder, stored)
+    quantization = stored or wanted
+    if quantization is not None:
+        check_bitsandbytes(device, quantization)
+    model_config = _read_model_config(folder, config)
+    _warn_beyond_positions(config.max_seq_length, model_config)
+    tokenizer = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
+    _check_tensors(
+        folder,
+        model_config,
+        is_quantized=stored is not None,
+        trust_remote_code=config.trust_remote_code,
+    )
+    return OpenedCheckpoint(folder, device, dtype, stored, quantization, model_config, tokenizer)
+
+
+@contextlib.contextmanager
+def explain_load_errors(folder: Path) -> Iterator[None]:
+    """Turn what transformers raises over a checkpoint into an error of ours."""
+    import torch
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # sizes that differ, quantized tensors that are incomplete
+        raise UnsupportedModelError(
+            f"transformers cannot load {folder}: {str(error).strip().splitlines()[0]} "
+            "Download the model again."
+        ) from error
+    except (ValueError, KeyError, OSError) as error:
+        raise UnsupportedModelError(
+            f"transformers cannot load {folder} as a causal language model: {error}"
+        ) from error
+    except SafetensorError as error:
+        raise UnsupportedModelError(
+            f"A weight file in {folder} is damaged or cut short ({error}). Download it again."
+        ) from error
+
+
+def refuse_missing_tensors(folder: Path, missing: Collection[str]) -> None:
+    """Refuse a checkpoint that lacks tensors, which transformers would draw at random.
+
+    Raises:
+        UnsupportedModelError: When ``missing`` names any.
+    """
+    if missing:
+        raise UnsupportedModelError(
+            f"{folder} lacks {len(missing)} of the model's tensors, such as {min(missing)}. "
+            "Download the model again."
+        )
+
+
+def _check_tensors(
+    folder: Path, model_config: Any, *, is_quantized: bool, trust_remote_code: bool
+) -> None:
+    """Let transformers match the files' tensors with the model's, without computing with them.
+
+    What is missing, or has another shape where weights are quantized while they are loaded, it
+    would take as it comes, and not every engine's loading says so. A checkpoint
+    that cannot be matched this way is left for the engine to judge.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    # Quantized tensors have other shapes, and cannot be unpacked without their numbers.
+    plain = copy.deepcopy(model_config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    # Patched libraries draw numbers for it all the same.
+    with explain_load_errors(folder), _without_reports(), keep_random_states():
+        try:
+            _, loading = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                config=plain,
+                device_map={"": "meta"},
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+            )
+        except (ValueError, KeyError, OSError, SafetensorError):
+            raise
+        # Whatever else fails on tensors without numbers may well load.
+        except Exception as error:  # noqa: BLE001
+            logger.info("The tensors of %s were not checked first: %s", folder, error)
+            return
+    refuse_missing_tensors(folder, loading["missing_keys"])
+    # Packed weights have a shape of their own.
+    mismatched = [] if is_quantized else sorted(loading["mismatched_keys"])
+    if mismatched:
+        name, stored_shape, shape = mismatched[0]
+        raise UnsupportedModelError(
+            f"{len(mismatched)} tensors in {folder} do not have the shape that its config.json "
+            f"implies, such as {name}: {tuple(stored_shape)}, not {tuple(shape)}. Download the "
+            "model again."
+        )
+
+
+@contextlib.contextmanager
+def _without_reports() -> Iterator[None]:
+    """Keep transformers' progress bar and its report of what it found from being shown."""
+    from transformers.utils import logging as transformers_logging
+
+    def is_no_report(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    log = logging.getLogger(_LOADING_LOG)
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    log.addFilter(is_no_report)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.removeFilter(is_no_report)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _read_model_config(folder: Path, config: LoadConfig) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=config.trust_remote_code
+        )
+    except (ValueError, KeyError, OSError) as error:
+        raise UnsupportedModelError(
+            f"transformers does not know the model in {folder}: {error}"
+        ) from error
+
+
+def _warn_beyond_positions(max_seq_length: int, model_config: Any) -> None:
+    """Say so when sequences will be longer than the model was trained for."""
+    text_config = model_config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if positions and max_seq_length > positions:
+        logger.warning(
+            "max_seq_length=%d is beyond the %d positions this model was trained for; "
+            "answers past that point may be poor.",
+            max_seq_length,
+            positions,
+        )

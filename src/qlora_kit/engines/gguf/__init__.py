@@ -1,0 +1,1 @@
+"""Reading a ``.gguf`` file as a base model, for every engine."""

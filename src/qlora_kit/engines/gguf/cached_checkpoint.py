@@ -1,0 +1,179 @@
+"""A ``.gguf`` file as a base model: dequantized once into a cached checkpoint.
+
+transformers reads the weights; models that it reads wrongly are refused. The tokenizer is
+rebuilt from the file's own metadata.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from qlora_kit.engines.gguf.file_tokenizer import (
+    build_tokenizer,
+    collect_end_token_ids,
+    read_value,
+)
+from qlora_kit.errors import MissingDependencyError, ModelNotFoundError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from gguf import GGUFReader
+
+__all__ = ["dequantize_gguf"]
+
+logger = logging.getLogger(__name__)
+
+#: Part of the cache key; raised when the files written here change.
+_CACHE_VERSION: Final = 2
+
+#: Architectures whose logits were compared with llama.cpp's (transformers 5.17). It drops
+#: gemma's norms and windows, and qwen3moe's experts do not load.
+_READ_CORRECTLY: Final = ("llama", "phi3", "qwen2", "qwen3")
+
+#: Biases that transformers' models of these architectures have without being told.
+_READ_BIASES: Final = {"qwen2": ("attn_q.bias", "attn_k.bias", "attn_v.bias")}
+
+
+def dequantize_gguf(path: Path, cache_dir: Path) -> Path:
+    """The checkpoint folder for a GGUF file, written on first use.
+
+    Args:
+        path: A ``.gguf`` file.
+        cache_dir: Where dequantized checkpoints are kept, one folder per file content.
+
+    Returns:
+        A folder with bfloat16 safetensors, config, generation config, tokenizer and chat
+        template.
+
+    Raises:
+        MissingDependencyError: When the ``gguf`` package is not installed.
+        UnsupportedModelError: When the file is damaged, or transformers would read it wrongly.
+    """
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"Reading {path} needs the gguf package: pip install 'qlora-kit[gguf]'."
+        ) from error
+    folder = cache_dir / f"{path.stem}-{_fingerprint(path)}"
+    if (folder / "config.json").is_file():
+        logger.info("Using the dequantized checkpoint %s", folder)
+        return folder
+    reader = _open(path)
+    _check_architecture(reader, path)
+    tokenizer = build_tokenizer(reader, path)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    # Written aside and renamed, so that a second process never sees half a checkpoint.
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.stem}-", dir=cache_dir))
+    try:
+        _write_checkpoint(path, reader, tokenizer, staging)
+        os.replace(staging, folder)
+    except OSError:
+        # Another process may have finished the same folder first.
+        if not (folder / "config.json").is_file():
+            raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    logger.info("Dequantized %s into %s", path, folder)
+    return folder
+
+
+def _fingerprint(path: Path) -> str:
+    """A hash of the whole file: models trained again differ in the middle, with the same size."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.sha256(f"{_CACHE_VERSION}:".encode()))
+    return digest.hexdigest()[:16]
+
+
+def _open(path: Path) -> GGUFReader:
+    from gguf import GGUFReader
+
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ModelNotFoundError(f"{path} is not a GGUF file: it does not begin with 'GGUF'.")
+    try:
+        return GGUFReader(path)
+    # The reader indexes a memory map; a truncated file surfaces as any of these.
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        raise UnsupportedModelError(f"{path} is damaged or truncated: {error}") from error
+
+
+def _check_architecture(reader: GGUFReader, path: Path) -> None:
+    architecture = read_value(reader, "general.architecture")
+    if architecture not in _READ_CORRECTLY:
+        raise UnsupportedModelError(
+            f"{path} holds a {architecture!r} model, which transformers does not read correctly "
+            f"from GGUF (checked: {', '.join(_READ_CORRECTLY)}). Start from the model's "
+            "safetensors checkpoint."
+        )
+    tensors = {tensor.name for tensor in reader.tensors}
+    scaled = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
+    if scaled & tensors or read_value(reader, f"{architecture}.rope.scaling.type"):
+        raise UnsupportedModelError(
+            f"{path} uses scaled rotary embeddings, which transformers drops when reading GGUF. "
+            "Start from the model's safetensors checkpoint."
+        )
+    expected = _READ_BIASES.get(architecture, ())
+    biases = sorted(
+        name for name in tensors if name.endswith(".bias") and not name.endswith(expected)
+    )
+    if biases:
+        raise UnsupportedModelError(
+            f"{path} has biases such as {biases[0]!r}, which transformers drops when reading "
+            "GGUF. Start from the model's safetensors checkpoint."
+        )
+    heads = read_value(reader, f"{architecture}.attention.head_count")
+    width = read_value(reader, f"{architecture}.embedding_length")
+    key_length = read_value(reader, f"{architecture}.attention.key_length")
+    rotary = read_value(reader, f"{architecture}.rope.dimension_count")
+    if architecture == "phi3" and rotary and heads and rotary * heads != width:
+        raise UnsupportedModelError(
+            f"{path} rotates {rotary} of {width // heads} dimensions per head, which transformers "
+            "ignores when reading GGUF. Start from the model's safetensors checkpoint."
+        )
+    if key_length is not None and heads and key_length * heads != width and architecture != "qwen3":
+        raise UnsupportedModelError(
+            f"{path} has heads of {key_length} where {width}/{heads} is expected; transformers "
+            "ignores that when reading GGUF. Start from the model's safetensors checkpoint."
+        )
+
+
+def _write_checkpoint(
+    path: Path, reader: GGUFReader, tokenizer: PreTrainedTokenizerFast, folder: Path
+) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+
+    config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+    architecture = read_value(reader, "general.architecture")
+    key_length = read_value(reader, f"{architecture}.attention.key_length")
+    if key_length is not None:
+        config.head_dim = int(key_length)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(path.parent),
+        config=config,
+        gguf_file=path.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    )
+    model.generation_config.eos_token_id = collect_end_token_ids(reader)
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.config.bos_token_id = tokenizer.bos_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    # The name inside the file would be taken for a hub id.
+    config_path = folder / "config.json"
+    saved = json.loads(config_path.read_text(encoding="utf-8"))
+    saved.pop("_model_name_or_path", None)
+    config_path.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,289 @@
+"""The forward and backward pass of a micro-batch over a peft model's own tensors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from qlora_kit.engines.native.fast.adapter_copies import AdapterCopies, make_adapter_copies
+from qlora_kit.engines.native.fast.attention import (
+    AttentionKind,
+    choose_attention,
+    make_block_mask,
+)
+from qlora_kit.engines.native.fast.compilation import Compiled
+from qlora_kit.engines.native.fast.layer import (
+    LayerShape,
+    LayerTensors,
+    Modules,
+    Projections,
+    decoder_layer,
+)
+from qlora_kit.engines.native.fast.layout import MicroBatch
+from qlora_kit.engines.native.fast.loss import (
+    SoftmaxStep,
+    linear_cross_entropy,
+    plain_softmax_step,
+    softmax_step,
+)
+from qlora_kit.engines.native.fast.peft_layers import GroupReader, read_group
+from qlora_kit.engines.native.fast.plan import FastPlan, MemoryModel, ResolvedPlan
+from qlora_kit.engines.native.fast.projection import dequantize
+
+__all__ = ["FusedModel"]
+
+logger = logging.getLogger(__name__)
+
+_GROUPS = ("qkv", "out", "gate_up", "down")
+
+
+class FusedModel:
+    """Runs micro-batches through a Llama-family model with LoRA adapters.
+
+    Args:
+        model: A ``PeftModel`` that :func:`support.find_obstacle` has nothing against. It is read,
+            never changed.
+        asked: What the user pinned.
+    """
+
+    def __init__(self, model: Any, asked: FastPlan) -> None:
+        base = model.get_base_model()
+        self._decoder = base.model
+        self._embedding = base.get_input_embeddings()
+        self._head: Tensor = base.get_output_embeddings().weight.detach()
+        self.dtype: torch.dtype = self._embedding.weight.dtype
+        self.device: torch.device = self._embedding.weight.device
+        config = base.config
+        attention = self._decoder.layers[0].self_attn
+        self._layer_call = Compiled(
+            decoder_layer, asked.compile, self.device, "decoder layers", otherwise=_plain_layer
+        )
+        self.shape = LayerShape(
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=attention.head_dim,
+            intermediate=config.intermediate_size,
+            epsilon=config.rms_norm_eps,
+            gated=self._choose_gated(),
+        )
+        self.attention: AttentionKind = (
+            choose_attention(self.device, self.dtype, attention.head_dim)
+            if asked.attention == "auto"
+            else asked.attention
+        )
+        self._readers = [self._read_layer(layer) for layer in self._decoder.layers]
+        fused = [
+            group for layer in self._readers for group in layer.values()
+            if isinstance(group, GroupReader)
+        ]  # fmt: skip
+        self.adapter_copies: list[AdapterCopies]
+        self.adapter_copies, self._copies_of = make_adapter_copies(fused, self.dtype)
+        self.is_quantized = any(group.scales for group in fused)
+        self._layers: list[LayerTensors] = []
+        self._plan: ResolvedPlan | None = None
+        self._softmax_call = self._choose_softmax(asked)
+
+    @property
+    def plan(self) -> ResolvedPlan:
+        """What was decided; set by :meth:`apply`."""
+        assert self._plan is not None
+        return self._plan
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether :meth:`apply` was called."""
+        return self._plan is not None
+
+    @property
+    def is_fully_fused(self) -> bool:
+        """Whether no projection is left to peft's own modules."""
+        return all(
+            isinstance(group, GroupReader) for layer in self._readers for group in layer.values()
+        )
+
+    def apply(self, plan: ResolvedPlan) -> None:
+        """Set up what a plan asks for."""
+        self._plan = plan
+        self._layers = [
+            LayerTensors(
+                *self._norms(layer),
+                **{name: self._group(readers[name], plan.caches_weights) for name in _GROUPS},
+            )
+            for layer, readers in zip(self._decoder.layers, self._readers, strict=True)
+        ]
+
+    def memory_model(self) -> MemoryModel:
+        """What a step takes, from shapes alone."""
+        shape, size = self.shape, self.dtype.itemsize
+        hidden = self._embedding.weight.shape[1]
+        queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        groups = [group for layer in self._readers for group in layer.values()
+                  if isinstance(group, GroupReader)]  # fmt: skip
+        sizes = [sum(group.rows) * group.columns * size for group in groups]
+        # Kept per token: normalized inputs, q/k/v before and after rotation, attention output,
+        # gate and up, their product. Measured peaks lie within this.
+        saved = (3 * hidden + 2 * (queries + 2 * keys) + queries + 3 * shape.intermediate) * size
+        return MemoryModel(
+            layers=len(self._readers),
+            saved_per_token=saved,
+            boundary_per_token=hidden * size,
+            transient_per_token=(4 * hidden + 4 * shape.intermediate) * size,
+            dequantized=sum(
+                taken for taken, group in zip(sizes, groups, strict=True) if group.scales
+            ),
+            largest_group=max(sizes, default=0),
+            # Triton's kernel turns logits into their gradient in place.
+            loss_per_token=self._head.shape[0] * (size if self._has_triton else 2 * size + 8),
+            gradients=2 * sum(copies.nbytes() for copies in self.adapter_copies),
+        )
+
+    def begin_step(self) -> None:
+        """Take the adapters' present values; forget earlier gradients."""
+        for copies in self.adapter_copies:
+            copies.refresh()
+            copies.clear_gradients()
+
+    def end_micro_batch(self) -> None:
+        """Gather a micro-batch's gradients."""
+        for copies in self.adapter_copies:
+            copies.gather_gradients()
+
+    def end_step(self) -> None:
+        """Hand the gathered gradients to peft's parameters."""
+        for copies in self.adapter_copies:
+            copies.publish_gradients()
+
+    def loss(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Summed loss over a micro-batch's trained positions.
+
+        Args:
+            batch: On the model's device.
+
+        Returns:
+            The loss, a float32 scalar, and ``[hits, entropy]``; see
+            :func:`loss.linear_cross_entropy`.
+        """
+        hidden = self.hidden_states(batch)
+        norm = self._decoder.norm
+        hidden = norm(hidden.index_select(0, batch.trained))
+        return linear_cross_entropy(
+            hidden, self._head, batch.targets, self.plan.loss_chunk_tokens, self._softmax()
+        )
+
+    def hidden_states(self, batch: MicroBatch) -> Tensor:
+        """The last decoder layer's output, shape ``(T, H)``."""
+        hidden = self._embedding(batch.input_ids[None])
+        cos, sin = self._decoder.rotary_emb(hidden, batch.position_ids[None])
+        hidden, cos, sin = hidden[0].detach(), cos[0], sin[0]
+        grad = torch.is_grad_enabled()
+        # The first layer's input needs no gradient; asking for one lets it share the others' graph.
+        hidden.requires_grad_(grad)
+        mask = None
+        if self.attention == "mask":
+            mask = make_block_mask(batch.bounds, hidden.shape[0])
+        for index, layer in enumerate(self._layers):
+            arguments = (hidden, cos, sin, batch.bounds, batch.longest, mask, layer, self.shape)
+            if grad and index < self.plan.checkpointed_layers:
+                hidden = checkpoint(
+                    self._run_layer,
+                    *arguments,
+                    use_reentrant=False,
+                    # Only peft's own modules draw random numbers, for dropout.
+                    preserve_rng_state=_has_modules(layer),
+                )
+            else:
+                hidden = self._run_layer(*arguments)
+        return hidden
+
+    @property
+    def _has_triton(self) -> bool:
+        """Whether compiling works on CUDA, hence Triton does."""
+        return self.device.type == "cuda" and self._layer_call.is_compiled
+
+    def _choose_gated(self) -> Callable[[Tensor], Tensor] | None:
+        if not self._has_triton:
+            return None
+        from qlora_kit.engines.native.fast.swiglu import swiglu
+
+        return swiglu
+
+    def _softmax(self) -> SoftmaxStep:
+        """The step in use: where compiling the layers failed, Triton does not work either."""
+        if isinstance(self._softmax_call, Compiled) or self._has_triton:
+            return self._softmax_call
+        return plain_softmax_step
+
+    def _choose_softmax(self, asked: FastPlan) -> SoftmaxStep:
+        if self._has_triton:
+            from qlora_kit.engines.native.fast.softmax import fused_softmax_step
+
+            return fused_softmax_step
+        return Compiled(
+            softmax_step, asked.compile, self.device, "the loss", otherwise=plain_softmax_step
+        )
+
+    def _run_layer(self, *arguments: Any) -> Tensor:
+        if _has_modules(arguments[6]):
+            return _plain_layer(*arguments)
+        out: Tensor = self._layer_call(*arguments, dynamic=arguments[:4])
+        return out
+
+    def _norms(self, layer: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        attention = layer.self_attn
+        return (
+            layer.input_layernorm.weight.detach(),
+            layer.post_attention_layernorm.weight.detach(),
+            attention.q_norm.weight.detach() if hasattr(attention, "q_norm") else None,
+            attention.k_norm.weight.detach() if hasattr(attention, "k_norm") else None,
+        )
+
+    def _read_layer(self, layer: Any) -> dict[str, GroupReader | Sequence[Any]]:
+        attention, mlp = layer.self_attn, layer.mlp
+        members = {
+            "qkv": (attention.q_proj, attention.k_proj, attention.v_proj),
+            "out": (attention.o_proj,),
+            "gate_up": (mlp.gate_proj, mlp.up_proj),
+            "down": (mlp.down_proj,),
+        }
+        groups: dict[str, GroupReader | Sequence[Any]] = {}
+        for name, modules in members.items():
+            group = read_group(modules, self.dtype)
+            if isinstance(group, str):
+                level = logging.INFO if layer is self._decoder.layers[0] else logging.DEBUG
+                logger.log(level, "The %s projections run through peft: %s.", name, group)
+                groups[name] = modules
+            else:
+                groups[name] = group
+        return groups
+
+    def _group(self, group: GroupReader | Sequence[Any], caches: bool) -> Projections | Modules:
+        if not isinstance(group, GroupReader):
+            return Modules(group)
+        weights, scales = group.weights, group.scales
+        if caches and scales:
+            weights = [
+                dequantize(
+                    weights, scales, group.rows, group.columns, group.blocksize,
+                    group.quant_type, self.dtype,
+                )
+            ]  # fmt: skip
+            scales = []
+        down, up = self._copies_of.get(id(group), (None, None))
+        return Projections(
+            weights, scales, group.rows, group.blocksize, group.quant_type, group.bias, down, up
+        )
+
+
+def _has_modules(layer: LayerTensors) -> bool:
+    return any(isinstance(group, Modules) for group in layer)
+
+
+def _plain_layer(*arguments: Any) -> Tensor:
+    """``decoder_layer`` without kernels that need a compiler."""
+    plain = (*arguments[:-1], arguments[-1]._replace(gated=None))
+    return decoder_layer(*plain)

@@ -1,0 +1,140 @@
+"""Running the micro-batches of a step, plainly or as replayed CUDA graphs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_kit.engines.native.fast.fused_model import FusedModel
+from qlora_kit.engines.native.fast.graphs import GraphPool
+from qlora_kit.engines.native.fast.layout import Example, MicroBatch, lay_out
+
+__all__ = ["StepRunner"]
+
+logger = logging.getLogger(__name__)
+
+# Matrix products on tensor cores want sizes divisible by 8; more makes kernels and allocations
+# repeat from step to step.
+_EAGER_MULTIPLE = 64
+
+
+class StepRunner:
+    """Forward and backward of whole effective batches."""
+
+    def __init__(self, fused_model: FusedModel) -> None:
+        self.fused_model = fused_model
+        self.zero = torch.zeros((), dtype=torch.float32, device=fused_model.device)
+        self._graphs: GraphPool | None = None
+        self._longest = 512
+
+    def supports_graphs(self) -> bool:
+        """Whether a micro-batch can be captured: everything fused, on CUDA, one attention call."""
+        fused_model = self.fused_model
+        return (
+            fused_model.device.type == "cuda"
+            and fused_model.is_fully_fused
+            and fused_model.attention == "varlen"
+            and fused_model.dtype != torch.float16
+        )
+
+    def run_step(
+        self, examples: Sequence[Example], trained: int, scaler: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the mean loss over ``trained`` tokens, left in peft's parameters.
+
+        Args:
+            examples: The effective batch.
+            trained: Its trained tokens.
+            scaler: fp16's gradient scaler, if there is one.
+
+        Returns:
+            The mean loss, and ``[hits, entropy]`` summed; both stay on the device.
+        """
+        fused_model, plan = self.fused_model, self.fused_model.plan
+        batches = self._lay_out(examples)
+        if plan.uses_cuda_graphs and self._graphs is None:
+            self._graphs = GraphPool(fused_model)
+        fused_model.begin_step()
+        total = self.zero.clone()
+        stats = torch.zeros(2, dtype=torch.float32, device=fused_model.device)
+        for batch in batches:
+            if batch.trained_tokens == 0:
+                continue
+            if self._graphs is not None and batch.tokens <= plan.graph_tokens:
+                loss, part = self._graphs.run(batch, trained)
+            else:
+                loss, part = self._run_plainly(batch.to(fused_model.device), trained, scaler)
+            total += loss
+            stats += part
+        fused_model.end_step()
+        return total, stats
+
+    def evaluate(self, examples: Sequence[Example], trained: int) -> tuple[Tensor, Tensor]:
+        """The mean loss and ``[hits, entropy]`` without gradients."""
+        fused_model = self.fused_model
+        fused_model.begin_step()
+        total = self.zero.clone()
+        stats = torch.zeros(2, dtype=torch.float32, device=fused_model.device)
+        for batch in self._lay_out(examples):
+            if batch.trained_tokens:
+                with torch.no_grad():
+                    loss, part = fused_model.loss(batch.to(fused_model.device))
+                total += loss / trained
+                stats += part
+        return total, stats
+
+    def _run_plainly(self, batch: MicroBatch, trained: int, scaler: Any) -> tuple[Tensor, Tensor]:
+        loss, stats = self.fused_model.loss(batch)
+        loss = loss / trained
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        self.fused_model.end_micro_batch()
+        return loss.detach(), stats
+
+    def _lay_out(self, examples: Sequence[Example]) -> list[MicroBatch]:
+        most = self.fused_model.plan.micro_batch_tokens
+        if self.fused_model.device.type == "cpu":
+            return lay_out(examples, most)
+        if self.fused_model.plan.uses_cuda_graphs:
+            return lay_out(
+                examples,
+                most,
+                round_tokens=_round_for_graph,
+                round_trained=_round_trained_for_graph,
+                round_count=_round_count_for_graph,
+                round_longest=self._declare_longest,
+            )
+        return lay_out(examples, most, round_tokens=_round_up, round_longest=_round_longest)
+
+    def _declare_longest(self, size: int) -> int:
+        """A power of two that only grows, so that graphs differ in one size less."""
+        self._longest = max(self._longest, 1 << (size - 1).bit_length())
+        return self._longest
+
+
+def _round_up(size: int) -> int:
+    return -(-size // _EAGER_MULTIPLE) * _EAGER_MULTIPLE
+
+
+def _round_longest(size: int) -> int:
+    # Attention launches a block for every 128 tokens up to this length, for every example.
+    return -(-size // 128) * 128
+
+
+def _round_for_graph(size: int) -> int:
+    """Four sizes per doubling: a tenth of it is filler on average, and few graphs serve all."""
+    step = max(128, 1 << ((size - 1).bit_length() - 3))
+    return -(-size // step) * step
+
+
+def _round_trained_for_graph(size: int, tokens: int) -> int:
+    """To quarters of the micro-batch, whose share of trained tokens hardly changes."""
+    quarter = -(-tokens // 4)
+    return min(-(-size // quarter) * quarter, tokens)
+
+
+def _round_count_for_graph(size: int) -> int:
+    return max(17, (1 << (size - 2).bit_length()) + 1)

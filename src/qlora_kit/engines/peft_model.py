@@ -1,0 +1,152 @@
+"""What every engine does alike with the models of transformers and peft."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.config import AdapterConfig
+from qlora_kit.errors import ConfigError, UnsupportedModelError
+from qlora_kit.handles import AdaptedModel, LoadedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "attach_saved_adapter",
+    "check_start",
+    "keep_random_states",
+    "keep_weights_unpacked",
+    "make_adapted",
+    "settle_stop_tokens",
+]
+
+
+def make_adapted(loaded: LoadedModel, model: Any, config: AdapterConfig) -> AdaptedModel:
+    """The handle of a model that now has an adapter."""
+    trainable, total = model.get_nb_trainable_parameters()
+    return AdaptedModel(
+        model=model,
+        tokenizer=loaded.tokenizer,
+        engine=loaded.engine,
+        base=loaded.base,
+        config=loaded.config,
+        record=loaded.record,
+        adapter=config,
+        trainable_parameters=int(trainable),
+        total_parameters=int(total),
+    )
+
+
+def attach_saved_adapter(loaded: LoadedModel, folder: Path, *, is_trainable: bool) -> AdaptedModel:
+    """Attach an adapter that peft saved, all of it.
+
+    Raises:
+        UnsupportedModelError: When it does not fit the base, or lacks tensors.
+    """
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    try:
+        with warnings.catch_warnings():
+            # peft would go on with random weights for what is missing.
+            warnings.filterwarnings("error", message=".*missing adapter keys")
+            # peft drops it, and _read_adapter_config puts it back.
+            warnings.filterwarnings("ignore", message="`loftq_config` specified")
+            model = PeftModel.from_pretrained(
+                loaded.model, str(folder), is_trainable=is_trainable, local_files_only=True
+            )
+    except (ValueError, TypeError, KeyError, RuntimeError, UserWarning, SafetensorError) as error:
+        raise UnsupportedModelError(
+            f"The adapter in {folder} does not fit {loaded.base.name_or_path}, or is damaged: "
+            f"{error}"
+        ) from error
+    return make_adapted(loaded, model, _read_adapter_config(model, folder))
+
+
+def _read_adapter_config(model: Any, folder: Path) -> AdapterConfig:
+    saved = model.peft_config["default"]
+    # A merge has to know about LoftQ, and peft forgets it unless it may start anew.
+    text = (folder / "adapter_config.json").read_text(encoding="utf-8")
+    saved.loftq_config = json.loads(text).get("loftq_config") or {}
+    targets = saved.target_modules
+    return AdapterConfig(
+        r=saved.r,
+        target_modules=targets if isinstance(targets, str) else tuple(sorted(targets or ())),
+        lora_alpha=saved.lora_alpha,
+        lora_dropout=saved.lora_dropout,
+        bias=saved.bias,
+        use_rslora=saved.use_rslora,
+        use_dora=saved.use_dora,
+        loftq_config=saved.loftq_config or None,
+        modules_to_save=saved.modules_to_save,
+        layers_to_transform=saved.layers_to_transform,
+        rank_pattern=saved.rank_pattern or None,
+        alpha_pattern=saved.alpha_pattern or None,
+    )
+
+
+def check_start(loaded: LoadedModel, config: AdapterConfig) -> None:
+    """Refuse a start that changes the base where the base cannot hold the change.
+
+    Raises:
+        ConfigError: For PiSSA and OLoRA on a quantized base.
+    """
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.startswith(("pissa", "olora")) and loaded.base.quantization:
+        raise ConfigError(
+            f"init_lora_weights={init!r} changes the base weights, which a "
+            f"{loaded.base.quantization} base cannot hold. Load with load_in_4bit=False, or use "
+            "LoftQ on the 4-bit base: loftq_config={'loftq_bits': 4}."
+        )
+
+
+@contextlib.contextmanager
+def keep_random_states() -> Iterator[None]:
+    """Put the global generators of Python, NumPy and torch back as they were found."""
+    import numpy as np
+    import torch
+
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        # Named, because torch warns of several devices that were not.
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def settle_stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Let the model generate up to every token that ends an answer, and pad as its tokenizer does.
+
+    Returns:
+        Those tokens: the tokenizer's end token, then what the generation config has besides.
+    """
+    settings = model.generation_config
+    stored = settings.eos_token_id
+    stored = [] if stored is None else [stored] if isinstance(stored, int) else list(stored)
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    stop_token_ids = tuple(dict.fromkeys([*own, *stored]))
+    settings.eos_token_id = list(stop_token_ids)
+    settings.pad_token_id = tokenizer.pad_token_id
+    return stop_token_ids
+
+
+def keep_weights_unpacked(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights in place on CPUs with AVX512-BF16.
+
+    ``Linear4bit.forward`` repacks the weight the first time a layer runs in eval mode, and
+    rounds the scales to bfloat16 while doing so: training, merging or saving afterwards would
+    see other numbers than before (bitsandbytes 0.50, ``_convert_weight_packed_for_cpu``).
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False

@@ -1,0 +1,166 @@
+"""What every engine's trainer owes alike, as mixins for TRL's ``SFTTrainer``.
+
+TRL 1.15 computes every SFT loss through a triton kernel (``trl/kernels/chunked_logprob.py``)
+and has no other path: without triton, or on a CPU, its trainer fails at the first step.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+__all__ = ["NoDraftCards", "NoTelemetry", "PortableLoss", "StepRecorder", "has_triton_loss"]
+
+# Losses stay on the device until this many steps are done, so that recording never waits for it.
+_FLUSH_EVERY = 256
+
+
+class StepRecorder:
+    """Mixin for ``transformers.Trainer``: tokens taken and the loss of each optimizer step.
+
+    Counting in the collator would include evaluation and prefetched batches; the trainer's
+    own log rounds losses and averages them over ``logging_steps``. In a distributed run the
+    properties speak of all ranks, so every rank has to read them.
+    """
+
+    _tokens_seen: Any = 0
+    _trained_tokens: Any = 0
+    _starts_step: bool = True
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Take one optimizer step's micro-batches, counting their tokens."""
+        samples, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        self._starts_step = True
+        for batch in samples:
+            mask = batch.get("attention_mask")
+            if mask is not None and mask.dim() == 2:
+                self._tokens_seen = self._tokens_seen + mask.sum()
+            else:
+                self._tokens_seen = self._tokens_seen + batch["input_ids"].numel()
+            # The first token of a row is never predicted, whatever its label says.
+            trained = (batch["labels"][..., 1:] != -100).sum()
+            self._trained_tokens = self._trained_tokens + trained
+        return samples, items
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One micro-batch; its share of the step's mean loss is added up."""
+        returned = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        # Losses that are no number are filtered from the trainer's log, and recorded here.
+        loss = self.__dict__.pop("_unfiltered_loss", returned)
+        pending = self.__dict__.setdefault("_pending_losses", [])
+        if self._starts_step:
+            if len(pending) >= _FLUSH_EVERY:
+                self._flush()
+            pending.append(loss)
+            self._starts_step = False
+        else:
+            pending[-1] = pending[-1] + loss
+        return returned
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens of the micro-batches taken so far, padding excluded."""
+        return int(self._sum_over_ranks([self._tokens_seen])[0])
+
+    @property
+    def trained_tokens(self) -> int:
+        """Of those, the tokens whose prediction carried loss."""
+        return int(self._sum_over_ranks([self._trained_tokens])[0])
+
+    @property
+    def step_losses(self) -> list[float]:
+        """Mean loss per trained token of each step begun so far, in order."""
+        self._flush()
+        own = list(self.__dict__.get("_done_losses", ()))
+        # Each rank's loss is its share times the number of ranks, whose mean the gradients are.
+        ranks = self.accelerator.num_processes  # type: ignore[attr-defined]
+        return [total / ranks for total in self._sum_over_ranks(own)]
+
+    def _sum_over_ranks(self, values: list[Any]) -> list[float]:
+        accelerator = self.accelerator  # type: ignore[attr-defined]
+        own = [float(value) for value in values]
+        if accelerator.num_processes == 1 or not own:
+            return own
+        import torch
+
+        # float32 is exact up to 16 million tokens only.
+        summed = accelerator.gather(
+            torch.tensor([own], dtype=torch.float64, device=accelerator.device)
+        ).sum(0)
+        return [float(value) for value in summed]
+
+    def _flush(self) -> None:
+        pending = self.__dict__.setdefault("_pending_losses", [])
+        done = self.__dict__.setdefault("_done_losses", [])
+        # A later micro-batch of a step that was read early would start an entry of its own.
+        done.extend(float(loss) for loss in pending)
+        pending.clear()
+
+
+def has_triton_loss(device_type: str) -> bool:
+    """Whether TRL's fused loss runs on a device."""
+    return device_type in ("cuda", "xpu") and importlib.util.find_spec("triton") is not None
+
+
+class PortableLoss:
+    """Mixin for ``SFTTrainer``: the model's own cross-entropy where triton does not run.
+
+    The same number: the sum over trained tokens divided by ``num_items_in_batch``. It builds
+    the logits of a micro-batch, which the fused loss avoids, and logs no entropy or accuracy.
+    """
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Loss of one micro-batch, a scalar."""
+        from transformers import Trainer
+
+        if has_triton_loss(self.args.device.type):  # type: ignore[attr-defined]
+            return super().compute_loss(  # type: ignore[misc]
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        inputs["use_cache"] = False
+        return Trainer.compute_loss(
+            self,
+            model,
+            inputs,
+            return_outputs=return_outputs,
+            num_items_in_batch=num_items_in_batch,
+        )
+
+
+class NoTelemetry:
+    """Mixin for TRL's trainers, which report their use to the hub when they are made.
+
+    ``HF_HUB_DISABLE_TELEMETRY`` would do, but it is read from the environment when
+    huggingface_hub is imported, and this library writes no environment.
+    """
+
+    def _send_telemetry(self) -> None:
+        """Send nothing."""
+
+
+class NoDraftCards:
+    """Mixin for TRL's trainers: no ``README.md`` from a template that knows nothing of the run.
+
+    TRL's says "a fine-tuned version of None" for a base on disk, with code that loads "None", and
+    peft's is "[More Information Needed]" throughout. The run's manifest says what a run was, and
+    exports carry a card of their own.
+    """
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save a checkpoint without the card that peft puts into it."""
+        folder = output_dir or self.args.output_dir  # type: ignore[attr-defined]
+        card = Path(folder) / "README.md"
+        had_card = card.exists()
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        if not had_card:
+            card.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""From merged tensors to ``.gguf`` files."""

@@ -1,0 +1,83 @@
+"""The head of a ``.gguf`` file: metadata, vocabulary and the list of tensors.
+
+This module knows the format. It does not know weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qlora_kit.exporters.gguf.conversion.file_plan import Plan, count_tensor_bytes
+from qlora_kit.exporters.gguf.quantization.ggml import type_number
+from qlora_kit.exporters.gguf.quantization.recipes import Recipe
+from qlora_kit.exporters.gguf.tokenizer.vocabulary import Vocabulary
+
+__all__ = ["write_header"]
+
+
+def write_header(
+    path: Path, plan: Plan, recipe: Recipe, vocabulary: Vocabulary, model_name: str
+) -> None:
+    """Write everything before the tensors' data; the file ends where alignment begins."""
+    import numpy as np
+
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+    writer = GGUFWriter(path, plan.family.architecture)
+    writer.add_type("model")
+    writer.add_name(model_name)
+    writer.add_file_type(recipe.file_type)
+    if recipe.is_quantized:
+        writer.add_quantization_version(2)
+    for key, value in plan.description.metadata.items():
+        _add_value(writer, f"{plan.family.architecture}.{key}", value)
+    writer.add_vocab_size(plan.vocabulary_size)
+    _add_vocabulary(writer, vocabulary)
+    types = plan.types[recipe.name]
+    for tensor in plan.tensors:
+        writer.add_tensor_info(
+            tensor.name,
+            tensor.shape,
+            np.dtype(np.float32),
+            count_tensor_bytes(tensor.shape, types[tensor.name]),
+            raw_dtype=GGMLQuantizationType(type_number(types[tensor.name])),
+        )
+    try:
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    finally:
+        writer.close()
+
+
+def _add_value(writer: Any, key: str, value: Any) -> None:
+    match value:
+        case bool():
+            writer.add_bool(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case str():
+            writer.add_string(key, value)
+        case _:
+            writer.add_array(key, value)
+
+
+def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(list(vocabulary.tokens))
+    writer.add_token_types(list(vocabulary.types))
+    if vocabulary.scores:
+        writer.add_token_scores(list(vocabulary.scores))
+    if vocabulary.merges:
+        writer.add_token_merges(list(vocabulary.merges))
+    for role, index in vocabulary.special_ids.items():
+        writer.add_uint32(f"tokenizer.ggml.{role}_token_id", index)
+    writer.add_add_bos_token(vocabulary.adds_bos)
+    writer.add_add_eos_token(vocabulary.adds_eos)
+    writer.add_add_space_prefix(vocabulary.adds_space_prefix)
+    if vocabulary.chat_template:
+        writer.add_chat_template(vocabulary.chat_template)

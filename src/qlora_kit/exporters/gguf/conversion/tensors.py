@@ -1,0 +1,228 @@
+"""The tensors of a GGUF file, planned from names and shapes before any weight is read.
+
+This module knows where each tensor of the file comes from. It does not know types or files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from qlora_kit.errors import UnsupportedModelError
+from qlora_kit.exporters.gguf.families.table import Config, Description, Family
+from qlora_kit.weights.source import TensorSource
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["PlannedTensor", "make_name_mapper", "plan_tensors"]
+
+# Rotary tables that old checkpoints store and every reader recomputes.
+_DERIVED: Final = ("rotary_emb.inv_freq", "self_attn.masked_bias")
+
+_EXPERT = re.compile(r"(model\.layers\.(\d+)\.mlp)\.experts\.(\d+)\.(\w+)\.weight")
+_FUSED_EXPERTS = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)")
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the file.
+
+    Attributes:
+        name: Its GGUF name.
+        shape: Its shape, rows first.
+        sources: The Hugging Face tensors it is made of; empty for computed tables.
+        load: Makes it from a source.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]
+    load: Callable[[TensorSource], torch.Tensor]
+
+
+def make_name_mapper(family: Family, layers: int) -> Callable[[str], str]:
+    """A function from Hugging Face names to GGUF names for one model.
+
+    It raises :class:`UnsupportedModelError` for a name that llama.cpp has no place for.
+    """
+    import gguf
+
+    numbers = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+    if family.architecture not in numbers:
+        raise UnsupportedModelError(
+            f"The installed gguf package does not know the architecture {family.architecture!r}. "
+            "Update it: pip install -U 'qlora-kit[gguf]'."
+        )
+    table = gguf.get_tensor_name_map(numbers[family.architecture], layers)
+
+    def to_gguf(name: str) -> str:
+        mapped: str | None = _find_own_name(family, name) or table.get_name(
+            name, try_suffixes=(".weight", ".bias")
+        )
+        module, _, kind = name.rpartition(".")
+        is_known_bias = module.rpartition(".")[2] in family.biases
+        if mapped is None or (kind == "bias" and not is_known_bias):
+            raise UnsupportedModelError(
+                f"llama.cpp has no place for the tensor {name!r} in a {family.architecture!r} "
+                "model. Export with 'merged_16bit' instead."
+            )
+        return mapped
+
+    return to_gguf
+
+
+def _find_own_name(family: Family, name: str) -> str | None:
+    """The name that the family itself gives a tensor, if any."""
+    stem, _, kind = name.rpartition(".")
+    number = re.search(r"\.(\d+)\.", stem)
+    block = number[1] if number else ""
+    for pattern, gguf_name in family.names.items():
+        if pattern.replace("{bid}", block) == stem:
+            return f"{gguf_name.replace('{bid}', block)}.{kind}"
+    return None
+
+
+def plan_tensors(
+    source: TensorSource, family: Family, config: Config, description: Description
+) -> list[PlannedTensor]:
+    """Every tensor of the file, in file order.
+
+    Raises:
+        UnsupportedModelError: When a tensor has no place in the file, or one is missing.
+    """
+    to_gguf = make_name_mapper(family, config.layers)
+    names = [name for name in source.names() if not name.endswith(_DERIVED)]
+    is_tied = bool(config.get("tie_word_embeddings", family.ties_by_default))
+    if is_tied:
+        names = [name for name in names if name != "lm_head.weight"]
+    elif "lm_head.weight" not in names:
+        raise UnsupportedModelError(
+            "The configuration says that the language-model head is not tied to the embeddings, "
+            "and there is no lm_head.weight. Set tie_word_embeddings in config.json."
+        )
+    planned = [_plan_table(name, values) for name, values in description.tables.items()]
+    experts: dict[tuple[int, str], dict[int, str]] = {}
+    for name in names:
+        expert = _EXPERT.fullmatch(name) if family.has_experts else None
+        fused = _FUSED_EXPERTS.fullmatch(name) if family.has_experts else None
+        if expert:
+            key = (int(expert[2]), expert[4])
+            experts.setdefault(key, {})[int(expert[3])] = name
+        elif fused:
+            planned.extend(_plan_fused_experts(source, name, int(fused[1]), fused[2]))
+        else:
+            planned.append(_plan_plain(source, family, config, name, to_gguf(name)))
+    planned.extend(
+        _plan_experts(source, layer, projection, members)
+        for (layer, projection), members in experts.items()
+    )
+    _check_complete(planned, family, config)
+    return sorted(planned, key=lambda tensor: _file_order(tensor.name))
+
+
+def _plan_plain(
+    source: TensorSource, family: Family, config: Config, name: str, gguf_name: str
+) -> PlannedTensor:
+    transform = next(
+        (change for end, change in family.transforms.items() if name.endswith(end)), None
+    )
+
+    def load(source: TensorSource) -> torch.Tensor:
+        tensor = source.load(name)
+        return tensor if transform is None else transform(tensor, config)
+
+    return PlannedTensor(gguf_name, source.shape(name), (name,), load)
+
+
+def _plan_table(name: str, values: list[float]) -> PlannedTensor:
+    def load(source: TensorSource) -> torch.Tensor:
+        import torch
+
+        return torch.tensor(values, dtype=torch.float32)
+
+    return PlannedTensor(name, (len(values),), (), load)
+
+
+def _expert_name(layer: int, projection: str) -> str:
+    return f"blk.{layer}.ffn_{projection.removesuffix('_proj')}_exps.weight"
+
+
+def _plan_experts(
+    source: TensorSource, layer: int, projection: str, members: dict[int, str]
+) -> PlannedTensor:
+    """One matrix per expert, stacked."""
+    if sorted(members) != list(range(len(members))) or projection not in (
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ):
+        raise UnsupportedModelError(
+            f"Layer {layer} has no complete set of experts for {projection!r}: {sorted(members)}."
+        )
+    names = tuple(members[index] for index in range(len(members)))
+
+    def load(source: TensorSource) -> torch.Tensor:
+        import torch
+
+        return torch.stack([source.load(name) for name in names])
+
+    shape = (len(names), *source.shape(names[0]))
+    return PlannedTensor(_expert_name(layer, projection), shape, names, load)
+
+
+def _plan_fused_experts(
+    source: TensorSource, name: str, layer: int, projection: str
+) -> list[PlannedTensor]:
+    """All experts in one tensor, as transformers 5 keeps them in memory."""
+    experts, rows, columns = source.shape(name)
+    if projection == "down_proj":
+        return [
+            PlannedTensor(
+                _expert_name(layer, projection),
+                (experts, rows, columns),
+                (name,),
+                lambda source: source.load(name),
+            )
+        ]
+    half = rows // 2
+    return [
+        PlannedTensor(
+            _expert_name(layer, part),
+            (experts, half, columns),
+            (name,),
+            lambda source, start=start: source.load(name)[:, start : start + half],  # type: ignore[misc]
+        )
+        for part, start in (("gate_proj", 0), ("up_proj", half))
+    ]
+
+
+def _check_complete(planned: list[PlannedTensor], family: Family, config: Config) -> None:
+    names = [tensor.name for tensor in planned]
+    repeated = (
+        {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()
+    )
+    if repeated:
+        raise UnsupportedModelError(f"Two tensors would both be called {sorted(repeated)[0]!r}.")
+    needed = {"token_embd.weight", "output_norm.weight"}
+    needed |= {
+        f"blk.{layer}.{part}.weight"
+        for layer in range(config.layers)
+        for part in family.block_tensors
+    }
+    missing = sorted(needed - set(names))
+    if missing:
+        raise UnsupportedModelError(
+            f"The weights are incomplete: nothing gives {missing[0]!r} ({len(missing)} tensors "
+            "are missing)."
+        )
+
+
+def _file_order(name: str) -> tuple[int, int, str]:
+    """Embeddings, blocks in order, then the rest."""
+    parts = name.split(".")
+    if parts[0] == "blk":
+        return (1, int(parts[1]), name)
+    return (0 if parts[0] == "token_embd" else 2, 0, name)

@@ -1,0 +1,174 @@
+"""What a model family is: how it differs between transformers and llama.cpp.
+
+This module knows configurations. It does not know any family; see :mod:`.families`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.errors import UnsupportedModelError
+from qlora_kit.exporters.gguf.families.rope import describe_rope, read_rope
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Config", "Description", "Family", "Transform"]
+
+Transform = Callable[["torch.Tensor", "Config"], "torch.Tensor"]
+
+
+class Config:
+    """A model's configuration, whose missing entries are named.
+
+    Args:
+        values: ``config.json`` as a dictionary, of transformers 4 or 5.
+    """
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values = values
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """An entry, or ``default`` where it is absent or null."""
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def require(self, key: str) -> Any:
+        """An entry that must be there.
+
+        Raises:
+            UnsupportedModelError: When it is not.
+        """
+        value = self.values.get(key)
+        if value is None:
+            raise UnsupportedModelError(
+                f"The configuration of this {self.get('model_type')!r} model has no {key!r}, "
+                "without which llama.cpp cannot run it. Add it to config.json."
+            )
+        return value
+
+    @property
+    def layers(self) -> int:
+        """Number of transformer blocks."""
+        return int(self.require("num_hidden_layers"))
+
+    @property
+    def heads(self) -> int:
+        """Number of attention heads."""
+        return int(self.require("num_attention_heads"))
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads."""
+        return int(self.get("num_key_value_heads", self.heads))
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return int(self.get("head_dim", int(self.require("hidden_size")) // self.heads))
+
+
+@dataclass
+class Description:
+    """What a family says of one model.
+
+    Attributes:
+        metadata: GGUF keys without the architecture prefix.
+        tables: Extra tensors of divisors, by GGUF name.
+        notes: What the user should know, one sentence each.
+    """
+
+    metadata: dict[str, Any]
+    tables: dict[str, list[float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def _describe_nothing(config: Config, description: Description) -> None:
+    """A family whose common description is complete."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one family of models is written.
+
+    Attributes:
+        model_type: ``model_type`` of its configurations.
+        architecture: llama.cpp's name for it, a value of ``gguf.MODEL_ARCH_NAMES``.
+        activation: The only activation llama.cpp computes for it.
+        describe: Adds to, or corrects, the metadata that all families share.
+        transforms: Changes to tensors, by the end of their Hugging Face name.
+        biases: Modules whose bias llama.cpp reads; any other bias is refused.
+        rotary_kinds: Kinds of rotary scaling that llama.cpp computes for it, besides none.
+        rotary_layer_type: The entry of ``rope_parameters`` that is the main one, if it has any.
+        default_theta: Base of the rotary embedding where none is stated.
+        has_experts: Whether blocks hold experts.
+        ties_by_default: Whether the head is the embedding matrix where the configuration does
+            not say.
+        names: GGUF names of tensors that the ``gguf`` package's map does not know, by Hugging
+            Face name, block numbers as ``{bid}`` in both, without ``.weight`` or ``.bias``.
+        block_tensors: What every block must have, by GGUF name.
+    """
+
+    model_type: str
+    architecture: str
+    activation: str = "silu"
+    describe: Callable[[Config, Description], None] = _describe_nothing
+    transforms: Mapping[str, Transform] = field(default_factory=dict)
+    biases: tuple[str, ...] = ()
+    rotary_kinds: tuple[str, ...] = ()
+    rotary_layer_type: str | None = None
+    default_theta: float = 10000.0
+    has_experts: bool = False
+    ties_by_default: bool = False
+    names: Mapping[str, str] = field(default_factory=dict)
+    block_tensors: tuple[str, ...] = ("attn_norm", "attn_output", "ffn_norm")
+
+    def describe_model(self, config: Config) -> Description:
+        """The metadata, extra tensors and notes of a model of this family.
+
+        Raises:
+            UnsupportedModelError: When llama.cpp would compute something else.
+        """
+        activation = config.get("hidden_activation", config.get("hidden_act", self.activation))
+        if activation != self.activation:
+            raise UnsupportedModelError(
+                f"This {self.model_type} model computes {activation!r}; llama.cpp computes "
+                f"{self.activation!r} for {self.architecture!r}."
+            )
+        context = int(config.require("max_position_embeddings"))
+        description = Description(
+            {
+                "context_length": context,
+                "embedding_length": int(config.require("hidden_size")),
+                "block_count": config.layers,
+                "feed_forward_length": int(config.require("intermediate_size")),
+                "attention.head_count": config.heads,
+                "attention.head_count_kv": config.kv_heads,
+                "attention.layer_norm_rms_epsilon": float(config.require("rms_norm_eps")),
+                "attention.key_length": config.head_dim,
+                "attention.value_length": config.head_dim,
+            }
+        )
+        rope = read_rope(config.values, self.rotary_layer_type, self.default_theta)
+        if rope.kind not in ("default", *self.rotary_kinds):
+            raise UnsupportedModelError(
+                f"llama.cpp does not compute {rope.kind!r} rotary embeddings for "
+                f"{self.model_type!r} models (it does: {', '.join(self.rotary_kinds) or 'none'}). "
+                "Export with 'merged_16bit' and run it with transformers or vLLM."
+            )
+        partial = rope.parameters.get(
+            "partial_rotary_factor", config.get("partial_rotary_factor", 1.0)
+        )
+        metadata, description.tables = describe_rope(
+            rope, int(config.head_dim * float(partial)), context
+        )
+        description.metadata |= metadata
+        if rope.kind == "longrope":
+            description.notes.append(
+                "llama.cpp chooses between LongRoPE's two tables by the context size it is started "
+                "with, transformers by the length of the text."
+            )
+        self.describe(config, description)
+        return description

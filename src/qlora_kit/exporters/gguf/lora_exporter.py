@@ -1,0 +1,306 @@
+"""``gguf-lora``: the adapter alone, for llama.cpp's ``--lora`` beside a base in GGUF."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from qlora_kit.artifacts.config_files import collect_stop_token_ids
+from qlora_kit.errors import ConfigError, ExportError, UnsupportedModelError
+from qlora_kit.exporters.gguf.conversion.file_plan import pad
+from qlora_kit.exporters.gguf.conversion.file_writer import convert
+from qlora_kit.exporters.gguf.conversion.tensors import make_name_mapper
+from qlora_kit.exporters.gguf.exporter import choose_name
+from qlora_kit.exporters.gguf.families.table import Config, Family, find_family
+from qlora_kit.exporters.gguf.quantization.ggml import check_encoder, find_missing_encoder
+from qlora_kit.exporters.gguf.quantization.recipes import ALIASES, RECIPES
+from qlora_kit.exporters.gguf.verification.comparisons import check_run
+from qlora_kit.exporters.gguf.verification.gguf_file import GgufFile
+from qlora_kit.exporters.gguf.verification.llama_run import check_runner
+from qlora_kit.handles import AdaptedModel
+from qlora_kit.hookspecs import ExportEstimate, ExportRequest
+from qlora_kit.results import Check, Verification
+from qlora_kit.weights.live import check_adapters
+from qlora_kit.weights.source import SafetensorsSource
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+__all__ = ["GgufLoraExporter", "GgufLoraOptions"]
+
+_MERGE_INSTEAD: Final = "Export with 'gguf', which merges the adapter."
+
+#: Largest relative error of an update ``B A``; half precision rounds both factors.
+_TOLERANCES: Final = {"f32": 1e-5, "f16": 2e-3}
+
+# Initializations after which the adapter fits changed base weights only.
+_CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq")
+
+
+@dataclass(frozen=True)
+class GgufLoraOptions:
+    """Options of ``gguf-lora``.
+
+    Attributes:
+        dtype: What the two factors are stored in; the long spellings mean the same.
+        name: The adapter's name and file name; by default the base's with ``-lora``.
+    """
+
+    dtype: Literal["f32", "f16", "float32", "float16"] = "f32"
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.stored_type not in _TOLERANCES:
+            raise ConfigError(f"dtype must be 'f32' or 'f16', got {self.dtype!r}.")
+
+    @property
+    def stored_type(self) -> str:
+        """``"f32"`` or ``"f16"``."""
+        return ALIASES.get(self.dtype, self.dtype)
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """One adapted matrix.
+
+    Attributes:
+        name: GGUF name of the matrix.
+        a: Shape (rank, inputs).
+        b: Shape (outputs, rank), rows in llama.cpp's order, scaled so that llama.cpp's
+            ``alpha / rank`` gives the scaling that was trained with.
+        scale: That ``alpha / rank``.
+    """
+
+    name: str
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+
+class GgufLoraExporter:
+    """Writes the two factors of every adapted matrix, scalings folded in."""
+
+    name = "gguf-lora"
+    summary = "The adapter alone, for llama.cpp's --lora."
+    options_type: type = GgufLoraOptions
+
+    def find_missing(self) -> list[str]:
+        """The package that writes the files, where it is not installed."""
+        return find_missing_encoder()
+
+    def check(self, request: ExportRequest) -> ExportEstimate:
+        """Refuse what llama.cpp cannot apply, and count the bytes."""
+        check_encoder(set())
+        if request.verify == "full":
+            check_runner()
+            _check_base(request)
+        bits = RECIPES[request.options.stored_type].bits
+        numbers = sum(f.a.numel() + f.b.numel() for f in _collect_factors(request))
+        return ExportEstimate(int(numbers * bits / 8) + 65536)
+
+    def write(self, request: ExportRequest, folder: Path) -> Mapping[str, Any]:
+        """Write the adapter file."""
+        family = _find_family(request)
+        path = folder / _file_name(request)
+        parts = list(_encode_factors(request))
+        _write_header(path, family, _alpha(request), parts)
+        # Not through GGUFWriter: numpy's tofile does not notice that the disk is full.
+        with path.open("ab") as handle:
+            pad(handle)
+            for _, values in parts:
+                handle.write(values.data)
+                pad(handle)
+        count = len(parts) // 2
+        request.progress("writing GGUF adapter", count, count)
+        return {"architecture": family.architecture, "adapted_tensors": count, "file": path.name}
+
+    def verify(self, request: ExportRequest, folder: Path) -> Verification:
+        """Read every update back; with ``"full"``, run base and adapter in llama.cpp."""
+        path = folder / _file_name(request)
+        checks = [_check_updates(request, GgufFile(path))]
+        if request.verify != "full":
+            return Verification("standard", tuple(checks))
+        base = _check_base(request)
+        with tempfile.TemporaryDirectory(prefix="qlora_kit-gguf-") as scratch:
+            model = request.model
+            with SafetensorsSource(base) as source:
+                done = convert(
+                    source,
+                    model.model.config.to_dict(),
+                    model.tokenizer,
+                    Path(scratch),
+                    quantization="f16",
+                    stop_token_ids=collect_stop_token_ids(model),
+                )
+            files = [(RECIPES["f16"], done.files["f16"])]
+            checks += check_run(model, files, merges_into_original=True, lora=path)
+        return Verification("full", tuple(checks))
+
+
+def _encode_factors(request: ExportRequest) -> Iterator[tuple[str, NDArray[Any]]]:
+    """The file's tensors, in order: names and values."""
+    import numpy as np
+
+    dtype = {"f32": np.float32, "f16": np.float16}[request.options.stored_type]
+    for factors in _collect_factors(request):
+        for part, tensor in (("lora_a", factors.a), ("lora_b", factors.b)):
+            values = np.ascontiguousarray(tensor.numpy(), dtype=dtype)
+            if not np.isfinite(values).all():
+                raise ExportError(
+                    f"{factors.name}.{part} holds numbers that are not finite as "
+                    f"{np.dtype(dtype).name}. Training has diverged, or dtype='f32' is needed."
+                )
+            yield f"{factors.name}.{part}", values
+
+
+def _write_header(
+    path: Path, family: Family, alpha: float, parts: Sequence[tuple[str, NDArray[Any]]]
+) -> None:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(path, family.architecture)
+    writer.add_type("adapter")
+    writer.add_name(path.stem)
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", alpha)
+    for name, values in parts:
+        writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
+    try:
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    finally:
+        writer.close()
+
+
+def _check_base(request: ExportRequest) -> Path:
+    if request.model.base.is_prequantized:
+        raise ConfigError(
+            "verify='full' needs the base in 16 bits to run the adapter on, and "
+            f"{request.model.base.path} holds only quantized weights. Use verify=True."
+        )
+    return request.model.base.path
+
+
+def _file_name(request: ExportRequest) -> str:
+    name = choose_name(request)
+    return f"{name}.gguf" if request.options.name else f"{name}-lora.gguf"
+
+
+def _find_family(request: ExportRequest) -> Family:
+    return find_family(request.model.model.config.to_dict())
+
+
+def _peft_config(request: ExportRequest) -> tuple[str, Any]:
+    """The one active adapter and its peft configuration.
+
+    Raises:
+        UnsupportedModelError: When llama.cpp could not apply it.
+    """
+    model = request.model
+    if not isinstance(model, AdaptedModel):
+        raise UnsupportedModelError(
+            "This model has no adapter. Attach and train one, or export with 'gguf'."
+        )
+    check_adapters(model.model)
+    active = model.model.active_adapters
+    if len(active) != 1:
+        raise UnsupportedModelError(
+            f"{len(active)} adapters are active ({', '.join(active)}); activate one. "
+            + _MERGE_INSTEAD
+        )
+    config = model.model.peft_config[active[0]]
+    asked = {config.init_lora_weights, model.adapter.init_lora_weights}
+    started = [str(way) for way in asked if str(way).lower().startswith(_CHANGES_BASE)]
+    faults = {
+        "DoRA": config.use_dora,
+        "trained biases": config.bias != "none" or getattr(config, "lora_bias", False),
+        "modules_to_save": bool(config.modules_to_save),
+        "tokens trained alone": bool(getattr(config, "trainable_token_indices", None)),
+        f"an adapter started by {' and '.join(started)}, which fits changed base weights only": (
+            bool(started) or bool(model.adapter.loftq_config)
+        ),
+    }
+    found = [what for what, is_there in faults.items() if is_there]
+    if found:
+        raise UnsupportedModelError(
+            f"llama.cpp's --lora has no {', '.join(found)}. {_MERGE_INSTEAD}"
+        )
+    return active[0], config
+
+
+def _alpha(request: ExportRequest) -> float:
+    return float(_peft_config(request)[1].lora_alpha)
+
+
+def _collect_factors(request: ExportRequest) -> Iterator[_Factors]:
+    """The factors of every adapted matrix, in the model's order.
+
+    Raises:
+        UnsupportedModelError: When a module is adapted that llama.cpp has no place for.
+    """
+    adapter, config = _peft_config(request)
+    family = _find_family(request)
+    wrapped = Config(request.model.model.config.to_dict())
+    to_gguf = make_name_mapper(family, wrapped.layers)
+    alpha = float(config.lora_alpha)
+    for module_name, module in request.model.model.base_model.model.named_modules():
+        if getattr(module, "lora_embedding_A", None):
+            raise UnsupportedModelError(
+                f"{module_name} is an adapted embedding, which is not supported as GGUF. "
+                + _MERGE_INSTEAD
+            )
+        if adapter not in getattr(module, "lora_A", {}):
+            continue
+        name = f"{module_name}.weight"
+        if wrapped.get("tie_word_embeddings", False) and module_name == "lm_head":
+            raise UnsupportedModelError(
+                "The adapted language-model head is tied to the embeddings, which llama.cpp cannot "
+                f"adapt apart. {_MERGE_INSTEAD}"
+            )
+        a = module.lora_A[adapter].weight.detach().float().cpu()
+        b = module.lora_B[adapter].weight.detach().float().cpu()
+        rank = a.shape[0]
+        b = b * (float(module.scaling[adapter]) * rank / alpha)
+        change = next(
+            (change for end, change in family.transforms.items() if name.endswith(end)), None
+        )
+        # Rows of B are outputs, so whatever reorders the matrix's rows reorders B's.
+        b = b if change is None else change(b, wrapped)
+        yield _Factors(to_gguf(name), a.contiguous(), b.contiguous(), alpha / rank)
+
+
+def _check_updates(request: ExportRequest, file: GgufFile) -> Check:
+    import numpy as np
+
+    tolerance = _TOLERANCES[request.options.stored_type]
+    alpha = float(file.value("adapter.lora.alpha", 0.0))
+    worst, worst_name, names = 0.0, "", set()
+    for factors in _collect_factors(request):
+        a, b = (f"{factors.name}.{part}" for part in ("lora_a", "lora_b"))
+        if a not in file.tensors or b not in file.tensors:
+            return Check("updates", False, f"The file lacks {factors.name}.")
+        names |= {a, b}
+        rank = file.shape(a)[0]
+        written_a = file.read_rows(a, np.arange(rank))
+        written_b = file.read_rows(b, np.arange(file.shape(b)[0]))
+        wanted = (factors.b @ factors.a).numpy() * factors.scale
+        got = (written_b @ written_a) * (alpha / rank)
+        size = float(np.linalg.norm(wanted))
+        error = float(np.linalg.norm(got - wanted)) / (size or 1.0)
+        if not error <= worst:
+            worst, worst_name = error, factors.name
+    if names != set(file.tensors):
+        return Check("updates", False, f"Unknown tensors: {sorted(set(file.tensors) - names)[:3]}.")
+    return Check(
+        "updates",
+        worst <= tolerance,
+        f"{len(names) // 2} updates read back; the largest relative error, in "
+        f"{worst_name or 'none'}, is {worst:.2e}.",
+        worst,
+        tolerance,
+    )

@@ -1,0 +1,1 @@
+"""Which type each tensor is stored in, and its bytes."""

@@ -1,0 +1,76 @@
+"""Turning one tensor into the bytes of a GGUF type, row by row and on every core.
+
+Rows are converted to float32 and encoded in pieces of a few megabytes, so a tensor is never
+held in float32 as a whole. This module knows tensors and types. It does not know files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+from qlora_kit.errors import ExportError
+from qlora_kit.exporters.gguf.quantization.ggml import encode_rows
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+__all__ = ["cut_rows", "encode_piece"]
+
+# Large enough that a call's overhead vanishes, small enough to stay near the cache.
+_PIECE_NUMBERS: Final = 1 << 20
+
+_LARGEST_F16: Final = 65504.0
+
+
+def cut_rows(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A tensor's rows, all leading dimensions taken as one, in pieces of a few megabytes."""
+    columns = tensor.shape[-1]
+    rows = tensor.reshape(-1, columns)
+    step = max(1, _PIECE_NUMBERS // columns)
+    for start in range(0, rows.shape[0], step):
+        yield rows[start : start + step]
+
+
+def encode_piece(rows: torch.Tensor, type_name: str, name: str) -> NDArray[Any]:
+    """Encode some rows.
+
+    Args:
+        rows: Shape (rows, columns), any floating dtype, on the CPU.
+        type_name: The type to store them in, as ``gguf.GGMLQuantizationType`` spells it.
+        name: The tensor's name, for messages.
+
+    Returns:
+        A contiguous array with the bytes of the file.
+
+    Raises:
+        ExportError: When a weight is not finite, or too large for 16-bit floats.
+    """
+    import torch
+
+    values = rows.to(torch.float32).contiguous()
+    # One pass finds infinities, NaN (which max() propagates) and overflow alike.
+    low, high = torch.aminmax(values)
+    peak = max(-float(low), float(high))
+    if not peak < float("inf"):
+        raise ExportError(
+            f"{name} holds numbers that are not finite; training has diverged. Train with a "
+            "lower learning rate, or export an earlier checkpoint."
+        )
+    encoded: NDArray[Any]
+    match type_name:
+        case "F32":
+            encoded = values.numpy()
+        case "F16":
+            if peak > _LARGEST_F16:
+                raise ExportError(
+                    f"{name} holds {peak:g}, which float16 cannot (its limit is 65504). Export "
+                    "with quantization='bf16' or 'q8_0'."
+                )
+            encoded = values.to(torch.float16).numpy()
+        case "BF16":
+            encoded = values.to(torch.bfloat16).view(torch.int16).numpy()
+        case _:
+            encoded = encode_rows(values.numpy(), type_name)
+    return encoded

@@ -1,0 +1,1 @@
+"""A Hugging Face tokenizer as llama.cpp's, and the proof that both split alike."""

@@ -1,0 +1,1 @@
+"""Written ``.gguf`` files held against where they came from."""

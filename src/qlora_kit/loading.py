@@ -1,0 +1,303 @@
+"""Loading a base model: from a folder, a hub name, a saved adapter or a GGUF file.
+
+This stage finds the files and checks what was asked for. The engine puts them into memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.artifacts.provenance import find_manifest, restore_formatter
+from qlora_kit.config import LoadConfig
+from qlora_kit.engines.selection import resolve_engine
+from qlora_kit.errors import (
+    ConfigError,
+    ModelNotFoundError,
+    OfflineError,
+    UnsupportedModelError,
+)
+from qlora_kit.handles import AdaptedModel, LoadedModel
+from qlora_kit.paths import describe_nearest, get_cache_folder, suggest_existing
+from qlora_kit.script_arguments import LOADING_ARGUMENTS, refuse_unknown
+
+if TYPE_CHECKING:
+    import torch
+
+    from qlora_kit.engines.base import Engine
+
+__all__ = ["load_quantized"]
+
+logger = logging.getLogger(__name__)
+
+_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
+_HUB_PATTERNS = [
+    "*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py",
+]  # fmt: skip
+
+
+def load_quantized(
+    model_name: str | os.PathLike[str],
+    max_seq_length: int = 2048,
+    dtype: str | torch.dtype | None = None,
+    load_in_4bit: bool | None = None,
+    load_in_8bit: bool = False,
+    *,
+    local_files_only: bool = True,
+    engine: str | Engine = "auto",
+    is_trainable: bool = True,
+    token: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    device_map: Any = None,
+    trust_remote_code: bool = False,
+    **classic: Any,
+) -> LoadedModel:
+    """Load a language model for QLoRA: in 4 bits, from disk, without touching the network.
+
+    Args:
+        model_name: A folder with a checkpoint; a folder with a saved LoRA adapter (its base is
+            found and the adapter comes back attached); a ``.gguf`` file (dequantized once into a
+            cached checkpoint); or a hub name such as ``"Qwen/Qwen3-4B"``.
+        max_seq_length: Longest sequence, in tokens, for training and generation.
+        dtype: ``None`` for bfloat16 where the hardware has it, else float16 on a GPU and float32
+            on a CPU; or ``"bfloat16"``, ``"float16"``, ``"float32"``, or the torch dtype.
+        load_in_4bit: NF4 with double quantization through bitsandbytes. True unless
+            ``load_in_8bit`` is; ``False`` keeps 16-bit weights and needs no bitsandbytes.
+        load_in_8bit: bitsandbytes' LLM.int8() instead.
+        local_files_only: Never touch the network; a hub name is looked up in the local cache.
+            ``False`` downloads what is missing.
+        engine: ``"native"``, ``"unsloth"``, an engine of your own, or ``"auto"``: native where it
+            computes the architecture's training steps itself and where unsloth is missing or has
+            no GPU, else unsloth.
+        is_trainable: For a saved adapter: whether it trains on, or only answers.
+        token: Hub token for private models.
+        revision: Hub branch, tag or commit.
+        cache_dir: Hub cache, and where dequantized GGUF files are kept.
+        device_map: As in transformers; by default everything on the one best device.
+        trust_remote_code: Run Python code that the checkpoint ships.
+        **classic: Further arguments of the classic script, where they ask for what happens anyway.
+
+    Returns:
+        A handle that unpacks as ``model, tokenizer = load_quantized(...)``. An
+        :class:`~qlora_kit.handles.AdaptedModel` when an adapter was loaded. An export of this
+        library or a checkpoint of a run has its formatter in ``record.formatter``.
+
+    Raises:
+        ConfigError: When an argument cannot work; ``UnknownOptionError`` for unknown arguments,
+            with the nearest name.
+        ModelNotFoundError: When there is no model there; names the nearest existing paths.
+        OfflineError: When a hub name is not in the local cache and ``local_files_only`` holds.
+        MissingDependencyError: When bitsandbytes, gguf or unsloth is needed and does not run.
+        UnsupportedModelError: When the files are of a kind that would load wrongly.
+    """
+    refuse_unknown(load_quantized, classic, LOADING_ARGUMENTS)
+    if load_in_4bit is None:
+        load_in_4bit = not load_in_8bit
+    if not isinstance(model_name, str | os.PathLike):
+        raise ConfigError(
+            f"model_name must be a folder, a .gguf file or a hub name; got {model_name!r}."
+        )
+    name = os.fspath(model_name)
+    config = LoadConfig(
+        model_name=name,
+        max_seq_length=max_seq_length,
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        load_in_4bit=load_in_4bit,
+        load_in_8bit=load_in_8bit,
+        local_files_only=local_files_only,
+        token=token,
+        revision=revision,
+        cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+        is_trainable=is_trainable,
+    )
+    path = _find(name, config)
+    # An engine that was named is made first: unsloth patches what is imported after it.
+    chosen = engine if engine == "auto" else resolve_engine(engine)
+    if path.is_dir() and (path / _ADAPTER_CONFIG).is_file():
+        return _load_adapter(path, config, chosen)
+    return restore_formatter(_load_base(path, config, chosen), find_manifest(path))
+
+
+def _load_base(path: Path, config: LoadConfig, engine: str | Engine) -> LoadedModel:
+    is_gguf = path.is_file()
+    if is_gguf:
+        from qlora_kit.engines.gguf.cached_checkpoint import dequantize_gguf
+
+        folder = dequantize_gguf(path, get_cache_folder(config.cache_dir) / "gguf")
+    else:
+        folder = path
+        _check_checkpoint(folder)
+    # Absolute for what is on disk, so that exports and adapters find it from any folder.
+    folder = folder.absolute()
+    if isinstance(engine, str):
+        engine = resolve_engine(engine, folder)
+    loaded = engine.load(dataclasses.replace(config, model_name=str(folder)))
+    base = dataclasses.replace(
+        loaded.base,
+        name_or_path=str(path.absolute()) if _exists(config.model_name) else config.model_name,
+        source="gguf" if is_gguf else "checkpoint",
+    )
+    return dataclasses.replace(loaded, base=base, config=config)
+
+
+def _load_adapter(path: Path, config: LoadConfig, engine: str | Engine) -> AdaptedModel:
+    saved = _read_adapter_config(path)
+    manifest = find_manifest(path)
+    base_name = _find_base_of(path, saved, manifest)
+    logger.info("%s is an adapter; its base is %s.", path, base_name)
+    # The revision asked for is the adapter's, where that has any; peft keeps the base's with it.
+    asked = config.revision if _exists(config.model_name) else None
+    base_config = dataclasses.replace(
+        config, model_name=base_name, revision=asked or saved.get("revision")
+    )
+    loaded = _load_base(_find(base_name, base_config), base_config, engine)
+    adapted: AdaptedModel = loaded.engine.attach_saved(
+        loaded, path, is_trainable=config.is_trainable
+    )
+    return restore_formatter(adapted, manifest)
+
+
+def _read_adapter_config(path: Path) -> dict[str, Any]:
+    saved: dict[str, Any] = _read_json(path / _ADAPTER_CONFIG)
+    kind = saved.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise UnsupportedModelError(
+            f"{path} holds a {kind} adapter; LoRA adapters can be loaded here. Load it with peft."
+        )
+    if not any((path / name).is_file() for name in _ADAPTER_WEIGHTS):
+        raise ModelNotFoundError(
+            f"{path} has an {_ADAPTER_CONFIG} but no {_ADAPTER_WEIGHTS[0]}. Copy the adapter's "
+            "weights into it."
+        )
+    return saved
+
+
+def _find_base_of(path: Path, saved: dict[str, Any], manifest: dict[str, Any]) -> str:
+    """The base an adapter was trained on: what the user named first, then where it lay."""
+    base = manifest.get("base")
+    remembered = base.get("name_or_path") if isinstance(base, dict) else None
+    names = [remembered, saved.get("base_model_name_or_path")]
+    candidates = [name for name in names if name]
+    for name in candidates:
+        if Path(name).exists() or (path / name).exists():
+            return str(name if Path(name).exists() else path / name)
+    if not candidates:
+        raise ModelNotFoundError(
+            f"{path / _ADAPTER_CONFIG} does not say which base model it belongs to. Set "
+            "base_model_name_or_path in it."
+        )
+    hub_names = [name for name in candidates if _looks_like_hub_name(name)]
+    if hub_names:
+        return str(hub_names[0])
+    raise ModelNotFoundError(
+        f"The adapter {path} was trained on {candidates[0]}, which is not there any more. Put the "
+        f"base back, or set base_model_name_or_path in {path / _ADAPTER_CONFIG}."
+    )
+
+
+def _find(name: str, config: LoadConfig) -> Path:
+    """The local file or folder behind a name, downloading only if that was allowed."""
+    if not name.strip():
+        raise ConfigError("model_name is empty; give a folder, a .gguf file or a hub name.")
+    path = Path(name).expanduser()
+    if _exists(path):
+        if path.is_file() and path.suffix != ".gguf":
+            raise ModelNotFoundError(
+                f"{path} is a file. Give the folder it is in, or a .gguf file."
+            )
+        return path
+    if not _looks_like_hub_name(name):
+        raise ModelNotFoundError(f"There is nothing at {path}.{describe_nearest(path)}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=config.revision,
+                cache_dir=config.cache_dir,
+                token=config.token,
+                local_files_only=config.local_files_only,
+                allow_patterns=_HUB_PATTERNS,
+            )
+        )
+    except (LocalEntryNotFoundError, OSError, HfHubHTTPError, HFValidationError) as error:
+        if config.local_files_only:
+            raise OfflineError(
+                f"There is no folder {name!r}, and no model of that name in the local hub cache."
+                f"{suggest_existing(path)} Download the model first, or allow that here with "
+                "local_files_only=False."
+            ) from error
+        raise ModelNotFoundError(f"{name!r} could not be downloaded: {error}") from error
+
+
+def _looks_like_hub_name(name: str) -> bool:
+    """``owner/model`` or ``model``, which no path separator, dot prefix or drive betrays."""
+    return (
+        name.count("/") <= 1
+        and not name.startswith((".", "~", "/"))
+        and "\\" not in name
+        and not name.endswith((".gguf", "/"))
+    )
+
+
+def _check_checkpoint(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        inside = sorted(entry.name for entry in folder.iterdir())
+        models = [
+            name
+            for name in inside
+            if name.endswith(".gguf")
+            or any((folder / name / file).is_file() for file in ("config.json", _ADAPTER_CONFIG))
+        ]
+        hint = (
+            f" It holds {', '.join(models[:8])}; give the path of {'one' if models[1:] else 'that'}"
+            " instead."
+            if models
+            else f" It holds: {', '.join(inside[:8]) or 'nothing'}."
+        )
+        raise ModelNotFoundError(f"{folder} is not a model: it has no config.json.{hint}")
+    _read_json(folder / "config.json")
+    if not any(any(folder.glob(pattern)) for pattern in _WEIGHT_PATTERNS):
+        raise ModelNotFoundError(
+            f"{folder} has a config.json but no *.safetensors weights. Download the model's "
+            "safetensors files into it."
+        )
+    for index in folder.glob("*.safetensors.index.json"):
+        shards = set(_read_json(index).get("weight_map", {}).values())
+        missing = sorted(name for name in shards if not (folder / name).is_file())
+        if missing:
+            raise ModelNotFoundError(
+                f"{folder} lacks {len(missing)} of the {len(shards)} weight files that "
+                f"{index.name} lists, such as {missing[0]}. Download them into it."
+            )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"{path} is damaged: it is not JSON ({error}). Download it again."
+        ) from error
+    if not isinstance(content, dict):
+        raise UnsupportedModelError(f"{path} is damaged: it holds no JSON object.")
+    return content
+
+
+def _exists(path: str | Path) -> bool:
+    try:
+        return Path(path).expanduser().exists()
+    # A name that no file system can hold: too long, or with a zero byte.
+    except (OSError, ValueError):
+        return False

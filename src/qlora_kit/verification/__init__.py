@@ -1,0 +1,1 @@
+"""The promise, kept: what was written is compared with the model in memory."""

@@ -1,0 +1,87 @@
+"""What a merge into the original weights should compute: that base, with the live adapter.
+
+The live model answers through its 4-bit weights, so it says how far a merge into the 16-bit
+original moved away, and not whether the merge is right.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from qlora_kit.handles import LoadedModel
+from qlora_kit.results import Check
+from qlora_kit.verification.checks import LogitsDistance, measure_logits_distance, read_logits
+
+__all__ = ["attach_live_adapters", "check_against_original"]
+
+
+def check_against_original(
+    model: LoadedModel,
+    exported: Any,
+    original: Any,
+    probes: Sequence[Sequence[int]],
+    *,
+    limit: float,
+) -> tuple[Check, dict[str, Any]]:
+    """Whether a merge into the original computes what the original with the adapter computes.
+
+    How far both are from the quantized live model is measured as well, and not judged.
+
+    Args:
+        model: The live model.
+        exported: The merge, loaded. In float32, only the rounding of its weights is left.
+        original: The base from ``model.base.path``, loaded likewise. Changed in place.
+        probes: Token ids to run.
+        limit: Most mean KL divergence, in nats per token.
+
+    Returns:
+        The check, and how far the export is from the live model, as facts.
+    """
+    written = read_logits(exported, probes)
+    expected = read_logits(attach_live_adapters(model, original), probes)
+    check = LogitsDistance(expected, written).as_check(limit)
+    moved = measure_logits_distance(model, exported, probes)
+    detail = (
+        f"{check.detail.replace('live', 'original with the adapter')}. "
+        f"From the {model.base.quantization} model: {moved.mean_kl:.2e} nats, same most likely "
+        f"token at {moved.agreement:.1%} of positions"
+    )
+    return dataclasses.replace(check, detail=detail), moved.as_facts()
+
+
+def attach_live_adapters(model: LoadedModel, original: Any) -> Any:
+    """Put copies of the live model's active adapters on its unquantized base.
+
+    Args:
+        model: The live model.
+        original: Its base from ``model.base.path``, unquantized. Changed in place.
+
+    Returns:
+        The base with every active adapter, in eval mode; the base itself if there is none.
+    """
+    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+
+    live = model.model
+    if not isinstance(live, PeftModel):
+        return original
+    names = list(live.active_adapters)
+    reference: Any = None
+    for name in names:
+        config = copy.deepcopy(live.peft_config[name])
+        # Its weights come from the live one; some starts would change the base.
+        config.init_lora_weights = True
+        config.inference_mode = True
+        if reference is None:
+            reference = PeftModel(original, config, adapter_name=name)
+        else:
+            reference.add_adapter(name, config)
+        weights = {
+            key: value.cpu()
+            for key, value in get_peft_model_state_dict(live, adapter_name=name).items()
+        }
+        set_peft_model_state_dict(reference, weights, adapter_name=name)
+    reference.base_model.set_adapter(names)
+    return reference.eval()

@@ -1,0 +1,94 @@
+"""What a merge is made into: which base weights, and which 16-bit dtype."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, Literal, get_args
+
+from qlora_kit.errors import ConfigError, ModelNotFoundError
+from qlora_kit.handles import LoadedModel
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "MergeBase",
+    "check_base_files",
+    "choose_merge_base",
+    "choose_merge_dtype",
+    "describe_merge_base",
+    "find_stored_dtype",
+    "is_loftq",
+]
+
+MergeBase = Literal["original", "dequantized"]
+_BASES: Final = get_args(MergeBase)
+
+
+def choose_merge_base(model: LoadedModel, asked: str) -> MergeBase:
+    """Settle ``"auto"``: the original weights where they exist and make sense.
+
+    Raises:
+        ConfigError: When ``asked`` is none of ``"auto"``, ``"original"``, ``"dequantized"``.
+    """
+    if asked in _BASES:
+        return asked  # type: ignore[return-value]
+    if asked != "auto":
+        raise ConfigError(f"base must be 'auto', 'original' or 'dequantized', got {asked!r}.")
+    return "dequantized" if model.base.is_prequantized or is_loftq(model) else "original"
+
+
+def choose_merge_dtype(model: LoadedModel, asked: str) -> torch.dtype:
+    """Settle ``"auto"``: the base checkpoint's own 16-bit dtype, else bfloat16."""
+    import torch
+
+    stored = find_stored_dtype(model) if asked == "auto" else asked
+    return {"float16": torch.float16}.get(stored, torch.bfloat16)
+
+
+def find_stored_dtype(model: LoadedModel) -> str:
+    """The dtype that the base checkpoint is published in, for example ``"bfloat16"``.
+
+    Raises:
+        ModelNotFoundError: When its files are gone.
+    """
+    if model.base.is_prequantized:
+        return model.base.compute_dtype
+    from transformers import AutoConfig
+
+    check_base_files(model)
+    config = AutoConfig.from_pretrained(
+        str(model.base.path),
+        local_files_only=True,
+        trust_remote_code=model.config.trust_remote_code,
+    )
+    return str(config.get_text_config().dtype).removeprefix("torch.")
+
+
+def check_base_files(model: LoadedModel) -> None:
+    """Refuse a model whose base was moved or removed since it was loaded.
+
+    Raises:
+        ModelNotFoundError: Names the folder.
+    """
+    if not (model.base.path / "config.json").is_file():
+        raise ModelNotFoundError(
+            f"The base model is not in {model.base.path} any more, and this export reads it there. "
+            "Put it back, or load the model from where it is now."
+        )
+
+
+def describe_merge_base(model: LoadedModel, base: MergeBase) -> str:
+    """One sentence for the user."""
+    if model.base.quantization is None:
+        return "merging into the weights in memory."
+    if base == "original":
+        return f"merging into the 16-bit weights in {model.base.path}."
+    return f"merging into the {model.base.quantization} weights the adapter was trained on."
+
+
+def is_loftq(model: LoadedModel) -> bool:
+    """Whether the adapter was started by LoftQ."""
+    adapter = getattr(model, "adapter", None)
+    return adapter is not None and (
+        bool(adapter.loftq_config) or adapter.init_lora_weights == "loftq"
+    )

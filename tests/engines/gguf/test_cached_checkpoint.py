@@ -1,0 +1,123 @@
+"""Files written by the exporter, read back as a base: right, or refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import gguf_tiny as tiny
+import qlora_kit
+from forward import logits_of
+from gguf_llamacpp import Llama, kl_divergence
+from qlora_kit.engines.gguf.cached_checkpoint import dequantize_gguf
+from qlora_kit.engines.gguf.file_tokenizer import build_tokenizer
+from qlora_kit.errors import UnsupportedModelError
+from qlora_kit.exporters.gguf.conversion.file_writer import convert
+from qlora_kit.exporters.gguf.tokenizer.probe_texts import list_probe_texts, mix_with_tokens
+from qlora_kit.weights.source import SafetensorsSource
+
+torch = pytest.importorskip("torch")
+
+#: Cases that transformers reads as they were; every other one must be refused.
+READ_CORRECTLY = {"llama", "llama-tied", "mistral", "qwen2", "qwen3", "qwen3-tied", "phi3"}
+
+
+def export(folder, model, tokenizer, quantization, **options):
+    tiny.save_checkpoint(model, tokenizer, folder)
+    config = json.loads((folder / "config.json").read_text())
+    with SafetensorsSource(folder) as source:
+        done = convert(source, config, tokenizer, folder, quantization=quantization, **options)
+    return done.files[quantization]
+
+
+@pytest.mark.parametrize("case", [*sorted(tiny.CASES), "phi3-long"])
+def test_a_family_is_read_back_as_it_was_or_refused(case, tmp_path, monkeypatch):
+    monkeypatch.setitem(tiny.CASES, "phi3-long", ("Phi3Config", tiny.longrope_case(64)))
+    tokenizer = tiny.byte_level_tokenizer()
+    # bfloat16 values, since that is what the dequantized checkpoint holds.
+    model = tiny.make_model(tiny.make_config(case)).to(torch.bfloat16).float()
+    path = export(tmp_path, model, tokenizer, "f32")
+    if case not in READ_CORRECTLY:
+        with pytest.raises(UnsupportedModelError, match="safetensors checkpoint"):
+            dequantize_gguf(path, tmp_path / "cache")
+        return
+    loaded = qlora_kit.load_quantized(
+        path, 512, "float32", False, engine="native", cache_dir=tmp_path / "cache"
+    )
+    ids = tokenizer("The quick brown fox jumps over the lazy dog, 1234 times.")["input_ids"]
+    right, got = (logits_of(m, [ids])[0].numpy() for m in (model, loaded.model))
+    assert kl_divergence(right, got).mean() < 1e-5
+
+
+@pytest.mark.parametrize("quantization", ["q8_0", "q4_k_m"])
+def test_a_quantized_file_is_read_as_llama_cpp_reads_it(quantization, tmp_path):
+    tokenizer = tiny.byte_level_tokenizer()
+    model = tiny.make_model(tiny.make_config("qwen3"))
+    path = export(tmp_path, model, tokenizer, quantization)
+    loaded = qlora_kit.load_quantized(
+        path, 512, "float32", False, engine="native", cache_dir=tmp_path / "cache"
+    )
+    ids = tokenizer("The quick brown fox jumps over the lazy dog, 1234 times.")["input_ids"]
+    got = logits_of(loaded.model, [ids])[0].numpy()
+    with Llama(path) as llama:
+        # The cache rounds to bfloat16, and llama.cpp the activations to 8 bits.
+        assert kl_divergence(llama.logits(ids), got).mean() < 2e-3
+
+
+@pytest.mark.parametrize(
+    "kind", ["gpt-2", "smollm", "qwen2", "llama-bpe", "dbrx", "sp-llama", "sp-gemma"]
+)
+def test_the_tokenizer_comes_back(kind, tmp_path):
+    from gguf import GGUFReader
+
+    is_sentencepiece = kind.startswith("sp-")
+    tokenizer = (
+        tiny.sentencepiece_tokenizer(kind.removeprefix("sp-"))
+        if is_sentencepiece
+        else tiny.byte_level_tokenizer(kind)
+    )
+    config = tiny.make_config("llama", "unaligned", vocabulary=len(tokenizer) + 5)
+    path = export(tmp_path, tiny.make_model(config), tokenizer, "q8_0", stop_token_ids=(2, 0))
+    rebuilt = build_tokenizer(GGUFReader(path), path)
+    texts = list_probe_texts() + mix_with_tokens([tokenizer.bos_token, tokenizer.eos_token])
+    for text in texts:
+        assert rebuilt(text)["input_ids"] == tokenizer(text)["input_ids"], repr(text)
+    pairs = [tok("one", "two")["input_ids"] for tok in (tokenizer, rebuilt)]
+    assert is_sentencepiece or pairs[0] == pairs[1]
+    for role in ("bos", "eos", "pad", "unk"):
+        assert getattr(rebuilt, f"{role}_token_id") == getattr(tokenizer, f"{role}_token_id")
+    assert rebuilt.chat_template == tokenizer.chat_template
+    ids = tokenizer("Hello world, 12")["input_ids"]
+    if not is_sentencepiece:
+        assert rebuilt.decode(ids) == tokenizer.decode(ids)
+
+
+def test_every_stop_token_comes_back(tmp_path):
+    tokenizer = tiny.byte_level_tokenizer()
+    model = tiny.make_model(tiny.make_config("llama"))
+    path = export(tmp_path, model, tokenizer, "q8_0", stop_token_ids=(2, 0))
+    loaded = qlora_kit.load_quantized(path, load_in_4bit=False, cache_dir=tmp_path / "cache")
+    assert loaded.base.stop_token_ids == (2, 0)
+    assert loaded.base.source == "gguf"
+
+
+def test_a_model_trained_again_under_the_same_name_is_read_anew(tmp_path):
+    """Files of one size that differ in a single layer, far from their beginning and end."""
+    from gguf import GGUFReader
+
+    tokenizer = tiny.byte_level_tokenizer()
+    config = tiny.make_config("llama", intermediate_size=4096)
+    path = export(tmp_path, tiny.make_model(config).to(torch.bfloat16), tokenizer, "f32")
+    first = dequantize_gguf(path, tmp_path / "cache")
+    assert dequantize_gguf(path, tmp_path / "cache") == first
+    reader = GGUFReader(path, "r+")
+    middle = path.stat().st_size // 2
+    tensor = max(
+        (tensor for tensor in reader.tensors if tensor.data_offset < middle),
+        key=lambda tensor: tensor.data_offset,
+    )
+    assert 5 * 2**20 < tensor.data_offset < path.stat().st_size - tensor.n_bytes - 5 * 2**20
+    tensor.data[:] *= 2
+    reader.data.flush()
+    assert dequantize_gguf(path, tmp_path / "cache") != first

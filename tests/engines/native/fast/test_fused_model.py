@@ -1,0 +1,231 @@
+"""The fast forward and backward pass against peft's own, on the same quantized model."""
+
+import logging
+
+import pytest
+import torch
+
+from qlora_kit.engines.native.fast.fused_model import FusedModel
+from qlora_kit.engines.native.fast.layout import split_rows
+from qlora_kit.engines.native.fast.plan import FastPlan, resolve_plan
+from qlora_kit.engines.native.fast.step_runner import StepRunner
+
+ROWS = 6
+
+
+def _reference(model, rows):
+    """Mean loss per trained token and its gradients, one row at a time through peft."""
+    model.train()
+    total, count = 0.0, 0
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]], device=model.device)
+        logits = model(input_ids=ids).logits[0, :-1].float()
+        labels = torch.tensor(row["labels"], device=model.device)[1:]
+        total = total + torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        count += int((labels != -100).sum())
+    (total / count).backward()
+    return float(total.detach() / count), _take_gradients(model), count
+
+
+def _take_gradients(model):
+    gradients = {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    model.zero_grad()
+    return gradients
+
+
+def _fast(model, rows, count, **options):
+    plan = FastPlan(**{"compile": False, **options})
+    fused_model = FusedModel(model, plan)
+    fused_model.apply(
+        resolve_plan(
+            plan, fused_model.memory_model(), device_type="cpu", free_bytes=2**33, step_tokens=200,
+            longest=40, is_quantized=fused_model.is_quantized, supports_graphs=False,
+        )
+    )  # fmt: skip
+    loss, stats = StepRunner(fused_model).run_step(split_rows(rows), count)
+    return float(loss), _take_gradients(model), stats, fused_model
+
+
+def _assert_equal(gradients, reference, tolerance):
+    assert gradients.keys() == reference.keys()
+    for name, expected in reference.items():
+        assert expected.norm() > 0, name
+        error = (gradients[name] - expected).norm() / expected.norm()
+        assert error < tolerance, (name, float(error))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"checkpointing": "full"},
+        {"checkpointing": "selective", "checkpointed_layers": 1, "micro_batch_tokens": 45},
+        {"weights": "nf4", "loss_chunk_tokens": 7},
+        {"weights": "cache", "attention": "mask"},
+    ],
+)
+def test_gradients_equal_pefts(make_adapted, token_rows, kind, options):
+    model = make_adapted(kind).model
+    rows = token_rows[:ROWS]
+    loss, reference, count = _reference(model, rows)
+    fast_loss, gradients, _, fused_model = _fast(model, rows, count, **options)
+    assert fused_model.is_fully_fused
+    assert fast_loss == pytest.approx(loss, rel=1e-6)
+    _assert_equal(gradients, reference, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"use_rslora": True},
+        {"target_modules": ("q_proj", "v_proj", "down_proj")},
+        {"rank_pattern": {"k_proj": 2, "up_proj": 8}, "alpha_pattern": {"q_proj": 3}},
+        {"layers_to_transform": [1]},
+        {"lora_dropout": 0.1, "target_modules": ("o_proj", "gate_proj")},
+        {"use_dora": True},
+        {"bias": "lora_only"},
+    ],
+    ids=lambda adapter: next(iter(adapter)),
+)
+def test_every_kind_of_adapter(make_adapted, token_rows, adapter):
+    """What cannot be fused goes through peft's modules, and the result is the same."""
+    dropout = adapter.get("lora_dropout")
+    model = make_adapted("llama", **adapter).model
+    if dropout:
+        # Random masks cannot be compared; that the modules are left to peft can.
+        _, _, _, fused_model = _fast(model, token_rows[:ROWS], 10)
+        assert not fused_model.is_fully_fused
+        return
+    loss, reference, count = _reference(model, token_rows[:ROWS])
+    fast_loss, gradients, _, _ = _fast(model, token_rows[:ROWS], count)
+    assert fast_loss == pytest.approx(loss, rel=1e-6)
+    _assert_equal(gradients, reference, 1e-5)
+
+
+def test_recomputing_draws_the_same_dropout_masks(make_adapted, token_rows):
+    results = []
+    for checkpointing in ("none", "full"):
+        model = make_adapted("llama", lora_dropout=0.3).model
+        model.train()
+        torch.manual_seed(7)
+        _, gradients, _, _ = _fast(model, token_rows[:ROWS], 100, checkpointing=checkpointing)
+        results.append(gradients)
+    _assert_equal(results[1], results[0], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["q_norm", "model.norm"])
+def test_a_trained_norm_is_left_to_trl(make_adapted, name):
+    from types import SimpleNamespace
+
+    from qlora_kit.engines.native.fast.support import find_obstacle
+
+    model = make_adapted("qwen3").model
+    assert "is trained" not in str(find_obstacle(model, SimpleNamespace(world_size=2)))
+    found = [p for n, p in model.named_parameters() if f"{name}.weight" in n]
+    found[0].requires_grad_()
+    assert "is trained, which is no part" in find_obstacle(model, SimpleNamespace())
+
+
+@pytest.mark.parametrize(
+    ("loading", "tolerance"),
+    [({"load_in_4bit": False}, 1e-5), ({"load_in_4bit": False, "load_in_8bit": True}, 1e-5)],
+    ids=["unquantized", "int8"],
+)
+def test_other_weights(make_adapted, token_rows, loading, tolerance):
+    model = make_adapted("llama", **loading).model
+    loss, reference, count = _reference(model, token_rows[:ROWS])
+    fast_loss, gradients, _, fused_model = _fast(model, token_rows[:ROWS], count)
+    assert fused_model.is_fully_fused is not loading.get("load_in_8bit", False)
+    assert fast_loss == pytest.approx(loss, rel=1e-5)
+    _assert_equal(gradients, reference, tolerance)
+
+
+def test_bfloat16_is_as_close_as_rounding_allows(make_adapted, token_rows):
+    model = make_adapted("qwen3", dtype="bfloat16").model
+    loss, reference, count = _reference(model, token_rows[:ROWS])
+    fast_loss, gradients, _, _ = _fast(model, token_rows[:ROWS], count)
+    assert fast_loss == pytest.approx(loss, rel=2e-3)
+    _assert_equal(gradients, reference, 0.05)
+
+
+def test_statistics_equal_the_logits(make_adapted, token_rows):
+    model = make_adapted("llama").model
+    rows = token_rows[:ROWS]
+    _, _, count = _reference(model, rows)
+    model.zero_grad()
+    *_, stats, _ = _fast(model, rows, count)
+    hits = entropy = 0.0
+    with torch.no_grad():
+        for row in rows:
+            ids = torch.tensor([row["input_ids"]], device=model.device)
+            logits = model(input_ids=ids).logits[0, :-1]
+            labels = torch.tensor(row["labels"], device=model.device)[1:]
+            kept = labels != -100
+            hits += float((logits[kept].argmax(-1) == labels[kept]).sum())
+            entropy += float(torch.distributions.Categorical(logits=logits[kept]).entropy().sum())
+    assert stats.tolist() == pytest.approx([hits, entropy], rel=1e-5)
+
+
+def test_compiled_equals_eager(make_adapted, token_rows):
+    pytest.importorskip("torch._inductor")
+    from qlora_kit.engines.native.fast.compilation import find_compile_obstacle
+
+    model = make_adapted("qwen3").model
+    obstacle = find_compile_obstacle(model.device)
+    if obstacle:
+        pytest.skip(f"torch.compile does not run here: {obstacle}")
+    torch._dynamo.reset()
+    eager_loss, eager, _, _ = _fast(model, token_rows[:ROWS], 100)
+    # Other sizes must not mean other graphs: fail on the second compilation of a function.
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        loss, gradients, _, fused_model = _fast(model, token_rows[:ROWS], 100, compile=True)
+        assert fused_model._layer_call.is_compiled
+        _fast_again = StepRunner(fused_model)
+        _fast_again.run_step(split_rows(token_rows[ROWS : 3 * ROWS]), 100)
+    assert loss == pytest.approx(eager_loss, rel=1e-6)
+    _assert_equal(gradients, eager, 1e-5)
+
+
+def test_without_a_compiler_it_runs_plainly_and_says_why(
+    make_adapted, token_rows, caplog, monkeypatch
+):
+    from types import SimpleNamespace
+
+    from torch._inductor import cpp_builder, exc
+
+    from qlora_kit.engines.native.fast import compilation
+
+    def refuse(*args, **kwargs):
+        raise exc.InvalidCxxCompiler
+
+    model = make_adapted("llama").model
+    if model.device.type == "cuda":
+        # Triton compiles its launchers as C.
+        monkeypatch.setattr(compilation, "shutil", SimpleNamespace(which=lambda name: None))
+        said = "triton needs a C compiler, and none was found"
+    else:
+        monkeypatch.setattr(cpp_builder, "get_cpp_compiler", refuse)
+        said = "no C++ compiler was found"
+    with caplog.at_level(logging.INFO):
+        _, _, _, fused_model = _fast(model, token_rows[:ROWS], 100, compile="auto")
+    assert not fused_model._layer_call.is_compiled
+    assert said in caplog.text
+
+
+def test_the_model_is_only_read(make_adapted, token_rows):
+    adapted = make_adapted("llama")
+    model = adapted.model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    forwards = {name: module.__dict__.get("forward") for name, module in model.named_modules()}
+    _fast(model, token_rows[:ROWS], 100)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert forwards == {
+        name: module.__dict__.get("forward") for name, module in model.named_modules()
+    }
