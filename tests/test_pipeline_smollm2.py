@@ -105,7 +105,7 @@ def test_the_adapter_answers_alike_in_plain_peft(trained, tmp_path):
     with torch.no_grad(), model.engine.inference(model) as live:
         expected = live(ids).logits.float().log_softmax(-1)
         got = plain(ids).logits.float().log_softmax(-1)
-    # ScriptArgument bitsandbytes packs the weights on CPUs with AVX512-BF16, which rounds their scales.
+    # Elsewhere bitsandbytes packs the weights on CPUs with AVX512-BF16, which rounds their scales.
     assert (expected.exp() * (expected - got)).sum(-1).mean() < 2e-2
 
 

@@ -18,7 +18,8 @@ def _make_runner(model, **options):
     runner = StepRunner(fused_model)
     fused_model.apply(
         resolve_plan(
-            plan, fused_model.memory_model(), device_type="cuda", free_bytes=2**33, step_tokens=2000,
+            plan, fused_model.memory_model(), device_type="cuda", free_bytes=2**33,
+            step_tokens=2000,
             longest=40, is_quantized=fused_model.is_quantized,
             supports_graphs=runner.supports_graphs(),
         )

@@ -3,7 +3,7 @@
 On CUDA one variable-length FlashAttention call (the kernels behind
 ``torch.nn.attention.varlen``, Dao, arXiv:2307.08691) with cumulative lengths of fixed shape
 and grouped keys and values as they are. On a CPU one FlashAttention call per example.
-ScriptArgument, and on cards older than Ampere, one SDPA call with a block-diagonal mask.
+Elsewhere, and on cards older than Ampere, one SDPA call with a block-diagonal mask.
 
 The longest length is a tensor in host memory: as a number it would make ``torch.compile``
 build a new graph for each value, and on the device reading it would wait for the device.
