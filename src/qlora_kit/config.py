@@ -1,8 +1,4 @@
-"""What a user asks for, as frozen dataclasses. Standard library only.
-
-This module knows names, defaults and value checks. It does not know models,
-tensors or any training library.
-"""
+"""What a user asks for, as frozen dataclasses. Standard library only."""
 
 from __future__ import annotations
 

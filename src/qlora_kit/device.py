@@ -65,7 +65,7 @@ def choose_compute_dtype(dtype: object, device: torch.device) -> DtypeName:
         device: The device it is for.
 
     Raises:
-        ConfigError: When ``dtype`` is none of the three.
+        ConfigError: When ``dtype`` is not one of the three.
     """
     if dtype is None:
         if _has_bfloat16(device):

@@ -12,8 +12,6 @@ A package adds an export format with one class and one entry point::
     @qlora_kit.hookimpl
     def qlora_kit_register_exporters():
         return [MyExporter()]
-
-This module knows what an exporter looks like. It does not know any exporter.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Turning keyword arguments into an exporter's options, and saying what is wrong with them.
-
-This module knows dataclasses. It does not know exporters.
-"""
+"""Turning keyword arguments into an exporter's options, and saying what is wrong with them."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ __all__ = [
     "describe_option_fields",
 ]
 
-#: Key in a field's metadata: keywords that are no field of the dataclass go into this one.
+#: Key in a field's metadata: keywords that are not fields of the dataclass go into this one.
 COLLECTS_UNKNOWN: Final = "qlora_kit.collects_unknown"
 
 
@@ -93,7 +90,7 @@ def build_options(options_type: type, given: Mapping[str, Any], *, owner: str) -
 
 
 def collects_unknown(options_type: type) -> bool:
-    """Whether a dataclass takes keywords that are no field of it."""
+    """Whether a dataclass takes keywords that are not its fields."""
     return any(f.metadata.get(COLLECTS_UNKNOWN) for f in dataclasses.fields(options_type))
 
 

@@ -1,8 +1,7 @@
 """Finding exporters: built-ins by dotted name, other people's by entry point.
 
-A plugin that cannot be imported, or that registers something that is not an exporter,
-is reported by name and the rest keep working. This module knows plugins. It does not
-know what an export is.
+A plugin that cannot be imported, or that registers something that is not an exporter, is
+reported by name and the rest keep working.
 """
 
 from __future__ import annotations
@@ -129,7 +128,7 @@ class ExporterRegistry:
         """The exporter of that name.
 
         Raises:
-            ConfigError: When there is none; names the nearest ones, and broken plugins.
+            ConfigError: When no exporter has that name; names the nearest ones, and broken plugins.
             PluginError: When two plugins claim the name.
         """
         return self._find(name).exporter

@@ -1,6 +1,6 @@
 """What comes back, as frozen dataclasses: results and artifacts.
 
-This module holds values and renders them. It does not know how any of them was made.
+This module holds values and renders them.
 """
 
 from __future__ import annotations

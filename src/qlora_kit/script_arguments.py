@@ -1,7 +1,4 @@
-"""Arguments that people know from the classic script, and where they belong here.
-
-This module knows names and harmless values. It does not know models.
-"""
+"""Arguments that people know from the classic script, and where they belong here."""
 
 from __future__ import annotations
 

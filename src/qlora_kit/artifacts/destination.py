@@ -1,7 +1,4 @@
-"""Where an export is to stand: what can be no such place, said before any work.
-
-This module knows paths. It does not know what is written there, or how it gets there.
-"""
+"""Where an export is to stand: impossible places are refused before any work."""
 
 from __future__ import annotations
 
@@ -18,13 +15,13 @@ def resolve_destination(path: str | os.PathLike[str]) -> Path:
     """The absolute path of a destination as a user gave it.
 
     Raises:
-        ConfigError: When it can be no path.
+        ConfigError: When it cannot be a path.
     """
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise ConfigError(f"path must be the path of a folder, got {path!r}.")
     try:
         return Path(os.path.abspath(Path(path).expanduser()))
-    # expanduser() knows no such user, or the working directory is gone.
+    # expanduser() does not know the user, or the working directory is gone.
     except (RuntimeError, OSError) as error:
         raise ConfigError(
             f"{os.fspath(path)} cannot be resolved: {error} Give an absolute path."

@@ -1,7 +1,7 @@
 """What a saved model remembers of its training: the formatter, through its manifest.
 
 An adapter, a merged export, a ``.gguf`` file of an export and a checkpoint of a run are all
-asked in the words they were trained with. This module does not know how a model is loaded.
+asked in the words they were trained with.
 """
 
 from __future__ import annotations

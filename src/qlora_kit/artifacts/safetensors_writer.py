@@ -79,7 +79,7 @@ def parse_size(size: int | str) -> int:
     """``"5GB"`` or ``"500MiB"`` or a number -> bytes.
 
     Raises:
-        ConfigError: When it is none of these, or below 1 MB.
+        ConfigError: When it is not a size, or is below 1 MB.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(size).upper())
     if match is None or match[2] not in _UNITS or isinstance(size, bool):

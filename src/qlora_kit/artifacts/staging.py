@@ -2,9 +2,8 @@
 
 Everything is written into a private folder beside the destination,
 ``.NAME.qlora_kit-XXXXXXXX.partial``, flushed to disk, and renamed. Replacing an existing
-folder exchanges the two names in one step where the system can (Linux), and otherwise
-moves the old one aside first, from where the next run brings it back if this one dies in
-between. This module does not know what is in the folder.
+folder exchanges the two names in one step where the system can (Linux), and otherwise moves
+the old one aside first, from where the next run brings it back if this one dies in between.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ def read_settings(pairs: Sequence[str], *taken: str, flag: str = "--set") -> dic
         flag: What they were given to.
 
     Raises:
-        ConfigError: When one is no pair, or its name is taken.
+        ConfigError: When one is not of the form NAME=VALUE, or its name is taken.
     """
     settings: dict[str, Any] = {}
     for pair in pairs:
@@ -157,7 +157,7 @@ def read_columns(pairs: Sequence[str]) -> dict[str, str] | None:
     """``role=column`` pairs, several by comma; ``None`` if there are none.
 
     Raises:
-        ConfigError: When one is no pair.
+        ConfigError: When one is not of the form ROLE=COLUMN.
     """
     columns: dict[str, str] = {}
     for pair in (part for given in pairs for part in split_names(given)):

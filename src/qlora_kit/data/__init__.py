@@ -1,7 +1,6 @@
 """Training data: rows to tokens and loss masks, and the batches they are laid out in.
 
-This package decides which tokens a model sees and which of them carry loss. It does not
-know models or trainers.
+This package decides which tokens a model sees and which of them carry loss.
 """
 
 from __future__ import annotations

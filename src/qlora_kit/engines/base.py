@@ -1,7 +1,7 @@
 """What the stages ask of an engine.
 
-An engine knows how to put a model into memory, attach an adapter and run both. It does
-not know files of rows, manifests or export formats.
+An engine knows how to put a model into memory, attach an adapter and run both. Rows, manifests
+and export formats are not its concern.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def open_checkpoint(config: LoadConfig) -> OpenedCheckpoint:
     """Read everything of the checkpoint in ``config.model_name``, a local folder, but its weights.
 
     Raises:
-        ConfigError: When the dtype is none.
+        ConfigError: When the dtype is not one that models are computed in.
         MissingDependencyError: When bitsandbytes is needed and does not run.
         ModelNotFoundError: When there is no tokenizer.
         UnsupportedModelError: When the files are damaged or incomplete, quantized by something

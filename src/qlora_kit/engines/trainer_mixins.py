@@ -46,7 +46,7 @@ class StepRecorder:
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """One micro-batch; its share of the step's mean loss is added up."""
         returned = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        # Losses that are no number are filtered from the trainer's log, and recorded here.
+        # Losses that are not numbers are filtered from the trainer's log, and recorded here.
         loss = self.__dict__.pop("_unfiltered_loss", returned)
         pending = self.__dict__.setdefault("_pending_losses", [])
         if self._starts_step:

@@ -203,7 +203,7 @@ def get_exporter(name: str) -> Exporter:
         name: As in :func:`available_exporters`.
 
     Raises:
-        ConfigError: When there is none; names the nearest, and plugins that are broken.
+        ConfigError: When no exporter has that name; names the nearest ones, and broken plugins.
         PluginError: When two plugins claim the name.
     """
     return plugins.get_registry().get(name)

@@ -1,6 +1,6 @@
 """Several formats in one call: everything checked first, one failure loses one.
 
-This module orders jobs and spreads options. It does not know what a job does.
+This module orders jobs and spreads options.
 """
 
 from __future__ import annotations

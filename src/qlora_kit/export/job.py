@@ -1,7 +1,7 @@
 """One export from its checks to its artifact.
 
 Checks options, destination and disk, calls the exporter's three methods, and moves the
-finished folder into place. This module does not know how an exporter was found.
+finished folder into place.
 """
 
 from __future__ import annotations

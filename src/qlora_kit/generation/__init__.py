@@ -1,7 +1,7 @@
 """Streaming an answer: text as it is produced, and an end that is named.
 
 transformers generates in a worker thread; this stage turns token ids into text, watches for
-stop strings and ends the worker when the consumer stops reading. It does not know templates.
+stop strings and ends the worker when the consumer stops reading.
 """
 
 from __future__ import annotations

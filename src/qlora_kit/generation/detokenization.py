@@ -1,6 +1,6 @@
 """Token ids to text, as far as it is certain.
 
-Knows half characters and stop strings; does not know where the ids come from.
+Half characters and stop strings are held back until the next ids decide.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def read_stops(stop: Any) -> tuple[str, ...]:
     """Stop strings, however they were given.
 
     Raises:
-        ConfigError: When one of them is empty or no text.
+        ConfigError: When one of them is empty or not text.
     """
     given = () if stop is None else (stop,) if isinstance(stop, str) else stop
     if not isinstance(given, Sequence) or any(not isinstance(s, str) or not s for s in given):
@@ -71,7 +71,7 @@ def make_config(model: LoadedModel, fields: Mapping[str, Any]) -> GenerationConf
     """The model's own generation configuration with ``fields`` on top.
 
     Raises:
-        UnknownOptionError: For names that are no field, all of them at once.
+        UnknownOptionError: For names that are not fields, all of them at once.
         ConfigError: When transformers refuses a value, or it cannot be streamed.
     """
     import copy

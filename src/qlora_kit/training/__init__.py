@@ -1,7 +1,6 @@
 """Training: TRL's ``SFTTrainer`` on rows that are already token ids and labels.
 
 This stage joins data, configuration and an engine's trainer, watches the run and reports.
-It does not know how a model is laid out or how a training step is computed.
 """
 
 from __future__ import annotations

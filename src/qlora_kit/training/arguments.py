@@ -66,7 +66,7 @@ def take_data_options(model: AdaptedModel, fields: dict[str, Any], truncation: s
     """Take the data fields, and those without effect, out of ``fields``.
 
     Raises:
-        UnknownOptionError: For names that are no ``SFTConfig`` field, all of them at once.
+        UnknownOptionError: For names that are not ``SFTConfig`` fields, all of them at once.
         ConfigError: For fields that contradict how the data is prepared here.
     """
     check_names(fields)

@@ -1,7 +1,4 @@
-"""Watching a run: a progress line, Ctrl-C, and what the trainer logs.
-
-Callbacks only; nothing here knows models or data.
-"""
+"""Watching a run: a progress line, Ctrl-C, and what the trainer logs."""
 
 from __future__ import annotations
 

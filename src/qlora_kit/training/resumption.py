@@ -42,7 +42,7 @@ def find_checkpoint(
             before it is loaded.
 
     Raises:
-        ConfigError: When there is none, it is not whole, or it holds another adapter.
+        ConfigError: When there is no checkpoint, or it is incomplete or of another adapter.
     """
     if asked is None or asked is False:
         return None

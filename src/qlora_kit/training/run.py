@@ -1,7 +1,6 @@
 """One run, from a job to its result and manifest.
 
-This module watches a trainer and leaves the model as it was, but for what it learned. It does
-not know where the job's data came from or how the trainer computes.
+This module watches a trainer and leaves the model as it was, but for what it learned.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def check_names(fields: Mapping[str, Any]) -> None:
     """Refuse fields that do not exist, or that this library carries out in another way.
 
     Raises:
-        UnknownOptionError: For names that are no ``SFTConfig`` field, all of them at once.
+        UnknownOptionError: For names that are not ``SFTConfig`` fields, all of them at once.
         ConfigError: For fields that contradict how the data is prepared here.
     """
     from trl import SFTConfig
@@ -108,7 +108,7 @@ def check_truncation(truncation: object) -> None:
     """Refuse what says nothing about examples that are too long.
 
     Raises:
-        ConfigError: When it is none of the three.
+        ConfigError: When it is something else.
     """
     if truncation not in ("end", "drop", "error"):
         raise ConfigError(f"truncation must be 'end', 'drop' or 'error', got {truncation!r}.")

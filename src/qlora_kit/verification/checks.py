@@ -206,7 +206,7 @@ def check_generation_config(model: LoadedModel, folder: Path) -> Check:
 def check_stops(model: LoadedModel, exported: Any) -> Check:
     """Whether generation ends at every stop token of the live model, and only there.
 
-    Each stop token is forced as the first new token; a token that is none must not stop.
+    Each stop token is forced as the first new token; any other token must not.
     """
     import torch
     from transformers import LogitsProcessor, LogitsProcessorList

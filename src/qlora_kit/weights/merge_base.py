@@ -28,7 +28,7 @@ def choose_merge_base(model: LoadedModel, asked: str) -> MergeBase:
     """Settle ``"auto"``: the original weights where they exist and make sense.
 
     Raises:
-        ConfigError: When ``asked`` is none of ``"auto"``, ``"original"``, ``"dequantized"``.
+        ConfigError: When ``asked`` is not ``"auto"``, ``"original"`` or ``"dequantized"``.
     """
     if asked in _BASES:
         return asked  # type: ignore[return-value]

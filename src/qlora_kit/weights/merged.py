@@ -1,9 +1,8 @@
 """A live model with its adapters merged in, read one tensor at a time.
 
 The merge is done in float32 and rounded once. LoRA (arXiv:2106.09685) adds ``s * B @ A``;
-rsLoRA, PiSSA and LoftQ differ only in ``s`` and in where they start; DoRA
-(arXiv:2402.09353, equation 5) then rescales every output's weights to its trained
-magnitude. This module does not know files that are written.
+rsLoRA, PiSSA and LoftQ differ only in ``s`` and in where they start; DoRA (arXiv:2402.09353,
+equation 5) then rescales every output's weights to its trained magnitude.
 """
 
 from __future__ import annotations

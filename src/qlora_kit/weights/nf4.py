@@ -179,7 +179,7 @@ class Nf4Weights:
         return pieces
 
     def _encode_state(self, name: str, offset: float) -> bytes:
-        """The parts of a ``QuantState`` that are no tensors, as bitsandbytes packs them."""
+        """The parts of a ``QuantState`` that are not tensors, as bitsandbytes packs them."""
         state: dict[str, Any] = {
             "quant_type": "nf4",
             "blocksize": BLOCK,

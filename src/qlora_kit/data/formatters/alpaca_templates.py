@@ -1,6 +1,6 @@
 """Alpaca templates: their wording, their placeholders, and what a row looks like in them.
 
-This module handles text only. It does not know tokens, files or models.
+Text only: no tokens yet.
 """
 
 from __future__ import annotations

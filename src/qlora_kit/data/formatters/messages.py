@@ -90,7 +90,7 @@ def check_tool_calls(messages: Sequence[Mapping[str, Any]], text: str) -> None:
 
 
 def _read_function_call(content: str) -> tuple[list[Any] | None, str]:
-    """A ShareGPT ``function_call`` turn as tool calls; as the text it is, if it is no JSON."""
+    """A ShareGPT ``function_call`` turn as tool calls; as plain text, if it is not JSON."""
     try:
         calls = json.loads(content)
     except json.JSONDecodeError:

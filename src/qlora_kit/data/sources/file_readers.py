@@ -1,8 +1,7 @@
 """Files of rows: JSON, JSON lines, CSV and Parquet, each row with the line it starts on.
 
-A broken line of a line-based file is a bad row like any other; a file that cannot be read
-at all raises, with the line and what was expected there. This module does not know what a
-row should hold.
+A broken line of a line-based file is a bad row like any other; a file that cannot be read at
+all raises, with the line and what was expected there.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Where rows come from: a file, a folder, a hub name, a ``datasets`` object or a list.
 
-This module finds the rows and names their source. It does not know what they should hold.
+This module finds the rows and names their source.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Text to token ids, for text that must stay text.
 
-This module knows one tokenizer: which tokens it adds around a text, which are special, and
-how to keep the special ones out of what users wrote. It does not know rows or templates.
+For one tokenizer: which tokens it adds around a text, which are special, and how to keep the
+special ones out of what users wrote.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class TextTokenizer:
         self._protected: tuple[str, ...] = ()
 
     def protect(self, token: str) -> None:
-        """Keep one more token out of texts: an end token that is no special one, say."""
+        """Keep one more token out of texts: for example an end token that is not special."""
         if token not in self.special_tokens:
             self._protected += (token,)
             for name in ("special_tokens", "special_pattern", "_special_ids"):

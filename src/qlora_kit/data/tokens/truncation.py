@@ -37,7 +37,7 @@ def check_limits(max_length: Any, truncation: Any) -> None:
     """Refuse limits that cannot work.
 
     Raises:
-        ConfigError: When the length or the policy is none.
+        ConfigError: When the length is not at least 2, or the policy is unknown.
     """
     if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 2:
         raise ConfigError(f"max_length must be at least 2 tokens, got {max_length!r}.")

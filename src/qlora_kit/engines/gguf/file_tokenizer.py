@@ -2,8 +2,7 @@
 
 transformers' reader takes the beginning-of-text token for the end token and loses the
 pre-tokenizer's digit splitting (seen with transformers 5.17 and SmolLM2). What is rebuilt here
-splits and merges as llama.cpp does with the same file. This module knows vocabularies. It does
-not know weights.
+splits and merges as llama.cpp does with the same file.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """An Ollama ``Modelfile`` that says how the model was trained to be prompted.
 
-Template, system line and stop tokens come from the formatter that trained the model. For
-chat models the Jinja template is matched, by what it renders, against a few layouts that
-Ollama's Go templates can express. This module knows templates. It does not know weights.
+Template, system line and stop tokens come from the formatter that trained the model. For chat
+models the Jinja template is matched, by what it renders, against a few layouts that Ollama's
+Go templates can express.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class HubSession:
         endpoint: ``None`` takes ``HF_ENDPOINT``, by default huggingface.co.
 
     Raises:
-        ConfigError: When the name or the token cannot be ones.
+        ConfigError: When the name or the token is malformed.
         OfflineError: When the hub's client is told to stay offline.
     """
 

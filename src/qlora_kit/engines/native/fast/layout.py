@@ -1,6 +1,6 @@
 """Laying the rows of an effective batch end to end, in as few micro-batches as allowed.
 
-This module knows token ids and labels on the host. It does not know models.
+Token ids and labels are still on the host here.
 """
 
 from __future__ import annotations

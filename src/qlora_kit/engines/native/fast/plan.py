@@ -1,6 +1,6 @@
 """What the fast path is asked to do, and what it decided to do.
 
-This module knows bytes and choices. It does not know tensors.
+Works with counts of bytes and choices; no tensor is touched here.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def parse_plan(plan: object) -> FastPlan:
             ``False`` for no fast path; or a mapping of option names to values.
 
     Raises:
-        UnknownOptionError: When the mapping has a key that is no option.
+        UnknownOptionError: When the mapping has a key that is not an option.
         ConfigError: When it is something else, or a value cannot work.
     """
     if isinstance(plan, FastPlan):

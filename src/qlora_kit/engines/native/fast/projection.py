@@ -6,7 +6,7 @@ block in ``up``. Both passes are opaque to ``torch.compile``: it would otherwise
 dequantization of the forward and the backward pass and keep every dequantized weight alive
 in between. Method: QLoRA, Dettmers et al., arXiv:2305.14314.
 
-This module knows tensors. It does not know peft, layers or models.
+Works on plain tensors; :mod:`.peft_layers` finds them in a model.
 """
 
 from __future__ import annotations

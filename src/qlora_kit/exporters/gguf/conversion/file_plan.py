@@ -1,6 +1,6 @@
 """What a conversion will write: names, shapes and types, before a weight is read.
 
-This module puts families, tensors and types together. It does not know vocabularies or files.
+This module puts families, tensors and types together.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def plan_conversion(
     quantization: str | Iterable[str] = "q8_0",
     name: str = "model",
 ) -> Plan:
-    """Settle names, shapes and types, reading no weight.
+    """Decide names, shapes and types, reading no weight.
 
     Raises:
         ConfigError: When a quantization is unknown.

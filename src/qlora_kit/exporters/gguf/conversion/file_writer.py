@@ -2,7 +2,7 @@
 
 Every tensor is read and changed once, and encoded into each file that was asked for, so
 several quantizations cost one merge and no intermediate file. This module puts plan, types,
-vocabulary and bytes together. It does not know live models or artifacts.
+vocabulary and bytes together.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The head of a ``.gguf`` file: metadata, vocabulary and the list of tensors.
-
-This module knows the format. It does not know weights.
-"""
+"""The head of a ``.gguf`` file: metadata, vocabulary and the list of tensors."""
 
 from __future__ import annotations
 

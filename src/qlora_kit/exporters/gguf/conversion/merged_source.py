@@ -1,9 +1,8 @@
 """The merged weights of a live model, read as every 16-bit export of it has them.
 
-A base that is published in 16 bits is merged in float32 and rounded to those 16 bits once,
-as ``merged_16bit`` does: both formats hold the same numbers, and asked for together they
-merge once. This module knows models and what exports of one call share. It does not know
-files.
+A base that is published in 16 bits is merged in float32 and rounded to those 16 bits once, as
+``merged_16bit`` does: both formats hold the same numbers, and asked for together they merge
+once.
 """
 
 from __future__ import annotations

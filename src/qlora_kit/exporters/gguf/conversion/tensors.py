@@ -1,7 +1,4 @@
-"""The tensors of a GGUF file, planned from names and shapes before any weight is read.
-
-This module knows where each tensor of the file comes from. It does not know types or files.
-"""
+"""The tensors of a GGUF file, planned from names and shapes before any weight is read."""
 
 from __future__ import annotations
 

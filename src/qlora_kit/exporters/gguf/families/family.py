@@ -1,6 +1,6 @@
 """What a model family is: how it differs between transformers and llama.cpp.
 
-This module knows configurations. It does not know any family; see :mod:`.families`.
+The families themselves stand in :mod:`.table`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Rotary embeddings as a configuration states them, and as llama.cpp wants to be told.
 
 Reads both transformers 4 (``rope_theta`` and ``rope_scaling``) and transformers 5
-(``rope_parameters``) configurations. This module knows frequencies. It does not know weights
-other than the tables of factors that the file format stores as tensors.
+(``rope_parameters``) configurations.
 """
 
 from __future__ import annotations

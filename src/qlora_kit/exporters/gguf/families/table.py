@@ -1,10 +1,8 @@
 """The table of model families: how each differs between transformers and llama.cpp.
 
-To add a family, write one :class:`Family` and pass it to :func:`register_family`; a package
-of your own can do so from its ``qlora_kit`` plugin module, see ``docs/gguf.md``. Tensor names
-come from the ``gguf`` package's maps, so a family states only what is particular to it. This
-module knows
-configurations and single tensors. It does not know files or quantization.
+To add a family, write one :class:`Family` and pass it to :func:`register_family`; a package of
+your own can do so from its ``qlora_kit`` plugin module, see ``docs/gguf.md``. Tensor names
+come from the ``gguf`` package's maps, so a family states only what is particular to it.
 """
 
 from __future__ import annotations
@@ -244,7 +242,7 @@ def find_family(config: Mapping[str, Any]) -> Family:
     """The family of a configuration.
 
     Raises:
-        UnsupportedModelError: When there is none; names those there are.
+        UnsupportedModelError: When the table has no such family; names those it has.
     """
     kind = config.get("model_type")
     if kind not in FAMILIES:

@@ -1,7 +1,7 @@
 """Turning one tensor into the bytes of a GGUF type, row by row and on every core.
 
 Rows are converted to float32 and encoded in pieces of a few megabytes, so a tensor is never
-held in float32 as a whole. This module knows tensors and types. It does not know files.
+held in float32 as a whole.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """ggml's own quantizers, called through ctypes, and what stands in where they are absent.
 
-``libggml-python`` ships ggml as a shared library; ``ggml_quantize_chunk`` releases the GIL,
-so a thread pool uses every core. Without it, the ``gguf`` package's numpy encoder covers the
-types it knows. This module knows rows of float32 and blocks of bytes. It does not know models.
+``libggml-python`` ships ggml as a shared library; ``ggml_quantize_chunk`` releases the GIL, so
+a thread pool uses every core. Without it, the ``gguf`` package's numpy encoder covers the
+types it knows.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """Which type each tensor is stored in, for every quantization a user can ask for.
 
 The choices are those of llama.cpp's ``src/llama-quant.cpp`` (MIT, the ggml authors:
-``tensor_allows_quantization``, ``llama_tensor_get_type_impl`` and
-``tensor_type_fallback``), restated as rules, so that a file made here has the layout of
-one made by ``llama-quantize``. This module knows names, shapes and layers. It does not
-know weights or how they are encoded.
+``tensor_allows_quantization``, ``llama_tensor_get_type_impl`` and ``tensor_type_fallback``),
+restated as rules, so that a file made here has the layout of one made by ``llama-quantize``.
 """
 
 from __future__ import annotations

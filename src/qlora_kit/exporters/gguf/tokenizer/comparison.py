@@ -1,7 +1,4 @@
-"""The exported vocabulary held against the Hugging Face tokenizer before a weight is written.
-
-This module knows both tokenizers and a set of texts. It does not know files.
-"""
+"""The exported vocabulary held against the Hugging Face tokenizer before a weight is written."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Restates ``tokenizer_st_partition``, ``llm_tokenizer_bpe`` and ``llm_tokenizer_spm`` of
 ``src/llama-vocab.cpp``; tests hold it against llama.cpp itself. Slow, and meant for strings of
-a line or two. This module knows a vocabulary. It does not know where it came from.
+a line or two.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Which of llama.cpp's pre-tokenizers splits text as a given tokenizer does.
 
-llama.cpp names its pre-tokenizers and hard-codes their patterns (``src/llama-vocab.cpp``);
-a file only carries the name. A name is found here by the structure of ``tokenizer.json``,
-and is accepted only when the splits agree on every probe text: two tokenizers can share
-a name or a hash and differ in one rule, such as splitting digits. This module knows splits.
-It does not know vocabularies.
+llama.cpp names its pre-tokenizers and hard-codes their patterns (``src/llama-vocab.cpp``); a
+file only carries the name. A name is found here by the structure of ``tokenizer.json``, and is
+accepted only when the splits agree on every probe text: two tokenizers can share a name or a
+hash and differ in one rule, such as splitting digits.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Strings that tell tokenizers apart: spaces, digits, scripts, marks, code and noise.
-
-This module knows text. It does not know tokenizers.
-"""
+"""Strings that tell tokenizers apart: spaces, digits, scripts, marks, code and noise."""
 
 from __future__ import annotations
 

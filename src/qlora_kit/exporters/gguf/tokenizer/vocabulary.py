@@ -2,8 +2,7 @@
 
 Everything is read from the tokenizer in memory (what ``tokenizer.json`` says), also when it
 was built from a SentencePiece file: byte-level BPE becomes llama.cpp's ``gpt2`` vocabulary,
-SentencePiece-style BPE its ``llama`` one. This module knows vocabularies. It does not know
-files or weights.
+SentencePiece-style BPE its ``llama`` one.
 """
 
 from __future__ import annotations
@@ -124,7 +123,7 @@ def describe_backend(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, dict[str,
     """The ``tokenizers.Tokenizer`` inside, and its ``tokenizer.json`` as a dictionary.
 
     Raises:
-        UnsupportedModelError: When there is none.
+        UnsupportedModelError: When the tokenizer has no fast backend.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

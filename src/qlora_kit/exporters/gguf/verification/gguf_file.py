@@ -1,7 +1,4 @@
-"""A written ``.gguf`` file read back: its vocabulary and rows of its tensors.
-
-This module knows files. It does not know what they should hold.
-"""
+"""A written ``.gguf`` file read back: its vocabulary and rows of its tensors."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A ``.gguf`` file run in llama.cpp, through the ``xllamacpp`` package.
 
 xllamacpp's server object is used in this process; it also listens on a free port of the
-loopback interface while it lives. This module knows prompts of ids. It does not know models.
+loopback interface while it lives.
 """
 
 from __future__ import annotations
