@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from qlora_kit.errors import ConfigError, did_you_mean
+from qlora_kit.values import is_number, is_whole_number
 
 __all__ = [
     "ATTENTION_MODULES",
@@ -60,7 +61,7 @@ class LoadConfig:
     is_trainable: bool = True
 
     def __post_init__(self) -> None:
-        if not _is_whole(self.max_seq_length):
+        if not is_whole_number(self.max_seq_length):
             raise ConfigError(
                 f"max_seq_length must be a whole number of tokens, got {self.max_seq_length!r}."
             )
@@ -100,11 +101,11 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
-        if not _is_whole(self.r) or self.r < 1:
+        if not is_whole_number(self.r) or self.r < 1:
             raise ConfigError(f"r is the LoRA rank, a whole number of at least 1; got {self.r!r}.")
-        if not _is_number(self.lora_alpha) or not self.lora_alpha > 0:
+        if not is_number(self.lora_alpha) or not self.lora_alpha > 0:
             raise ConfigError(f"lora_alpha must be a number above 0, got {self.lora_alpha!r}.")
-        if not _is_number(self.lora_dropout) or not 0.0 <= self.lora_dropout < 1.0:
+        if not is_number(self.lora_dropout) or not 0.0 <= self.lora_dropout < 1.0:
             raise ConfigError(
                 f"lora_dropout is a probability from 0 up to (not including) 1, "
                 f"got {self.lora_dropout!r}."
@@ -116,7 +117,7 @@ class AdapterConfig:
                 "use_gradient_checkpointing must be True, False, 'auto' or 'unsloth', "
                 f"got {self.use_gradient_checkpointing!r}."
             )
-        if not _is_whole(self.random_state):
+        if not is_whole_number(self.random_state):
             raise ConfigError(f"random_state must be a whole number, got {self.random_state!r}.")
         if isinstance(self.init_lora_weights, str) and not _STARTS.fullmatch(
             self.init_lora_weights
@@ -128,18 +129,14 @@ class AdapterConfig:
             )
         for name, pattern in (("rank", self.rank_pattern), ("alpha", self.alpha_pattern)):
             for key, value in (pattern or {}).items():
-                if not _is_number(value) or value <= 0 or (name == "rank" and not _is_whole(value)):
+                if (
+                    not is_number(value)
+                    or value <= 0
+                    or (name == "rank" and not is_whole_number(value))
+                ):
                     raise ConfigError(f"{name}_pattern[{key!r}] must be above 0, got {value!r}.")
 
 
 # Those of peft's starts that need nothing but the weights; the others look at data first.
 _START_NAMES: Final = ("gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "loftq")
 _STARTS: Final = re.compile(r"gaussian|orthogonal|olora|pissa(_niter_\d+)?|loftq")
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -11,6 +11,7 @@ from pathlib import PurePath
 from typing import Any, Final, Literal, Union, get_args, get_origin
 
 from qlora_kit.errors import ConfigError, QloraKitError, UnknownOptionError, did_you_mean
+from qlora_kit.values import is_number, is_whole_number
 
 __all__ = [
     "COLLECTS_UNKNOWN",
@@ -136,9 +137,9 @@ def _matches(value: Any, hint: Any) -> bool:
     if hint is None or hint is type(None):
         return value is None
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number(value)
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return is_whole_number(value)
     if hint in (str, bool):
         return isinstance(value, hint)
     if isinstance(hint, type) and issubclass(hint, os.PathLike):

@@ -23,12 +23,12 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol
 
 from qlora_kit.errors import ConfigError, ExportError, UnsupportedModelError
+from qlora_kit.weights.mapped_file import TORCH_DTYPES
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "DTYPE_NAMES",
     "TypedSource",
     "WrittenTensors",
     "count_bytes",
@@ -37,12 +37,7 @@ __all__ = [
     "write_tensors",
 ]
 
-#: torch's name -> the name in safetensors headers.
-DTYPE_NAMES: Final = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
-    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
-}  # fmt: skip
+_NAMES_IN_FILES: Final = {ours: theirs for theirs, ours in TORCH_DTYPES.items()}
 
 _UNITS: Final = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
                  "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}  # fmt: skip
@@ -208,7 +203,7 @@ def _write_shard(
     for name in ordered:
         size = count_bytes(source, name)
         header[name] = {
-            "dtype": DTYPE_NAMES[str(source.dtype_of(name)).removeprefix("torch.")],
+            "dtype": _NAMES_IN_FILES[str(source.dtype_of(name)).removeprefix("torch.")],
             "shape": list(source.shape(name)),
             "data_offsets": [offset, offset + size],
         }

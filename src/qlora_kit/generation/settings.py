@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.errors import ConfigError, UnknownOptionError, did_you_mean
 from qlora_kit.handles import LoadedModel
+from qlora_kit.values import is_number, is_whole_number
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -34,10 +35,10 @@ def check_sampling(
     Raises:
         ConfigError: At the first of them.
     """
-    if not _is_whole(max_new_tokens) or max_new_tokens < 1:
+    if not is_whole_number(max_new_tokens, at_least=1):
         raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens!r}.")
     for name, value in {**filters, "repetition_penalty": repetition_penalty}.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        if value is not None and not is_number(value):
             raise ConfigError(f"{name} must be a number, got {value!r}.")
     for name in ("top_p", "min_p"):
         if filters[name] is not None and not 0 <= filters[name] <= 1:
@@ -47,11 +48,11 @@ def check_sampling(
             f"temperature must be above 0, got {filters['temperature']!r}; do_sample=False is "
             "greedy."
         )
-    if filters["top_k"] is not None and (not _is_whole(filters["top_k"]) or filters["top_k"] < 0):
+    if filters["top_k"] is not None and not is_whole_number(filters["top_k"], at_least=0):
         raise ConfigError(f"top_k must be a whole number of tokens, got {filters['top_k']!r}.")
     if repetition_penalty is not None and repetition_penalty <= 0:
         raise ConfigError(f"repetition_penalty must be above 0, got {repetition_penalty!r}.")
-    if seed is not None and not _is_whole(seed):
+    if seed is not None and not is_whole_number(seed):
         raise ConfigError(f"seed must be a whole number, got {seed!r}.")
 
 
@@ -114,7 +115,7 @@ def _stop_token_ids(model: LoadedModel, given: Any) -> list[int]:
     """What ends an answer: what the model was loaded with, and what it was trained to end with."""
     if given is not None:
         ids = [given] if isinstance(given, int) else list(given)
-        if not ids or not all(_is_whole(token) for token in ids):
+        if not ids or not all(is_whole_number(token) for token in ids):
             raise ConfigError(f"eos_token_id must be token ids, got {given!r}.")
         return ids
     ids = list(model.base.stop_token_ids)
@@ -123,7 +124,3 @@ def _stop_token_ids(model: LoadedModel, given: Any) -> list[int]:
     if trained is not None:
         ids.insert(0, model.tokenizer.convert_tokens_to_ids(trained))
     return list(dict.fromkeys(ids))
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

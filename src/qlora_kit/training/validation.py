@@ -6,13 +6,13 @@ This module refuses; it chooses no defaults.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from qlora_kit.errors import ConfigError, UnknownOptionError, did_you_mean
+from qlora_kit.values import is_finite_number, is_whole_number
 
 __all__ = [
     "REFUSED",
@@ -79,21 +79,21 @@ def check_values(fields: Mapping[str, Any], *, has_eval: bool) -> None:
         ConfigError: At the first of them.
     """
     for name in _AT_LEAST_ONE:
-        if name in fields and not _is_whole(fields[name], at_least=1):
+        if name in fields and not is_whole_number(fields[name], at_least=1):
             raise ConfigError(f"{name} must be a whole number of at least 1, got {fields[name]!r}.")
     for name in ("seed", "data_seed"):
-        if fields.get(name) is not None and not _is_whole(fields[name], at_least=0):
+        if fields.get(name) is not None and not is_whole_number(fields[name], at_least=0):
             raise ConfigError(f"{name} must be a whole number of at least 0, got {fields[name]!r}.")
     for name in ("packing", "padding_free", "shuffle_dataset"):
         if name in fields and not isinstance(fields[name], bool):
             raise ConfigError(f"{name} must be True or False, got {fields[name]!r}.")
     steps = fields.get("max_steps", -1)
-    if steps != -1 and not _is_whole(steps, at_least=1):
+    if steps != -1 and not is_whole_number(steps, at_least=1):
         raise ConfigError(
             f"max_steps must be at least 1, or -1 to count epochs instead; got {steps!r}."
         )
     for name in ("num_train_epochs", "learning_rate", "max_grad_norm", "weight_decay"):
-        if name in fields and not _is_finite(fields[name], at_least=0):
+        if name in fields and not is_finite_number(fields[name], at_least=0):
             raise ConfigError(f"{name} must be a number of at least 0, got {fields[name]!r}.")
     if fields.get("num_train_epochs") == 0:
         raise ConfigError("num_train_epochs=0 would train nothing.")
@@ -131,16 +131,3 @@ def check_output_folder(output_dir: object) -> Path:
     if not os.access(existing, os.W_OK):
         raise ConfigError(f"output_dir={str(folder)!r}: {existing} cannot be written to.")
     return folder
-
-
-def _is_whole(value: object, *, at_least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
-
-
-def _is_finite(value: object, *, at_least: float) -> bool:
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and value >= at_least
-    )

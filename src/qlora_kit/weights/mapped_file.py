@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TORCH_DTYPES", "MappedFile"]
 
-#: Spelling in safetensors headers -> name in torch.
+#: Name in safetensors headers -> name in torch.
 TORCH_DTYPES: Final = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from qlora_kit.errors import ConfigError, DataError
+from qlora_kit.values import is_whole_number
 
 if TYPE_CHECKING:
     import torch
@@ -178,10 +179,10 @@ def _round_up(length: int, multiple: int | None) -> int:
 
 
 def _check_padding(pad_token_id: int, multiple: int | None) -> None:
-    if not isinstance(pad_token_id, int) or isinstance(pad_token_id, bool) or pad_token_id < 0:
+    if not is_whole_number(pad_token_id, at_least=0):
         raise ConfigError(
             f"pad_token_id must be a token id, got {pad_token_id!r}. Set tokenizer.pad_token, for "
             "example to tokenizer.eos_token: labels decide what carries loss, so that is safe."
         )
-    if multiple is not None and (not isinstance(multiple, int) or multiple < 1):
+    if multiple is not None and not is_whole_number(multiple, at_least=1):
         raise ConfigError(f"pad_to_multiple_of must be at least 1, got {multiple!r}.")

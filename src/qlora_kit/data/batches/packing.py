@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from qlora_kit.data.batches.collators import IGNORED_LABEL
 from qlora_kit.data.tokens.truncation import flatten_lists
 from qlora_kit.errors import ConfigError, DataError
+from qlora_kit.values import is_whole_number
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -114,7 +115,7 @@ def plan_packs(
         raise ConfigError(
             f"strategy must be {' or '.join(map(repr, _STRATEGIES))}, got {strategy!r}."
         )
-    if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1:
+    if not is_whole_number(max_length, at_least=1):
         raise ConfigError(f"max_length must be at least 1 token, got {max_length!r}.")
     if not lengths:
         raise DataError("There are no examples to pack.")

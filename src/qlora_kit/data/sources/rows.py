@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from qlora_kit.data.sources.row_problems import Location
 from qlora_kit.errors import ConfigError, DataError
+from qlora_kit.values import is_number
 
 if TYPE_CHECKING:
     from qlora_kit.data.formatters.formatter_base import FormatterBase
@@ -102,8 +103,7 @@ class Rows(Sequence[dict[str, Any]]):
             ConfigError: When ``fraction`` is not between 0 and 1.
             DataError: When there are too few rows for both parts.
         """
-        is_number = isinstance(fraction, float | int) and not isinstance(fraction, bool)
-        if not is_number or not 0.0 < fraction < 1.0:
+        if not is_number(fraction) or not 0.0 < fraction < 1.0:
             raise ConfigError(f"fraction is a share between 0 and 1, got {fraction!r}.")
         if len(self) < 2:
             raise DataError(f"{self.source} has {len(self)} row; splitting takes at least 2.")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from qlora_kit.data.sources.row_problems import settle_problems
 from qlora_kit.data.tokens.segment_ids import join_segments, make_segments
 from qlora_kit.errors import ConfigError, DataError
+from qlora_kit.values import is_whole_number
 
 if TYPE_CHECKING:
     from qlora_kit.data.formatters.formatter_base import FormatterBase
@@ -96,7 +97,7 @@ def describe_rows(formatter: FormatterBase, rows: Rows, *, max_length: int) -> D
     """Statistics of rows; see :meth:`FormatterBase.describe`."""
     import numpy as np
 
-    if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1:
+    if not is_whole_number(max_length, at_least=1):
         raise ConfigError(f"max_length must be at least 1 token, got {max_length!r}.")
     lengths: list[int] = []
     trained_tokens = without = literal = 0
@@ -153,7 +154,7 @@ def describe_rows(formatter: FormatterBase, rows: Rows, *, max_length: int) -> D
 
 def render_preview(formatter: FormatterBase, rows: Rows, *, n: int, color: bool | None) -> str:
     """Examples as text; see :meth:`FormatterBase.preview`."""
-    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+    if not is_whole_number(n, at_least=1):
         raise ConfigError(f"n must be at least 1, got {n!r}.")
     if color is None:
         color = sys.stdout.isatty() and "NO_COLOR" not in os.environ

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from qlora_kit.data.batches.collators import IGNORED_LABEL
 from qlora_kit.data.tokens.encoding_report import EncodingReport
 from qlora_kit.errors import ConfigError
+from qlora_kit.values import is_whole_number
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -39,7 +40,7 @@ def check_limits(max_length: Any, truncation: Any) -> None:
     Raises:
         ConfigError: When the length is not at least 2, or the policy is unknown.
     """
-    if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 2:
+    if not is_whole_number(max_length, at_least=2):
         raise ConfigError(f"max_length must be at least 2 tokens, got {max_length!r}.")
     if truncation not in _TRUNCATIONS:
         raise ConfigError(f"truncation must be 'end', 'drop' or 'error', got {truncation!r}.")

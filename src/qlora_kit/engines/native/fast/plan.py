@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Final, Literal
 
 from qlora_kit.errors import ConfigError, UnknownOptionError
+from qlora_kit.values import is_whole_number
 
 __all__ = ["FastPlan", "MemoryModel", "ResolvedPlan", "parse_plan", "resolve_plan"]
 
@@ -74,9 +75,7 @@ class FastPlan:
             )
         for name in ("micro_batch_tokens", "checkpointed_layers", "loss_chunk_tokens"):
             value = getattr(self, name)
-            if value is not None and (
-                not isinstance(value, int) or isinstance(value, bool) or value < 1
-            ):
+            if value is not None and not is_whole_number(value, at_least=1):
                 raise ConfigError(
                     f"plan option {name} must be a whole number of at least 1 or None, "
                     f"got {value!r}."
