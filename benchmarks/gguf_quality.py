@@ -1,4 +1,4 @@
-"""The quality half of ``gguf.py``: every type in llama.cpp beside transformers in float32."""
+"""Half of ``gguf_tables.py``: every type in llama.cpp beside transformers in float32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The speed half of ``gguf.py``: conversions in fresh processes, and ggml's quantizer alone."""
+"""Half of ``gguf_tables.py``: conversions in fresh processes, and ggml's quantizer alone."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-# gguf.py beside this file would be imported in place of the gguf package.
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
-sys.path.append(str(HERE))
 
 _HIDDEN, _INNER, _VOCABULARY, _KV = 2048, 5632, 32000, 256
 _PIECE = 1 << 20
@@ -157,9 +154,9 @@ class AnonymousPeak:
 
 def measure_once(checkpoint: Path, type_name: str, threads: int) -> dict[str, Any]:
     """One conversion in this process, and ggml alone right after it."""
+    import gguf  # noqa: F401 - loading packages is not what is measured
     import torch
 
-    import gguf  # noqa: F401 - loading packages is not what is measured
     from qlora_kit.exporters.gguf.conversion.file_writer import convert
     from qlora_kit.weights.source import SafetensorsSource
 

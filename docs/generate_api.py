@@ -41,26 +41,26 @@ from qlora_kit import AlpacaFormatter, attach_lora, export_model, load_quantized
 #: The page's order: what a script uses from top to bottom, then what comes back, then the edges.
 SECTIONS: dict[str, tuple[str, ...]] = {
     "The pipeline": ("load_quantized", "attach_lora", "train_sft", "generate_stream"),
-    "Data": ("AlpacaFormatter", "ChatFormatter", "FormatterBase", "formatter_from_spec",
-             "pack_examples"),
+    "Data": ("AlpacaFormatter", "ChatFormatter", "PromptCompletionFormatter", "FormatterBase",
+             "Formatter", "Segment", "formatter_from_spec", "pack_examples"),
     "Exporting": ("export_model", "available_exporters", "describe_exporters", "get_exporter"),
     "What comes back": ("LoadedModel", "AdaptedModel", "TrainResult", "TextChunk", "Artifact",
-                        "Verification", "Check"),
-    "Writing an exporter": ("Exporter", "ExportRequest", "ExportEstimate", "hookimpl", "hookspec"),
+                        "ExportResults", "Verification", "Check"),
+    "Writing an exporter": ("Exporter", "ExportRequest", "ExportEstimate", "nest_export",
+                            "hookimpl", "hookspec"),
     "Configuration values": ("LoadConfig", "AdapterConfig"),
     "Errors": ("errors", "QloraKitError"),
     "Version": ("__version__",),
 }  # fmt: skip
 
-#: What the public names take, give back and hold, under its dotted name.
+#: What the public names take, give back and hold, under its dotted name; what is public by now
+#: is left out, since it stands in a section of its own.
 DOTTED = (
     "qlora_kit.data.Rows",
     "qlora_kit.data.AlpacaTemplate",
-    "qlora_kit.data.Segment",
     "qlora_kit.data.DataReport",
     "qlora_kit.data.EncodingReport",
     "qlora_kit.handles.BaseInfo",
-    "qlora_kit.results.ExportResults",
     "qlora_kit.results.ArtifactFile",
     "qlora_kit.engines.native.fast.plan.FastPlan",
     "qlora_kit.testing.check_exporter",
@@ -103,7 +103,11 @@ def make_page() -> str:
         if title == "Exporting":
             parts.append(describe_formats())
     parts.append("## Values under their dotted names\n")
-    parts += [describe(name.rpartition(".")[2], resolve(name), name) for name in DOTTED]
+    public = [getattr(qlora_kit, name) for name in qlora_kit.__all__]
+    for dotted in DOTTED:
+        value = resolve(dotted)
+        if not any(value is known for known in public):
+            parts.append(describe(dotted.rpartition(".")[2], value, dotted))
     return "\n".join(parts).rstrip() + "\n"
 
 

@@ -243,6 +243,15 @@ def test_api_page_covers_every_public_name_and_parameter():
             assert f"| `{stars}{parameter.name}` |" in sections[name], (name, parameter.name)
 
 
+def test_api_page_has_no_entry_twice():
+    headings = re.findall(r"^#+ `([\w.]+)`$", read(REPOSITORY / "docs" / "api.md"), re.MULTILINE)
+    names = [heading.removeprefix("qlora_kit.").rpartition(".")[2] for heading in headings
+             if heading.startswith("qlora_kit.") or "." not in heading]  # fmt: skip
+    repeated = {name for name in names if names.count(name) > 1}
+    assert repeated == set()
+    assert len(headings) == len(set(headings))
+
+
 def test_architecture_page_draws_the_enforced_layers():
     text = read(REPOSITORY / "docs" / "architecture.md")
     contract = next(

@@ -12,8 +12,7 @@ from typing import Any
 from qlora_kit.artifacts.config_files import write_generation_config, write_tokenizer
 from qlora_kit.artifacts.model_card import find_base_name, write_adapter_card
 from qlora_kit.artifacts.safetensors_writer import count_bytes, write_tensors
-from qlora_kit.errors import UnsupportedModelError
-from qlora_kit.handles import AdaptedModel, LoadedModel
+from qlora_kit.handles import LoadedModel
 from qlora_kit.hookspecs import Exporter, ExportEstimate, ExportRequest, hookimpl
 from qlora_kit.results import Verification
 from qlora_kit.verification.checkpoint import verify_adapter
@@ -37,14 +36,9 @@ class Lora:
 
     def check(self, request: ExportRequest) -> ExportEstimate:
         """Refuse a model without an adapter."""
-        if not isinstance(request.model, AdaptedModel):
-            raise UnsupportedModelError(
-                "Format 'lora' writes an adapter, and this model has none. Use attach_lora first, "
-                "or format 'merged_16bit' for the model itself."
-            )
+        tensors = AdapterTensors(request.model)
         if request.verify:
             check_base_files(request.model)
-        tensors = AdapterTensors(request.model)
         return ExportEstimate(sum(count_bytes(tensors, name) for name in tensors.names()))
 
     def write(self, request: ExportRequest, folder: Path) -> Mapping[str, Any]:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from qlora_kit.device import to_torch_dtype
 from qlora_kit.engines.peft_model import keep_weights_unpacked
 from qlora_kit.engines.quantization import set_compute_dtype
-from qlora_kit.errors import QloraKitError
 from qlora_kit.handles import LoadedModel
 from qlora_kit.results import Check, Verification
 from qlora_kit.verification.checks import (
@@ -28,6 +27,7 @@ from qlora_kit.verification.checks import (
     make_probes,
     measure_logits_distance,
 )
+from qlora_kit.verification.levels import compare_by_level
 from qlora_kit.verification.merged_tensors import compare_merged_tensors
 from qlora_kit.verification.nf4_tensors import compare_quantized_tensors
 from qlora_kit.verification.original import check_against_original
@@ -150,23 +150,26 @@ def _verify_checkpoint(
     verify: bool | Literal["full"],
     may_reload: Callable[[int], bool],
 ) -> Verification:
-    level: Literal["standard", "full"] = "full" if verify == "full" else "standard"
-    try:
+    def compare_files() -> list[Check]:
         with SafetensorsSource(folder) as files:
-            checks = compare(files, level == "full")
-            size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    except (QloraKitError, OSError) as error:
-        return Verification(level, (Check("tensors", False, str(error)),))
-    checks += [
-        check_configuration(),
-        check_generation_config(model, folder),
-        check_tokenizer(model, folder),
-    ]
-    facts: dict[str, Any] = {}
-    if all(check.passed for check in checks) and (level == "full" or may_reload(size)):
-        compared, facts = reload_and_compare()
-        checks += compared
-    return Verification(level, tuple(checks), facts)
+            checks = compare(files, verify == "full")
+        return [
+            *checks,
+            check_configuration(),
+            check_generation_config(model, folder),
+            check_tokenizer(model, folder),
+        ]
+
+    return compare_by_level(
+        verify,
+        compare_files,
+        reload_and_compare,
+        is_cheap=lambda: may_reload(_count_bytes(folder)),
+    )
+
+
+def _count_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def _compare_reloaded(
@@ -209,22 +212,35 @@ def verify_adapter(
         tensors: The live adapter's tensors.
         verify: ``True`` or ``"full"``.
     """
-    level: Literal["standard", "full"] = "full" if verify == "full" else "standard"
-    checks = [_compare_adapter_tensors(folder, tensors), _check_adapter_config(folder, tensors)]
-    checks += [check_generation_config(model, folder), check_tokenizer(model, folder)]
-    size = sum(file.stat().st_size for file in model.base.path.glob("*.safetensors"))
-    if all(check.passed for check in checks) and (level == "full" or _is_cheap(size, model)):
-        config = dataclasses.replace(
-            model.config, model_name=str(model.base.path), max_seq_length=_RELOAD_LENGTH
-        )
-        with _quiet_loading():
-            loaded = model.engine.load(config)
-            again = model.engine.attach_saved(loaded, folder, is_trainable=False)
-        with again.engine.inference(again) as exported:
-            distance = measure_logits_distance(model, exported, make_probes(model))
-        limit = KL_LIMIT_SAME_BASE if tensors.is_converted else _KL_LIMIT_ADAPTER
-        checks.append(distance.as_check(limit))
-    return Verification(level, tuple(checks))
+
+    def compare_files() -> list[Check]:
+        return [
+            _compare_adapter_tensors(folder, tensors),
+            _check_adapter_config(folder, tensors),
+            check_generation_config(model, folder),
+            check_tokenizer(model, folder),
+        ]
+
+    return compare_by_level(
+        verify,
+        compare_files,
+        lambda: (_compare_reloaded_adapter(model, folder, tensors), {}),
+        is_cheap=lambda: _is_cheap(_count_bytes(model.base.path), model),
+    )
+
+
+def _compare_reloaded_adapter(
+    model: LoadedModel, folder: Path, tensors: AdapterTensors
+) -> list[Check]:
+    config = dataclasses.replace(
+        model.config, model_name=str(model.base.path), max_seq_length=_RELOAD_LENGTH
+    )
+    with _quiet_loading():
+        loaded = model.engine.load(config)
+        again = model.engine.attach_saved(loaded, folder, is_trainable=False)
+    with again.engine.inference(again) as exported:
+        distance = measure_logits_distance(model, exported, make_probes(model))
+    return [distance.as_check(KL_LIMIT_SAME_BASE if tensors.is_converted else _KL_LIMIT_ADAPTER)]
 
 
 def load_exported(model: LoadedModel, folder: Path, *, dtype: str | None = None) -> Any:

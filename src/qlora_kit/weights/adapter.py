@@ -13,21 +13,44 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.errors import UnsupportedModelError
-from qlora_kit.handles import LoadedModel
+from qlora_kit.handles import AdaptedModel, LoadedModel
 from qlora_kit.weights.live import LiveTensor, collect_live_tensors, get_hf_model
 from qlora_kit.weights.source import SafetensorsSource
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["AdapterTensors"]
+__all__ = ["CHANGES_BASE", "AdapterTensors", "find_active_adapter"]
 
 #: Initializations that take their starting point out of the base weights.
-_CHANGES_BASE: Final = ("pissa", "olora", "corda", "lora_ga")
+CHANGES_BASE: Final = ("pissa", "olora", "corda", "lora_ga")
 
 # As in the LoftQ start: oversampling and power iterations of the randomized SVD.
 _OVERSAMPLE: Final = 8
 _POWER_ITERATIONS: Final = 4
+
+
+def find_active_adapter(model: LoadedModel, *, instead: str) -> tuple[AdaptedModel, str]:
+    """The one adapter that a format without a merge can write: its model, and its name.
+
+    Args:
+        model: A model with exactly one active adapter.
+        instead: What to export otherwise, a sentence for the message.
+
+    Raises:
+        UnsupportedModelError: When no adapter or more than one is active.
+    """
+    if not isinstance(model, AdaptedModel):
+        raise UnsupportedModelError(
+            f"This model has no adapter to write. Use attach_lora first, and train it. {instead}"
+        )
+    active: list[str] = list(getattr(model.model, "active_adapters", []))
+    if len(active) != 1:
+        raise UnsupportedModelError(
+            f"Exactly one adapter must be active to be written, and {len(active)} are "
+            f"({', '.join(active) or 'none'}). Choose with model.model.set_adapter(name). {instead}"
+        )
+    return model, active[0]
 
 
 class AdapterTensors:
@@ -45,16 +68,11 @@ class AdapterTensors:
     """
 
     def __init__(self, model: LoadedModel) -> None:
-        from peft import PeftModel, get_peft_model_state_dict
+        from peft import get_peft_model_state_dict
 
-        if not isinstance(model.model, PeftModel) or len(model.model.active_adapters) != 1:
-            active = getattr(model.model, "active_adapters", [])
-            raise UnsupportedModelError(
-                f"Exactly one adapter must be active to be written, and {len(active)} are. Choose "
-                "with model.model.set_adapter(name)."
-            )
-        self.model = model
-        self.adapter: str = model.model.active_adapters[0]
+        self.model, self.adapter = find_active_adapter(
+            model, instead="Format 'merged_16bit' writes the model itself."
+        )
         self.config = model.model.peft_config[self.adapter]
         self._live = collect_live_tensors(model.model)
         # Explicit, because peft's "auto" asks the hub whether the base has a config.
@@ -77,7 +95,7 @@ class AdapterTensors:
     def is_converted(self) -> bool:
         """Whether the adapter is rewritten as a plain LoRA of twice the rank."""
         init = self.config.init_lora_weights
-        return isinstance(init, str) and init.lower().startswith(_CHANGES_BASE)
+        return isinstance(init, str) and init.lower().startswith(CHANGES_BASE)
 
     def names(self) -> Sequence[str]:
         return list(self._tensors)

@@ -21,7 +21,7 @@ from qlora_kit.exporters.gguf.conversion.file_plan import plan_conversion
 from qlora_kit.exporters.gguf.conversion.file_writer import convert
 from qlora_kit.exporters.gguf.quantization.recipes import RECIPES
 from qlora_kit.exporters.gguf.tokenizer.probe_texts import list_probe_texts
-from qlora_kit.exporters.gguf.verification.comparisons import check_files
+from qlora_kit.exporters.gguf.verification.file_checks import check_files
 from qlora_kit.exporters.gguf.verification.gguf_file import GgufFile
 from qlora_kit.weights.source import SafetensorsSource
 

@@ -16,10 +16,10 @@ from qlora_kit.errors import ConfigError, UnsupportedModelError
 from qlora_kit.exporters.gguf import GgufExporter, GgufLoraExporter, qlora_kit_register_exporters
 from qlora_kit.exporters.gguf import lora_exporter as lora
 from qlora_kit.exporters.gguf.conversion.file_writer import convert
-from qlora_kit.exporters.gguf.exporter import GgufOptions
 from qlora_kit.exporters.gguf.lora_exporter import GgufLoraOptions
-from qlora_kit.exporters.gguf.verification.comparisons import check_run
+from qlora_kit.exporters.gguf.model_exporter import GgufOptions
 from qlora_kit.exporters.gguf.verification.gguf_file import GgufFile
+from qlora_kit.exporters.gguf.verification.run_checks import check_run
 from qlora_kit.hookspecs import ExportRequest
 from qlora_kit.plugins import describe_exporter_faults
 from qlora_kit.weights.source import SafetensorsSource

@@ -24,7 +24,7 @@ from qlora_kit.exporters.gguf.quantization.recipes import (
     choose_types,
     resolve_recipes,
 )
-from qlora_kit.exporters.gguf.verification.comparisons import TENSOR_TOLERANCES
+from qlora_kit.exporters.gguf.verification.file_checks import TENSOR_TOLERANCES
 from qlora_kit.exporters.gguf.verification.gguf_file import GgufFile
 from qlora_kit.weights.source import SafetensorsSource
 

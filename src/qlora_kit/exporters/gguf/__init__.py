@@ -5,10 +5,10 @@ Other packages add model families here, see :func:`register_family`.
 
 from __future__ import annotations
 
-from qlora_kit.exporters.gguf.exporter import GgufExporter, GgufOptions
 from qlora_kit.exporters.gguf.families.family import Config, Description, Family
 from qlora_kit.exporters.gguf.families.table import FAMILIES, register_family
 from qlora_kit.exporters.gguf.lora_exporter import GgufLoraExporter, GgufLoraOptions
+from qlora_kit.exporters.gguf.model_exporter import GgufExporter, GgufOptions
 from qlora_kit.exporters.gguf.tokenizer.pre_tokenizers import PreTokenizer, register_pre_tokenizer
 from qlora_kit.hookspecs import Exporter, hookimpl
 

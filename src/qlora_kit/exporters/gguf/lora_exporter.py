@@ -13,16 +13,17 @@ from qlora_kit.errors import ConfigError, ExportError, UnsupportedModelError
 from qlora_kit.exporters.gguf.conversion.file_plan import pad
 from qlora_kit.exporters.gguf.conversion.file_writer import convert
 from qlora_kit.exporters.gguf.conversion.tensors import make_name_mapper
-from qlora_kit.exporters.gguf.exporter import choose_name
 from qlora_kit.exporters.gguf.families.table import Config, Family, find_family
+from qlora_kit.exporters.gguf.model_exporter import choose_name
 from qlora_kit.exporters.gguf.quantization.ggml import check_encoder, find_missing_encoder
 from qlora_kit.exporters.gguf.quantization.recipes import ALIASES, RECIPES
-from qlora_kit.exporters.gguf.verification.comparisons import check_run
 from qlora_kit.exporters.gguf.verification.gguf_file import GgufFile
 from qlora_kit.exporters.gguf.verification.llama_run import check_runner
-from qlora_kit.handles import AdaptedModel
+from qlora_kit.exporters.gguf.verification.run_checks import check_run
 from qlora_kit.hookspecs import ExportEstimate, ExportRequest
 from qlora_kit.results import Check, Verification
+from qlora_kit.verification.levels import compare_by_level
+from qlora_kit.weights.adapter import CHANGES_BASE, find_active_adapter
 from qlora_kit.weights.live import check_adapters
 from qlora_kit.weights.source import SafetensorsSource
 
@@ -36,9 +37,6 @@ _MERGE_INSTEAD: Final = "Export with 'gguf', which merges the adapter."
 
 #: Largest relative error of an update ``B A``; half precision rounds both factors.
 _TOLERANCES: Final = {"f32": 1e-5, "f16": 2e-3}
-
-# Initializations after which the adapter fits changed base weights only.
-_CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq")
 
 
 @dataclass(frozen=True)
@@ -95,8 +93,8 @@ class GgufLoraExporter:
     def check(self, request: ExportRequest) -> ExportEstimate:
         """Refuse what llama.cpp cannot apply, and count the bytes."""
         check_encoder(set())
+        check_runner(request.verify)
         if request.verify == "full":
-            check_runner()
             _check_base(request)
         bits = RECIPES[request.options.stored_type].bits
         numbers = sum(f.a.numel() + f.b.numel() for f in _collect_factors(request))
@@ -121,24 +119,30 @@ class GgufLoraExporter:
     def verify(self, request: ExportRequest, folder: Path) -> Verification:
         """Read every update back; with ``"full"``, run base and adapter in llama.cpp."""
         path = folder / _file_name(request)
-        checks = [_check_updates(request, GgufFile(path))]
-        if request.verify != "full":
-            return Verification("standard", tuple(checks))
-        base = _check_base(request)
-        with tempfile.TemporaryDirectory(prefix="qlora_kit-gguf-") as scratch:
-            model = request.model
-            with SafetensorsSource(base) as source:
-                done = convert(
-                    source,
-                    model.model.config.to_dict(),
-                    model.tokenizer,
-                    Path(scratch),
-                    quantization="f16",
-                    stop_token_ids=collect_stop_token_ids(model),
-                )
-            files = [(RECIPES["f16"], done.files["f16"])]
-            checks += check_run(model, files, merges_into_original=True, lora=path)
-        return Verification("full", tuple(checks))
+        return compare_by_level(
+            request.verify,
+            lambda: [_check_updates(request, GgufFile(path))],
+            lambda: (_run_on_base(request, path), {}),
+        )
+
+
+def _run_on_base(request: ExportRequest, lora: Path) -> list[Check]:
+    """The base in 16 bits with the adapter file on it, in llama.cpp beside the live model."""
+    model = request.model
+    with (
+        tempfile.TemporaryDirectory(prefix="qlora_kit-gguf-") as scratch,
+        SafetensorsSource(_check_base(request)) as source,
+    ):
+        done = convert(
+            source,
+            model.model.config.to_dict(),
+            model.tokenizer,
+            Path(scratch),
+            quantization="f16",
+            stop_token_ids=collect_stop_token_ids(model),
+        )
+        files = [(RECIPES["f16"], done.files["f16"])]
+        return check_run(model, files, merges_into_original=True, lora=lora)
 
 
 def _encode_factors(request: ExportRequest) -> Iterator[tuple[str, NDArray[Any]]]:
@@ -201,21 +205,12 @@ def _peft_config(request: ExportRequest) -> tuple[str, Any]:
     Raises:
         UnsupportedModelError: When llama.cpp could not apply it.
     """
-    model = request.model
-    if not isinstance(model, AdaptedModel):
-        raise UnsupportedModelError(
-            "This model has no adapter. Attach and train one, or export with 'gguf'."
-        )
+    model, adapter = find_active_adapter(request.model, instead=_MERGE_INSTEAD)
     check_adapters(model.model)
-    active = model.model.active_adapters
-    if len(active) != 1:
-        raise UnsupportedModelError(
-            f"{len(active)} adapters are active ({', '.join(active)}); activate one. "
-            + _MERGE_INSTEAD
-        )
-    config = model.model.peft_config[active[0]]
+    config = model.model.peft_config[adapter]
     asked = {config.init_lora_weights, model.adapter.init_lora_weights}
-    started = [str(way) for way in asked if str(way).lower().startswith(_CHANGES_BASE)]
+    changing = (*CHANGES_BASE, "loftq")
+    started = [str(way) for way in asked if str(way).lower().startswith(changing)]
     faults = {
         "DoRA": config.use_dora,
         "trained biases": config.bias != "none" or getattr(config, "lora_bias", False),
@@ -230,7 +225,7 @@ def _peft_config(request: ExportRequest) -> tuple[str, Any]:
         raise UnsupportedModelError(
             f"llama.cpp's --lora has no {', '.join(found)}. {_MERGE_INSTEAD}"
         )
-    return active[0], config
+    return adapter, config
 
 
 def _alpha(request: ExportRequest) -> float:

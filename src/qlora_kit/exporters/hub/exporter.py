@@ -23,7 +23,7 @@ from qlora_kit.errors import (
     did_you_mean,
 )
 from qlora_kit.export import NestedExport, get_exporter, nest_export
-from qlora_kit.exporters.hub.paths import hide_base_paths, hide_paths
+from qlora_kit.exporters.hub.local_paths import hide_base_paths, hide_paths
 from qlora_kit.exporters.hub.session import HubSession
 from qlora_kit.hookspecs import Exporter, ExportEstimate, ExportRequest, hookimpl
 from qlora_kit.manifest import read_manifest, to_jsonable

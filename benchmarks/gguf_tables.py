@@ -1,8 +1,8 @@
 """GGUF export, measured: speed and memory per type, and what each type costs in quality.
 
-    python benchmarks/gguf.py --output results            # both tables
-    python benchmarks/gguf.py speed --output results      # 1.1 billion random parameters
-    python benchmarks/gguf.py quality --output results    # SmolLM2, or --model FOLDER_OR_GGUF
+    python benchmarks/gguf_tables.py --output results           # both tables
+    python benchmarks/gguf_tables.py speed --output results     # 1.1 billion random parameters
+    python benchmarks/gguf_tables.py quality --output results   # SmolLM2, or --model FOLDER_OR_GGUF
 
 ``speed`` writes a random Llama checkpoint of TinyLlama's shape in bfloat16 and converts it to one
 type at a time, each in a fresh process. It reports wall-clock seconds, the peak of anonymous
@@ -30,9 +30,6 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-# This file would otherwise be imported in place of the gguf package.
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
-sys.path.append(str(HERE))
 sys.path.append(str(HERE.parent / "tests" / "helpers"))
 
 SPEED_TYPES = ["f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k", "q4_0"]

@@ -18,11 +18,13 @@ from qlora_kit.exporters.gguf.quantization.ggml import find_missing_encoder
 from qlora_kit.exporters.gguf.quantization.recipes import resolve_recipes
 from qlora_kit.exporters.gguf.tokenizer.comparison import check_vocabulary
 from qlora_kit.exporters.gguf.tokenizer.vocabulary import Vocabulary, read_vocabulary
-from qlora_kit.exporters.gguf.verification.comparisons import check_files, check_run
+from qlora_kit.exporters.gguf.verification.file_checks import check_files
 from qlora_kit.exporters.gguf.verification.llama_run import check_runner
+from qlora_kit.exporters.gguf.verification.run_checks import check_run
 from qlora_kit.handles import LoadedModel
 from qlora_kit.hookspecs import ExportEstimate, ExportRequest
 from qlora_kit.results import Verification
+from qlora_kit.verification.levels import compare_by_level
 
 __all__ = ["GgufExporter", "GgufOptions", "choose_name", "read_config"]
 
@@ -90,8 +92,7 @@ class GgufExporter:
 
     def check(self, request: ExportRequest) -> ExportEstimate:
         """Plan every tensor, compare the tokenizers and count the bytes."""
-        if request.verify == "full":
-            check_runner()
+        check_runner(request.verify)
         options: GgufOptions = request.options
         # Nothing is written yet that could be shared.
         with _open_source(request, shared=None) as source:
@@ -162,14 +163,14 @@ class GgufExporter:
                 name=choose_name(request),
             )
             files = [(recipe, folder / plan.file_name(recipe)) for recipe in plan.recipes]
-            checks = check_files(
-                files, plan, source, model.tokenizer, collect_stop_token_ids(model)
-            )
             into_original = source.base == "original"
-        if request.verify != "full":
-            return Verification("standard", tuple(checks))
-        checks += check_run(model, files, merges_into_original=into_original)
-        return Verification("full", tuple(checks))
+            return compare_by_level(
+                request.verify,
+                lambda: check_files(
+                    files, plan, source, model.tokenizer, collect_stop_token_ids(model)
+                ),
+                lambda: (check_run(model, files, merges_into_original=into_original), {}),
+            )
 
 
 def choose_name(request: ExportRequest) -> str:
