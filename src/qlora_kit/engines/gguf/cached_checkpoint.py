@@ -23,9 +23,8 @@ from qlora_kit.engines.gguf.file_tokenizer import (
 from qlora_kit.errors import MissingDependencyError, ModelNotFoundError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
     from gguf import GGUFReader
+    from transformers import PreTrainedTokenizerFast
 
 __all__ = ["dequantize_gguf"]
 

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 from qlora_kit.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
     from gguf import GGUFReader
+    from transformers import PreTrainedTokenizerFast
 
 __all__ = ["build_tokenizer", "collect_end_token_ids", "read_value"]
 

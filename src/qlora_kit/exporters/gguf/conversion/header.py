@@ -18,7 +18,6 @@ def write_header(
 ) -> None:
     """Write everything before the tensors' data; the file ends where alignment begins."""
     import numpy as np
-
     from gguf import GGMLQuantizationType, GGUFWriter
 
     writer = GGUFWriter(path, plan.family.architecture)

@@ -12,9 +12,8 @@ from qlora_kit.exporters.gguf.tokenizer.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import numpy as np
-    from numpy.typing import NDArray
-
     from gguf import GGUFReader, ReaderTensor
+    from numpy.typing import NDArray
 
 __all__ = ["GgufFile"]
 
@@ -68,7 +67,6 @@ class GgufFile:
             Float32 of shape (len(rows), columns).
         """
         import numpy as np
-
         from gguf import quants
 
         tensor = self.tensors[name]
