@@ -31,8 +31,9 @@ def test_importing_loads_no_heavy_library():
 
 @pytest.mark.parametrize(
     "module",
-    ["config", "results", "handles", "errors", "hookspecs", "plugins", "loading", "adapters", "data",
-     "export", "verification.checkpoint", "artifacts.staging", "generation", "training", "cli", "manifest", "device", "options", "testing"],
+    ["config", "results", "handles", "errors", "hookspecs", "plugins", "loading", "adapters",
+     "data", "export", "verification.checkpoint", "artifacts.staging", "generation", "training",
+     "cli", "manifest", "device", "options", "testing"],
 )  # fmt: skip
 def test_every_module_imports_alone_and_lightly(module):
     loaded = _fresh(
