@@ -17,6 +17,7 @@ from qlora_kit.config import (
     TARGET_PRESETS,
     AdapterConfig,
 )
+from qlora_kit.engines.base import check_handle
 from qlora_kit.errors import ConfigError, did_you_mean
 from qlora_kit.handles import AdaptedModel, LoadedModel
 from qlora_kit.script_arguments import ADAPTER_ARGUMENTS, refuse_unknown
@@ -128,7 +129,7 @@ def attach_lora(
         rank_pattern=dict(rank_pattern) if rank_pattern else None,
         alpha_pattern=dict(alpha_pattern) if alpha_pattern else None,
     )
-    adapted: AdaptedModel = model.engine.attach(model, config)
+    adapted = check_handle(model.engine, "attach", model.engine.attach(model, config), AdaptedModel)
     logger.info(
         "Training %s of %s parameters (%.2f%%) in %s.",
         f"{adapted.trainable_parameters:,}",

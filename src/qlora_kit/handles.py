@@ -12,6 +12,7 @@ from qlora_kit.config import AdapterConfig, LoadConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from qlora_kit.engines.base import Engine
     from qlora_kit.results import TrainResult
 
 __all__ = ["AdaptedModel", "BaseInfo", "LoadedModel", "RunRecord"]
@@ -69,7 +70,7 @@ class LoadedModel:
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
-    engine: Any
+    engine: Engine
     base: BaseInfo
     config: LoadConfig
     record: RunRecord = field(default_factory=RunRecord, repr=False, compare=False)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.artifacts.provenance import find_manifest, restore_formatter
 from qlora_kit.config import LoadConfig
+from qlora_kit.engines.base import check_handle
 from qlora_kit.engines.selection import resolve_engine
 from qlora_kit.errors import (
     ConfigError,
@@ -140,7 +141,12 @@ def _load_base(path: Path, config: LoadConfig, engine: str | Engine) -> LoadedMo
     folder = folder.absolute()
     if isinstance(engine, str):
         engine = resolve_engine(engine, folder)
-    loaded = engine.load(dataclasses.replace(config, model_name=str(folder)))
+    loaded = check_handle(
+        engine,
+        "load",
+        engine.load(dataclasses.replace(config, model_name=str(folder))),
+        LoadedModel,
+    )
     base = dataclasses.replace(
         loaded.base,
         name_or_path=str(path.absolute()) if _exists(config.model_name) else config.model_name,
@@ -160,8 +166,11 @@ def _load_adapter(path: Path, config: LoadConfig, engine: str | Engine) -> Adapt
         config, model_name=base_name, revision=asked or saved.get("revision")
     )
     loaded = _load_base(_find(base_name, base_config), base_config, engine)
-    adapted: AdaptedModel = loaded.engine.attach_saved(
-        loaded, path, is_trainable=config.is_trainable
+    adapted = check_handle(
+        loaded.engine,
+        "attach_saved",
+        loaded.engine.attach_saved(loaded, path, is_trainable=config.is_trainable),
+        AdaptedModel,
     )
     return restore_formatter(adapted, manifest)
 

@@ -1,24 +1,54 @@
-"""What the stages ask of an engine.
+"""What the stages ask of an engine and of its trainer.
 
 An engine knows how to put a model into memory, attach an adapter and run both. Rows, manifests
-and export formats are not its concern.
+and export formats are not its concern. What an engine's author needs besides can be imported from
+here: :class:`TrainerBase`, :func:`make_adapted`, :func:`attach_saved_adapter`,
+:func:`settle_stop_tokens` and :func:`inference_mode`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from qlora_kit.config import AdapterConfig, LoadConfig
+from qlora_kit.engines.inference import inference_mode
+from qlora_kit.engines.peft_model import attach_saved_adapter, make_adapted, settle_stop_tokens
+from qlora_kit.engines.trainer_mixins import TrainerBase
+from qlora_kit.errors import EngineError
 from qlora_kit.handles import AdaptedModel, LoadedModel
 
 if TYPE_CHECKING:
-    from trl import SFTConfig, SFTTrainer
+    from transformers import TrainerCallback
+    from trl import SFTConfig
 
-__all__ = ["Engine", "TrainJob", "quietly"]
+__all__ = [
+    "Engine",
+    "GenerativeModel",
+    "QuietEngine",
+    "StepPlan",
+    "TrainJob",
+    "Trainer",
+    "TrainerBase",
+    "attach_saved_adapter",
+    "check_handle",
+    "find_missing",
+    "inference_mode",
+    "make_adapted",
+    "make_trainer",
+    "quietly",
+    "ready_to_generate",
+    "settle_stop_tokens",
+]
+
+_MISSING = object()
+
+Handle = TypeVar("Handle", bound=LoadedModel)
 
 
 @dataclass(frozen=True)
@@ -47,9 +77,106 @@ class TrainJob:
     chooses_checkpointing: bool = False
 
 
+class StepPlan(Protocol):
+    """What a trainer that computes its own steps decided; ``str`` of it goes into the result."""
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Most tokens that go through the model at once."""
+        ...
+
+    @property
+    def caches_weights(self) -> bool:
+        """Whether dequantized weights are kept."""
+        ...
+
+    @property
+    def predicted_bytes(self) -> int:
+        """Predicted peak memory beyond the loaded model."""
+        ...
+
+
+class Trainer(Protocol):
+    """What training asks of an engine's trainer, checked before the first step.
+
+    transformers' ``Trainer`` has the first half; :class:`TrainerBase` adds the other one, so that
+    ``class MyTrainer(TrainerBase, SFTTrainer)`` has all of it.
+
+    Attributes:
+        args: The configuration it trains with.
+        state: transformers' ``TrainerState``: steps done and to do, and the log.
+        control: transformers' ``TrainerControl``.
+        callback_handler: Holds the callbacks in ``callbacks``.
+        step_losses: Mean loss per trained token of each optimizer step begun in this process.
+        tokens_seen: Tokens of the micro-batches taken, padding excluded.
+        trained_tokens: Of those, the tokens whose prediction carried loss.
+        uses_fast_step: Whether the trainer computes steps itself, which then have a plan.
+        fast_plan: That plan, from the first step until ``release``; ``None`` otherwise.
+    """
+
+    args: Any
+    state: Any
+    control: Any
+    callback_handler: Any
+
+    @property
+    def step_losses(self) -> Sequence[float]: ...
+
+    @property
+    def tokens_seen(self) -> int: ...
+
+    @property
+    def trained_tokens(self) -> int: ...
+
+    @property
+    def uses_fast_step(self) -> bool: ...
+
+    @property
+    def fast_plan(self) -> StepPlan | None: ...
+
+    def train(self, resume_from_checkpoint: str | None = None) -> Any:
+        """Train to the end, or until a callback stops it."""
+        ...
+
+    def add_callback(self, callback: TrainerCallback) -> None:
+        """Tell one more callback of every event."""
+        ...
+
+    def remove_callback(self, callback: TrainerCallback) -> None:
+        """Tell a callback nothing any more."""
+        ...
+
+    def is_world_process_zero(self) -> bool:
+        """Whether this process, of several that train together, writes the files."""
+        ...
+
+    def save_checkpoint(self) -> bool:
+        """Write ``checkpoint-STEP`` for the steps done; whether there were any to save."""
+        ...
+
+    def release(self) -> None:
+        """Take off the model what training put on it, and free what it allocated."""
+        ...
+
+
+class GenerativeModel(Protocol):
+    """A model that generates: transformers' ``generate`` and forward pass."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Token ids, as transformers' ``GenerationMixin.generate`` takes and returns them."""
+        ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A forward pass, whose result has ``logits``."""
+        ...
+
+
 @runtime_checkable
 class Engine(Protocol):
     """How a model is loaded, adapted, trained and run.
+
+    An engine whose libraries print may have a method ``quietly`` besides, see
+    :class:`QuietEngine`.
 
     Attributes:
         name: What users type for ``engine=`` and what logs and manifests say.
@@ -71,20 +198,102 @@ class Engine(Protocol):
         """Attach an adapter that peft saved in ``folder``."""
         ...
 
-    def make_trainer(self, model: AdaptedModel, job: TrainJob) -> SFTTrainer:
+    def make_trainer(self, model: AdaptedModel, job: TrainJob) -> Trainer:
         """A trainer, not yet started."""
         ...
 
-    def inference(self, model: LoadedModel) -> AbstractContextManager[Any]:
+    def inference(self, model: LoadedModel) -> AbstractContextManager[GenerativeModel]:
         """The model ready to generate; on exit it is in the mode it was found in."""
         ...
 
 
+@runtime_checkable
+class QuietEngine(Engine, Protocol):
+    """An engine that can keep what its libraries print off standard output."""
+
+    def quietly(self) -> AbstractContextManager[Any]:
+        """Log what they print meanwhile."""
+        ...
+
+
 def quietly(engine: Engine) -> AbstractContextManager[Any]:
-    """Keep what an engine's libraries print off standard output, if it has a way.
+    """Keep what an engine's libraries print off standard output, if it has a way."""
+    return engine.quietly() if isinstance(engine, QuietEngine) else nullcontext()
+
+
+def find_missing(value: object, protocol: type) -> list[str]:
+    """The members of a protocol that an object lacks, or has as something that is no method."""
+    missing = []
+    for name in _list_members(protocol):
+        # Looked up without running properties, which may wait for a device.
+        found = inspect.getattr_static(value, name, _MISSING)
+        if found is _MISSING and not hasattr(value, name):
+            missing.append(name)
+        elif inspect.isfunction(vars(protocol).get(name)) and not callable(getattr(value, name)):
+            missing.append(f"{name}()")
+    return missing
+
+
+def _list_members(protocol: type) -> list[str]:
+    return [
+        name
+        for part in reversed(protocol.__mro__)
+        if part not in (object, Protocol) and part.__module__ == __name__
+        for name in (*inspect.get_annotations(part), *vars(part))
+        if not name.startswith("_")
+    ]
+
+
+def make_trainer(engine: Engine, model: AdaptedModel, job: TrainJob) -> Trainer:
+    """The engine's trainer, which has all that training asks for.
+
+    Raises:
+        EngineError: When it lacks something; names all of it.
+    """
+    trainer = engine.make_trainer(model, job)
+    missing = find_missing(trainer, Trainer)
+    if missing:
+        kind = type(trainer).__name__
+        raise EngineError(
+            f"Engine {engine.name!r} made a {kind} without {', '.join(missing)}. Derive its "
+            "trainer from qlora_kit.engines.base.TrainerBase and trl.SFTTrainer, in this order: "
+            "class MyTrainer(TrainerBase, SFTTrainer)."
+        )
+    return trainer
+
+
+def check_handle(engine: Engine, method: str, value: object, kind: type[Handle]) -> Handle:
+    """What an engine's method returned, if it is the handle that it should be.
 
     Args:
-        engine: One that may have a method ``quietly``, which returns a context manager.
+        engine: The engine.
+        method: The method, for the message.
+        value: What it returned.
+        kind: ``LoadedModel`` or ``AdaptedModel``.
+
+    Raises:
+        EngineError: When it is something else.
     """
-    context: AbstractContextManager[Any] = getattr(engine, "quietly", nullcontext)()
-    return context
+    if not isinstance(value, kind):
+        raise EngineError(
+            f"Engine {engine.name!r}: {method} returned {type(value).__name__}, and must return a "
+            f"qlora_kit.{kind.__name__}."
+        )
+    return value
+
+
+@contextlib.contextmanager
+def ready_to_generate(model: LoadedModel) -> Iterator[GenerativeModel]:
+    """The model in its engine's inference mode.
+
+    Raises:
+        EngineError: When what the engine yields cannot generate.
+    """
+    engine: Engine = model.engine
+    with engine.inference(model) as ready:
+        if not callable(getattr(ready, "generate", None)):
+            raise EngineError(
+                f"Engine {engine.name!r}: inference yields {type(ready).__name__}, which has no "
+                "generate method. Yield the model itself, ready to generate."
+            )
+        yield ready

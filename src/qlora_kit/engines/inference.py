@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
-import weakref
-from collections.abc import Callable, Iterator
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, Final
+
+from qlora_kit.engines.readers import Readers
 
 __all__ = ["inference_mode"]
 
 
 @dataclasses.dataclass(eq=False)
 class _Found:
-    """How the first reader found the model, and how many read it now."""
+    """How the first reader found the model."""
 
     # By module: a new adapter trains inside a base that was loaded for evaluation.
     training: list[Any]
@@ -22,18 +23,14 @@ class _Found:
     use_cache: bool
     max_length: int | None
     padding_side: str
-    readers: int = 0
 
 
-_found: weakref.WeakKeyDictionary[Any, _Found] = weakref.WeakKeyDictionary()
-# Reentrant: a forgotten stream is closed wherever the garbage collector happens to run.
-_lock = threading.RLock()
+_readers: Final[Readers[_Found]] = Readers()
 
 
-@contextlib.contextmanager
 def inference_mode(
     model: Any, tokenizer: Any, *, switch: Callable[[Any], object] | None = None
-) -> Iterator[None]:
+) -> contextlib.AbstractContextManager[None]:
     """Eval mode with the key/value cache on; the last reader to leave puts everything back.
 
     Args:
@@ -41,32 +38,28 @@ def inference_mode(
         tokenizer: Its tokenizer, whose padding side is put back as well.
         switch: What else an engine does with a model that is to generate.
     """
-    with _lock:
-        training = [part for part in model.modules() if part.training]
-        found = _found.get(model)
-        # Training began since the first reader came, and goes on when this one leaves.
-        if found is None or training or not model.config.use_cache:
-            found = _found[model] = _look_at(model, tokenizer, training, found)
-        found.readers += 1
-    try:
-        with _lock:
-            if switch is not None:
-                switch(model)
-            model.eval()
-            model.config.use_cache = True
-            # Answers are limited by max_new_tokens; transformers warns of every limit beside it.
-            model.generation_config.max_length = None
-        yield
-    finally:
-        with _lock:
-            found.readers -= 1
-            # A later reader that found the model training again puts back what it found.
-            if found.readers == 0 and _found.get(model) is found:
-                del _found[model]
-                _put_back(model, tokenizer, found)
+
+    def prepare() -> None:
+        if switch is not None:
+            switch(model)
+        model.eval()
+        model.config.use_cache = True
+        # Answers are limited by max_new_tokens; transformers warns of every limit beside it.
+        model.generation_config.max_length = None
+
+    return _readers.reading(
+        model,
+        functools.partial(_look_at, model, tokenizer),
+        functools.partial(_put_back, model, tokenizer),
+        prepare,
+    )
 
 
-def _look_at(model: Any, tokenizer: Any, training: list[Any], earlier: _Found | None) -> _Found:
+def _look_at(model: Any, tokenizer: Any, earlier: _Found | None) -> _Found:
+    training = [part for part in model.modules() if part.training]
+    # Training may begin after the first reader came, and go on when this one leaves.
+    if earlier is not None and not training and model.config.use_cache:
+        return earlier
     checkpointing = [
         (part, part.gradient_checkpointing)
         for part in model.modules()

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_kit.engines.base import Engine
+from qlora_kit.engines.base import Engine, find_missing
 from qlora_kit.errors import ConfigError, MissingDependencyError, did_you_mean
 
 if TYPE_CHECKING:
@@ -36,11 +36,7 @@ def resolve_engine(engine: str | Engine = "auto", folder: Path | None = None) ->
         MissingDependencyError: When unsloth was named and is not installed.
     """
     if not isinstance(engine, str):
-        if not isinstance(engine, Engine):
-            raise ConfigError(
-                f"engine must be one of {', '.join(ENGINE_NAMES)} or an object with the methods "
-                f"of qlora_kit.engines.base.Engine; got {type(engine).__name__}."
-            )
+        _check_engine(engine)
         logger.info("Engine %r: given as an instance.", engine.name)
         return engine
     if engine not in ENGINE_NAMES:
@@ -58,6 +54,26 @@ def resolve_engine(engine: str | Engine = "auto", folder: Path | None = None) ->
             "unpatched ones."
         )
     return made
+
+
+def _check_engine(engine: object) -> None:
+    """Refuse an object that is no engine, naming what it lacks."""
+    wanted = (
+        f"engine must be one of {', '.join(ENGINE_NAMES)} or an object with the methods of "
+        "qlora_kit.engines.base.Engine"
+    )
+    if isinstance(engine, type):
+        raise ConfigError(
+            f"{wanted}; got the class {engine.__name__}. Give an object: {engine.__name__}()."
+        )
+    missing = find_missing(engine, Engine)
+    if missing:
+        raise ConfigError(
+            f"{wanted}; got {type(engine).__name__}, which lacks {', '.join(missing)}."
+        )
+    name = engine.name  # type: ignore[attr-defined]
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"{wanted}; the name of this one must be text, got {name!r}.")
 
 
 def _choose(folder: Path | None) -> tuple[str, str]:

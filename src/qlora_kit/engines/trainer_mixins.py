@@ -1,4 +1,4 @@
-"""What every engine's trainer owes alike, as mixins for TRL's ``SFTTrainer``.
+"""What every engine's trainer owes alike: a base class in front of TRL's ``SFTTrainer``.
 
 TRL 1.15 computes every SFT loss through a triton kernel (``trl/kernels/chunked_logprob.py``)
 and has no other path: without triton, or on a CPU, its trainer fails at the first step.
@@ -10,7 +10,15 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-__all__ = ["NoDraftCards", "NoTelemetry", "PortableLoss", "StepRecorder", "has_triton_loss"]
+__all__ = [
+    "NoDraftCards",
+    "NoTelemetry",
+    "PortableLoss",
+    "StepRecorder",
+    "TrainerBase",
+    "TrlSteps",
+    "has_triton_loss",
+]
 
 # Losses stay on the device until this many steps are done, so that recording never waits for it.
 _FLUSH_EVERY = 256
@@ -164,3 +172,76 @@ class NoDraftCards:
         super()._save(output_dir, state_dict)  # type: ignore[misc]
         if not had_card:
             card.unlink(missing_ok=True)
+
+
+class TrlSteps:
+    """Mixin that says that TRL and peft compute the steps; a trainer's own step overrides it."""
+
+    @property
+    def uses_fast_step(self) -> bool:
+        """Whether steps are computed by this trainer's own code."""
+        return False
+
+    @property
+    def fast_plan(self) -> Any:
+        """What was decided about them."""
+        return None
+
+
+class TrainerBase(StepRecorder, PortableLoss, NoTelemetry, NoDraftCards, TrlSteps):
+    """What training asks of a trainer beside what transformers' ``Trainer`` has.
+
+    For an engine's trainer: ``class MyTrainer(TrainerBase, SFTTrainer)``. TRL 1.15 rounds every
+    trainable parameter of a quantized model to bfloat16 when the trainer is made, which loses
+    small updates; it also replaces the model's ``forward`` by one with a fused language-model
+    head. The parameters stay as they are with this class, and :meth:`release` puts the model's
+    own ``forward`` back.
+
+    Args:
+        model: A ``PeftModel``.
+        *args: ``SFTTrainer``'s.
+        **kwargs: ``SFTTrainer``'s.
+    """
+
+    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        self._own_forward = model.get_base_model().__dict__.get("forward")
+        before = {
+            name: parameter.detach().clone()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+        try:
+            super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]
+        # TRL changes the model before transformers has looked at the settings, and may refuse them.
+        except BaseException:
+            self._put_forward_back(model)
+            raise
+        finally:
+            for name, parameter in model.named_parameters():
+                if name in before and parameter.dtype != before[name].dtype:
+                    parameter.data = before[name].to(parameter.device)
+
+    def save_checkpoint(self) -> bool:
+        """Write a checkpoint of the steps done; whether there were any."""
+        if self.state.global_step == 0 or self.optimizer is None:  # type: ignore[attr-defined]
+            return False
+        self._save_checkpoint(self.model, trial=None)  # type: ignore[attr-defined]
+        return True
+
+    def release(self) -> None:
+        """Give the model back its own ``forward``."""
+        model = self.model  # type: ignore[attr-defined]
+        # accelerate wraps forward in autocast and never takes it off by itself.
+        self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # type: ignore[attr-defined]
+        # What it took off it binds to the instance.
+        if getattr(model.__dict__.get("forward"), "__func__", None) is type(model).forward:
+            del model.forward
+        model.__dict__.pop("_is_accelerate_prepared", None)
+        self._put_forward_back(model)
+
+    def _put_forward_back(self, model: Any) -> None:
+        base = model.get_base_model()
+        if self._own_forward is None:
+            base.__dict__.pop("forward", None)
+        else:
+            base.forward = self._own_forward

@@ -16,11 +16,11 @@ import threading
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qlora_kit.config import AdapterConfig, DtypeName, LoadConfig
 from qlora_kit.device import choose_compute_dtype, get_device, to_torch_dtype
-from qlora_kit.engines.base import TrainJob
+from qlora_kit.engines.base import GenerativeModel, Trainer, TrainerBase, TrainJob
 from qlora_kit.engines.base_model import OpenedCheckpoint, open_checkpoint
 from qlora_kit.engines.captured_prints import log_prints_of
 from qlora_kit.engines.inference import inference_mode
@@ -33,7 +33,6 @@ from qlora_kit.engines.peft_model import (
     settle_stop_tokens,
 )
 from qlora_kit.engines.quantization import set_compute_dtype
-from qlora_kit.engines.trainer_mixins import NoDraftCards, NoTelemetry, PortableLoss, StepRecorder
 from qlora_kit.errors import (
     EngineError,
     MissingDependencyError,
@@ -41,9 +40,6 @@ from qlora_kit.errors import (
     UnsupportedModelError,
 )
 from qlora_kit.handles import AdaptedModel, BaseInfo, LoadedModel
-
-if TYPE_CHECKING:
-    from trl import SFTTrainer
 
 __all__ = ["UnslothEngine"]
 
@@ -177,7 +173,7 @@ class UnslothEngine:
         """Attach an adapter that peft saved."""
         return attach_saved_adapter(loaded, folder, is_trainable=is_trainable)
 
-    def make_trainer(self, model: AdaptedModel, job: TrainJob) -> SFTTrainer:
+    def make_trainer(self, model: AdaptedModel, job: TrainJob) -> Trainer:
         """TRL's trainer as unsloth left it.
 
         Raises:
@@ -198,7 +194,7 @@ class UnslothEngine:
             self._unsloth.FastLanguageModel.for_training(
                 model.model, use_gradient_checkpointing=job.args.gradient_checkpointing
             )
-            return _make_trainer_class()(
+            trainer: Trainer = _make_trainer_class()(
                 model=model.model,
                 args=job.args,
                 train_dataset=job.train_dataset,
@@ -207,9 +203,10 @@ class UnslothEngine:
                 data_collator=job.collator,
                 callbacks=list(job.callbacks),
             )
+        return trainer
 
     @contextlib.contextmanager
-    def inference(self, model: LoadedModel) -> Iterator[Any]:
+    def inference(self, model: LoadedModel) -> Iterator[GenerativeModel]:
         """Unsloth's inference mode; the last of several readers puts everything back."""
         switch = self._unsloth.FastLanguageModel.for_inference
         with inference_mode(model.model, model.tokenizer, switch=switch):
@@ -220,7 +217,7 @@ def _make_trainer_class() -> Any:
     """TRL's trainer is patched in place, so it is looked up when a run begins."""
     trl: Any = importlib.import_module("trl")
 
-    class UnslothTrainer(StepRecorder, PortableLoss, NoTelemetry, NoDraftCards, trl.SFTTrainer):
+    class UnslothTrainer(TrainerBase, trl.SFTTrainer):
         """``SFTTrainer`` as patched by unsloth, with this library's counters."""
 
         def train(self, *args: Any, **kwargs: Any) -> Any:

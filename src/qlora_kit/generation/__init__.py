@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.engines.base import ready_to_generate
 from qlora_kit.errors import ConfigError
 from qlora_kit.generation.detokenization import TextAssembler
 from qlora_kit.generation.settings import check_sampling, make_config, read_stops
@@ -102,7 +103,7 @@ def _stream(
     stops: tuple[str, ...],
     seed: int | None,
 ) -> Iterator[TextChunk]:
-    with model.engine.inference(model) as module:
+    with ready_to_generate(model) as module:
         worker = Worker(module, ids, config, seed)
         text = TextAssembler(model.tokenizer, stops)
         ends = set(config.eos_token_id)

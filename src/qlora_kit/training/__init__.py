@@ -19,7 +19,7 @@ from qlora_kit.training.arguments import (
     DataOptions,
     build_arguments,
     choose_optimizer,
-    take_data_options,
+    read_settings,
 )
 from qlora_kit.training.examples import (
     TrainingData,
@@ -30,9 +30,7 @@ from qlora_kit.training.examples import (
 from qlora_kit.training.resumption import find_checkpoint
 from qlora_kit.training.run import Run, run_training
 from qlora_kit.training.validation import (
-    check_names,
     check_output_folder,
-    check_truncation,
     check_values,
 )
 
@@ -101,17 +99,18 @@ def train_sft(
     fields = {**sft_config, "packing": packing}
     check_values(fields, has_eval=eval_dataset is not None)
     callbacks = _check_callbacks(callbacks)
-    options = take_data_options(model, fields, truncation)
+    settings = read_settings(fields, truncation, model.max_seq_length)
+    options = settings.data
     folder = check_output_folder(output_dir)
     device = device_module.get_device()
-    optimizer = choose_optimizer(fields.pop("optim", None), device)
+    optimizer = choose_optimizer(settings.optimizer, device)
     if optimizer.note:
         logger.info("Optimizer: %s.", optimizer.note)
     resume = find_checkpoint(resume_from_checkpoint, folder, model)
     with quietly(model.engine):
         args = build_arguments(
             model,
-            fields,
+            settings.trainer,
             output_dir=folder,
             device=device,
             optimizer=optimizer,
@@ -165,10 +164,9 @@ def check_training(
     Raises:
         ConfigError: At the first setting that cannot work.
     """
-    check_truncation(truncation)
     _check_callbacks(callbacks)
     check_values(sft_config, has_eval=has_eval)
-    check_names(sft_config)
+    read_settings(sft_config, truncation, longest=2)
     find_checkpoint(resume_from_checkpoint, check_output_folder(output_dir), None)
 
 

@@ -18,6 +18,7 @@ from qlora_kit.engines.trainer_mixins import has_triton_loss
 from qlora_kit.errors import ConfigError
 from qlora_kit.handles import AdaptedModel
 from qlora_kit.training.validation import REFUSED, check_names, check_truncation
+from qlora_kit.values import is_whole_number
 
 if TYPE_CHECKING:
     import torch
@@ -26,9 +27,10 @@ if TYPE_CHECKING:
 __all__ = [
     "DataOptions",
     "Optimizer",
+    "TrainingSettings",
     "build_arguments",
     "choose_optimizer",
-    "take_data_options",
+    "read_settings",
 ]
 
 logger = logging.getLogger(__name__)
@@ -62,32 +64,47 @@ class Optimizer:
     note: str = ""
 
 
-def take_data_options(model: AdaptedModel, fields: dict[str, Any], truncation: str) -> DataOptions:
-    """Take the data fields, and those without effect, out of ``fields``.
+@dataclasses.dataclass(frozen=True)
+class TrainingSettings:
+    """The keyword arguments of a run, sorted by who carries them out.
+
+    Attributes:
+        data: What this library's own data code does.
+        optimizer: The optimizer asked for, ``None`` for the default.
+        trainer: The other ``SFTConfig`` fields that were given.
+    """
+
+    data: DataOptions
+    optimizer: Any
+    trainer: Mapping[str, Any]
+
+
+def read_settings(fields: Mapping[str, Any], truncation: str, longest: int) -> TrainingSettings:
+    """Sort the fields; those without effect are left out.
+
+    Args:
+        fields: ``SFTConfig`` fields by name, and ``max_seq_length``, which was ``max_length``.
+        truncation: As for ``train_sft``.
+        longest: Tokens of the longest example where neither is given.
 
     Raises:
         UnknownOptionError: For names that are not ``SFTConfig`` fields, all of them at once.
         ConfigError: For fields that contradict how the data is prepared here.
     """
     check_names(fields)
-    for name in REFUSED:
-        fields.pop(name, None)
-    fields.pop("truncation_mode", None)
-    longest = fields.pop("max_seq_length", None)
-    max_length = fields.pop("max_length", longest)
-    options = DataOptions(
-        max_length=model.max_seq_length if max_length is None else max_length,
-        truncation=truncation,
-        **{
-            field.name: fields.pop(field.name)
-            for field in dataclasses.fields(DataOptions)
-            if field.name in fields
-        },
-    )
-    if not isinstance(options.max_length, int) or options.max_length < 2:
-        raise ConfigError(f"max_length must be at least 2 tokens, got {options.max_length!r}.")
     check_truncation(truncation)
-    return options
+    given = [fields[name] for name in ("max_length", "max_seq_length") if name in fields]
+    max_length = longest if not given or given[0] is None else given[0]
+    if not is_whole_number(max_length, at_least=2):
+        raise ConfigError(f"max_length must be at least 2 tokens, got {max_length!r}.")
+    own = {field.name for field in dataclasses.fields(DataOptions)}
+    options = {name: value for name, value in fields.items() if name in own}
+    elsewhere = {*own, *REFUSED, "max_seq_length", "truncation_mode", "optim"}
+    return TrainingSettings(
+        DataOptions(**{**options, "max_length": max_length, "truncation": truncation}),
+        fields.get("optim"),
+        {name: value for name, value in fields.items() if name not in elsewhere},
+    )
 
 
 def choose_optimizer(asked: str | None, device: torch.device) -> Optimizer:

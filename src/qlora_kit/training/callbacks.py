@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from qlora_kit.engines.base import Trainer
 from qlora_kit.training.resumption import CHECKPOINT_PREFIX
 
 __all__ = ["InterruptCallback", "LastSave", "ProgressLine", "replace_progress_callbacks"]
@@ -119,7 +120,7 @@ class ProgressLine(TrainerCallback):
             self._bar = None
 
 
-def replace_progress_callbacks(trainer: Any, line: ProgressLine) -> None:
+def replace_progress_callbacks(trainer: Trainer, line: ProgressLine) -> None:
     """Put our line in the place of the trainer's bar (which prints each log) or printer."""
     from transformers import PrinterCallback, ProgressCallback
 

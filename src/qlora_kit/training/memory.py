@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
+from qlora_kit.engines.base import Trainer
 from qlora_kit.handles import AdaptedModel
 
 __all__ = ["advise_on_memory", "is_out_of_memory"]
@@ -16,14 +16,14 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
-def advise_on_memory(model: AdaptedModel, trainer: Any) -> str:
+def advise_on_memory(model: AdaptedModel, trainer: Trainer | None) -> str:
     """What would have helped where memory ran out.
 
     Args:
         model: What is trained.
         trainer: Its trainer, or ``None`` while that was being made.
     """
-    plan = getattr(trainer, "fast_plan", None)
+    plan = None if trainer is None else trainer.fast_plan
     if plan is not None:
         # This step lays a whole effective batch out anew, however the settings split it.
         options = {
@@ -35,7 +35,7 @@ def advise_on_memory(model: AdaptedModel, trainer: Any) -> str:
         return (
             f"Set plan={{{text}}}, which keeps the maths, or lower max_length: no example is split."
         )
-    if trainer is None or getattr(trainer, "uses_fast_step", False):
+    if trainer is None or trainer.uses_fast_step:
         in_4bit = "" if model.base.quantization in ("nf4", "fp4") else "load in 4 bits, "
         return (
             "No batch had gone through the model yet: free memory that others hold on the device, "

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit import device as device_module
 from qlora_kit.artifacts.provenance import write_checkpoint_manifest
-from qlora_kit.engines.base import TrainJob
+from qlora_kit.engines.base import Trainer, TrainJob, make_trainer
 from qlora_kit.errors import (
     ConfigError,
     MissingDependencyError,
@@ -112,7 +112,9 @@ def run_training(model: AdaptedModel, run: Run) -> TrainResult:
                 )
         except KeyboardInterrupt:
             interrupts.was_requested = True
-            _save_checkpoint(trainer, saves)
+            # After a hard interrupt, unless no step was done yet.
+            if trainer.save_checkpoint():
+                saves.on_save(trainer.args, trainer.state, trainer.control)
         except ImportError as error:
             if isinstance(error, QloraKitError):
                 raise
@@ -128,7 +130,7 @@ def run_training(model: AdaptedModel, run: Run) -> TrainResult:
             line.close()
         seconds = time.perf_counter() - started
         # Gone once the trainer is released.
-        plan = str(getattr(trainer, "fast_plan", None) or "TRL and peft")
+        plan = str(trainer.fast_plan or "TRL and peft")
     peak = device_module.measure_peak_memory_gib(run.device)
     measured = _Measured(seconds, memory_before, max(peak, memory_before))
     result = _make_result(model, run, trainer, interrupts, saves, measured, plan)
@@ -163,10 +165,10 @@ def _adopt_chat_template(model: AdaptedModel, formatter: Any) -> None:
         logger.info("The tokenizer's chat template is the formatter's from now on.")
 
 
-def _make_trainer(model: AdaptedModel, job: TrainJob) -> Any:
+def _make_trainer(model: AdaptedModel, job: TrainJob) -> Trainer:
     """The engine's trainer; what transformers and TRL refuse becomes an error of ours."""
     try:
-        return model.engine.make_trainer(model, job)
+        return make_trainer(model.engine, model, job)
     except QloraKitError:
         raise
     except (RuntimeError, ImportError) as error:
@@ -186,25 +188,19 @@ def _make_trainer(model: AdaptedModel, job: TrainJob) -> Any:
 
 
 @contextlib.contextmanager
-def _released_afterwards(model: AdaptedModel) -> Iterator[list[Any]]:
+def _released_afterwards(model: AdaptedModel) -> Iterator[list[Trainer]]:
     """Leave the model as it was found, but for what it learned, however training ends."""
     module = model.model
     was_training, use_cache = module.training, module.config.use_cache
     had_checkpointing = module.is_gradient_checkpointing
     embeddings = module.get_input_embeddings()
     hooks_before = set(embeddings._forward_hooks)
-    trainers: list[Any] = []
+    trainers: list[Trainer] = []
     try:
         yield trainers
     finally:
         for trainer in trainers:
-            # accelerate wraps forward in autocast and never takes it off by itself.
-            trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-            # What it took off it binds to the instance.
-            if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
-                del module.forward
-            if hasattr(trainer, "release"):
-                trainer.release()
+            trainer.release()
             if trainer.args.gradient_checkpointing and not had_checkpointing:
                 module.gradient_checkpointing_disable()
         # TRL and transformers both ask for input gradients; only one of the hooks is kept track of.
@@ -212,13 +208,6 @@ def _released_afterwards(model: AdaptedModel) -> Iterator[list[Any]]:
             del embeddings._forward_hooks[key]
         module.config.use_cache = use_cache
         module.train(was_training)
-
-
-def _save_checkpoint(trainer: Any, saves: LastSave) -> None:
-    """Save after a hard interrupt, unless no step was done yet."""
-    if trainer.state.global_step > 0 and trainer.optimizer is not None:
-        trainer._save_checkpoint(trainer.model, trial=None)
-        saves.on_save(trainer.args, trainer.state, trainer.control)
 
 
 def _find_saved(
@@ -234,7 +223,7 @@ def _find_saved(
 def _make_result(
     model: AdaptedModel,
     run: Run,
-    trainer: Any,
+    trainer: Trainer,
     interrupts: InterruptCallback,
     saves: LastSave,
     measured: _Measured,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qlora_kit.config import AdapterConfig, LoadConfig
 from qlora_kit.device import to_torch_dtype
-from qlora_kit.engines.base import TrainJob
+from qlora_kit.engines.base import GenerativeModel, Trainer, TrainJob
 from qlora_kit.engines.base_model import (
     explain_load_errors,
     open_checkpoint,
@@ -27,9 +27,6 @@ from qlora_kit.engines.peft_model import (
 from qlora_kit.engines.quantization import make_quantization_config, set_compute_dtype
 from qlora_kit.errors import ConfigError
 from qlora_kit.handles import AdaptedModel, BaseInfo, LoadedModel
-
-if TYPE_CHECKING:
-    from trl import SFTTrainer
 
 __all__ = ["NativeEngine"]
 
@@ -110,7 +107,7 @@ class NativeEngine:
         """Attach an adapter that peft saved."""
         return attach_saved_adapter(loaded, folder, is_trainable=is_trainable)
 
-    def make_trainer(self, model: AdaptedModel, job: TrainJob) -> SFTTrainer:
+    def make_trainer(self, model: AdaptedModel, job: TrainJob) -> Trainer:
         """TRL's trainer, with adapters kept in float32."""
         from qlora_kit.engines.native.trainer import NativeTrainer
 
@@ -127,7 +124,7 @@ class NativeEngine:
         )
 
     @contextlib.contextmanager
-    def inference(self, model: LoadedModel) -> Iterator[Any]:
+    def inference(self, model: LoadedModel) -> Iterator[GenerativeModel]:
         """Eval mode with the key/value cache on, adapters added as in training.
 
         The last of several readers puts all of it back.

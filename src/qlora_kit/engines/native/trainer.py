@@ -13,7 +13,7 @@ from qlora_kit.engines.native.bitsandbytes_optimizers import without_waiting
 from qlora_kit.engines.native.fast.fast_step import FastStep
 from qlora_kit.engines.native.fast.plan import FastPlan, parse_plan
 from qlora_kit.engines.native.fast.support import find_obstacle
-from qlora_kit.engines.trainer_mixins import NoDraftCards, NoTelemetry, PortableLoss, StepRecorder
+from qlora_kit.engines.trainer_mixins import TrainerBase
 from qlora_kit.errors import EngineError
 
 __all__ = ["NativeTrainer"]
@@ -21,13 +21,8 @@ __all__ = ["NativeTrainer"]
 logger = logging.getLogger(__name__)
 
 
-class NativeTrainer(StepRecorder, FastStep, PortableLoss, NoTelemetry, NoDraftCards, SFTTrainer):
-    """``SFTTrainer`` that leaves the adapter's dtype and the model's forward as it found them.
-
-    TRL 1.15 rounds every trainable parameter of a quantized model to bfloat16 when the
-    trainer is made, which loses small updates; the classic script trains float32 adapters.
-    It also replaces the model's ``forward`` by one with a fused language-model head;
-    :meth:`release` takes it off again.
+class NativeTrainer(TrainerBase, FastStep, SFTTrainer):
+    """``SFTTrainer`` with this engine's own step where the model allows it.
 
     Args:
         model: A ``PeftModel``.
@@ -58,25 +53,9 @@ class NativeTrainer(StepRecorder, FastStep, PortableLoss, NoTelemetry, NoDraftCa
             # The fast path recomputes layers itself and filters losses without waiting for them.
             args.gradient_checkpointing = False
             args.logging_nan_inf_filter = False
-        before = {
-            name: parameter.detach().clone()
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
-        }
-        self._own_forward = model.get_base_model().__dict__.get("forward")
-        # TRL changes the model before transformers has looked at the settings, and may refuse them.
-        try:
-            try:
-                super().__init__(model=model, args=args, **kwargs)
-            finally:
-                for name, parameter in model.named_parameters():
-                    if name in before and parameter.dtype != before[name].dtype:
-                        parameter.data = before[name].to(parameter.device)
-            if is_fast:
-                self.start_fast(model, asked)
-        except BaseException:
-            self._put_forward_back(model)
-            raise
+        super().__init__(model=model, args=args, **kwargs)
+        if is_fast:
+            self.start_fast(model, asked)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
@@ -87,17 +66,9 @@ class NativeTrainer(StepRecorder, FastStep, PortableLoss, NoTelemetry, NoDraftCa
         return optimizer_class, settings
 
     def release(self) -> None:
-        """Give the model back its own ``forward``, and free what training allocated."""
+        """Take the trainer off the model, and free what training allocated."""
         self.stop_fast()
-        self.model.__dict__.pop("_is_accelerate_prepared", None)
-        self._put_forward_back(self.model)
-
-    def _put_forward_back(self, model: Any) -> None:
-        base = model.get_base_model()
-        if self._own_forward is None:
-            base.__dict__.pop("forward", None)
-        else:
-            base.forward = self._own_forward
+        super().release()
 
 
 def _decide(model: Any, args: Any, asked: FastPlan) -> bool:

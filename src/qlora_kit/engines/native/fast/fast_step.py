@@ -22,6 +22,7 @@ from qlora_kit.engines.native.fast.fused_model import FusedModel
 from qlora_kit.engines.native.fast.layout import IGNORED, Example, keep_rows, split_rows
 from qlora_kit.engines.native.fast.plan import FastPlan, resolve_plan
 from qlora_kit.engines.native.fast.step_runner import StepRunner
+from qlora_kit.engines.trainer_mixins import TrlSteps
 
 if TYPE_CHECKING:
     from qlora_kit.engines.native.fast.plan import ResolvedPlan
@@ -34,7 +35,7 @@ _EXAMPLES = "examples"
 _MASK_TOKENS = 4096
 
 
-class FastStep:
+class FastStep(TrlSteps):
     """Mixin for ``SFTTrainer``; does nothing until :meth:`start_fast` is called."""
 
     _runner: StepRunner | None = None

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
-import weakref
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -26,39 +24,41 @@ from qlora_kit.engines.native.fast.peft_layers import (
     read_group,
 )
 from qlora_kit.engines.native.fast.projection import project
+from qlora_kit.engines.readers import Readers
 
 __all__ = ["rounding_once"]
 
 #: In wider dtypes the order of additions does not matter, and peft's is kept.
 _NARROW: Final = (torch.bfloat16, torch.float16)
 
-_readers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-# Reentrant: a forgotten stream is closed wherever the garbage collector happens to run.
-_lock = threading.RLock()
+# What is put back is a list of modules, those whose ``forward`` was replaced.
+_readers: Final[Readers[list[Any]]] = Readers()
 
 
-@contextlib.contextmanager
-def rounding_once(model: Any) -> Iterator[None]:
+def rounding_once(model: Any) -> contextlib.AbstractContextManager[None]:
     """Adapted projections round once; the last of several readers to leave puts peft's back.
 
     Args:
         model: A transformers or peft model.
     """
-    with _lock:
-        if model not in _readers:
-            for module, dtype in _find_modules(model):
-                module.forward = functools.partial(_forward, module, module.base_layer, dtype)
-        _readers[model] = _readers.get(model, 0) + 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _readers[model] -= 1
-            if _readers[model] == 0:
-                del _readers[model]
-                for module in model.modules():
-                    if _is_ours(module.__dict__.get("forward")):
-                        del module.forward
+    return _readers.reading(model, functools.partial(_replace_forwards, model), _put_back)
+
+
+def _replace_forwards(model: Any, earlier: list[Any] | None) -> list[Any]:
+    if earlier is not None:
+        return earlier
+    replaced = []
+    for module, dtype in _find_modules(model):
+        module.forward = functools.partial(_forward, module, module.base_layer, dtype)
+        replaced.append(module)
+    return replaced
+
+
+def _put_back(replaced: list[Any]) -> None:
+    for module in replaced:
+        # Something else may have replaced it since.
+        if _is_ours(module.__dict__.get("forward")):
+            del module.forward
 
 
 def _find_modules(model: Any) -> Iterator[tuple[Any, torch.dtype]]:

@@ -80,7 +80,7 @@ def _probe_live_model(model: LoadedModel) -> list[_Probe]:
 
     probes = []
     with model.engine.inference(model) as live, torch.no_grad():
-        device = next(live.parameters()).device
+        device = next(model.model.parameters()).device
         for prompt in _make_prompts(model):
             ids = list(prompt)
             for _ in range(_PROBE_TOKENS):
