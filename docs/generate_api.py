@@ -64,13 +64,15 @@ DOTTED = (
     "qlora_kit.results.ArtifactFile",
     "qlora_kit.engines.native.fast.plan.FastPlan",
     "qlora_kit.testing.check_exporter",
+    "qlora_kit.testing.check_formatter",
     "qlora_kit.testing.make_tiny_model",
 )
 
 #: Names that are not functions or classes with a docstring of their own.
 EXPLAINED = {
     "hookimpl": "Marks a plugin's implementation of the hook `qlora_kit_register_exporters()`, "
-    "which returns its exporters. See [Writing an exporter](plugins.md).",
+    "which returns its exporters, or `qlora_kit_register_formatters()`, which returns classes of "
+    "formatters. See [Plugins](plugins.md).",
     "hookspec": "Marks hook specifications, as in `qlora_kit.hookspecs`. Plugins do not need it.",
     "__version__": "The installed version, as text.",
 }

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,16 @@ def adapted(make_adapted):
 def adapted16(make_adapted):
     """The same base unquantized."""
     return make_adapted(load_in_4bit=False)
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A folder on sys.path to install into; modules imported from it are forgotten after."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(folder))
+    yield folder
+    for name in set(sys.modules) - before:
+        if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]

@@ -4,6 +4,7 @@ import pytest
 
 from qlora_kit import AlpacaFormatter, load_quantized
 from qlora_kit.errors import DataNotFoundError, ModelNotFoundError, OfflineError
+from qlora_kit.paths import looks_like_hub_name
 
 
 @pytest.fixture
@@ -47,3 +48,26 @@ def test_a_path_is_offered_what_resembles_it_or_else_what_is_there(beside, tiny_
         formatter.load("row.json")
     with pytest.raises(OfflineError, match=r"local hub cache\. Download the dataset first"):
         formatter.load("someone/alpaca")
+
+
+@pytest.mark.parametrize(
+    ("name", "suffixes", "expected"),
+    [
+        ("gpt2", (), True),
+        ("Qwen/Qwen2.5-0.5B", (".gguf",), True),
+        ("a/b/c", (), False),
+        ("./here", (), False),
+        ("~/model", (), False),
+        ("/abs", (), False),
+        ("owner/", (), False),
+        ("owner/.hidden", (), False),
+        ("C:\\models\\x", (), False),
+        ("two words", (), False),
+        ("model.gguf", (".gguf",), False),
+        ("model.gguf", (".json",), True),
+        ("rows.JSON", (".json",), False),
+        ("model.safetensors", (), False),
+    ],
+)
+def test_what_may_be_a_hub_name(name, suffixes, expected):
+    assert looks_like_hub_name(name, suffixes) is expected

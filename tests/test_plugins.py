@@ -23,19 +23,6 @@ BUILTINS = set(ExporterRegistry(use_entry_points=False).names())
 
 
 @pytest.fixture
-def site(tmp_path, monkeypatch):
-    """A folder on sys.path to install into; modules imported from it are forgotten after."""
-    folder = tmp_path / "site"
-    folder.mkdir()
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(folder))
-    yield folder
-    for name in set(sys.modules) - before:
-        if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-
-
-@pytest.fixture
 def fresh(monkeypatch):
     """Look for plugins again, as a new process would, for the library's functions too."""
 

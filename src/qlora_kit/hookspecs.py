@@ -1,4 +1,4 @@
-"""The plugin contract: one hook, and the shape of what it returns.
+"""The plugin contract: a hook for exporters, one for formatters, and the shape of what they return.
 
 A package adds an export format with one class and one entry point::
 
@@ -12,6 +12,12 @@ A package adds an export format with one class and one entry point::
     @qlora_kit.hookimpl
     def qlora_kit_register_exporters():
         return [MyExporter()]
+
+A formatter is a class with a name, registered in the same way::
+
+    @qlora_kit.hookimpl
+    def qlora_kit_register_formatters():
+        return [MyFormatter]
 """
 
 from __future__ import annotations
@@ -34,19 +40,26 @@ if TYPE_CHECKING:
 __all__ = [
     "PROJECT_NAME",
     "RESERVED_OPTIONS",
+    "UNNAMED_FORMATTER",
     "ExportEstimate",
     "ExportRequest",
     "Exporter",
+    "FormatterKind",
     "describe_exporter_faults",
+    "describe_formatter_faults",
     "hookimpl",
     "hookspec",
     "qlora_kit_register_exporters",
+    "qlora_kit_register_formatters",
 ]
 
 PROJECT_NAME: Final = "qlora_kit"
 
 #: Keywords of ``export_model`` itself, which a format's option cannot be called.
 RESERVED_OPTIONS: Final = ("path", "overwrite", "verify", "progress")
+
+#: The name that ``FormatterBase`` has for classes without one.
+UNNAMED_FORMATTER: Final = "custom"
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
@@ -149,9 +162,34 @@ class Exporter(Protocol):
         ...
 
 
+class FormatterKind(Protocol):
+    """A class of formatters that can be made again from what a manifest keeps of one.
+
+    A subclass of :class:`~qlora_kit.FormatterBase` with a ``name`` of its own is one; a class of
+    another origin needs ``from_spec`` and the members of :class:`~qlora_kit.Formatter`.
+    ``qlora_kit.testing.check_formatter`` tests it.
+
+    Attributes:
+        name: The ``kind`` that its ``template_spec()`` states, and what ``--template`` calls it;
+            lower case, digits, ``_`` or ``-``.
+    """
+
+    name: str
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any], tokenizer: Any) -> Any:
+        """The formatter whose ``template_spec()`` this was."""
+        ...
+
+
 @hookspec
 def qlora_kit_register_exporters() -> Iterable[Exporter]:  # type: ignore[empty-body]
     """Return the exporters this plugin adds; called once per process, on first use."""
+
+
+@hookspec
+def qlora_kit_register_formatters() -> Iterable[type[FormatterKind]]:  # type: ignore[empty-body]
+    """Return the classes of formatters this plugin adds; called once per process, on first use."""
 
 
 def describe_exporter_faults(exporter: Any) -> list[str]:
@@ -174,6 +212,24 @@ def describe_exporter_faults(exporter: Any) -> list[str]:
         f"has no method {method}()"
         for method in ("check", "write", "verify")
         if not callable(_read(exporter, method))
+    )
+    return faults
+
+
+def describe_formatter_faults(kind: Any) -> list[str]:
+    """What keeps an object from being a formatter's class, one phrase each."""
+    if not inspect.isclass(kind):
+        return ["is not a class; the hook returns classes, which get their tokenizer later"]
+    faults = []
+    name = _read(kind, "name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        faults.append(f"has no usable name (got {name!r}; lower case, digits, '_' and '-')")
+    elif name == UNNAMED_FORMATTER:
+        faults.append("has no name of its own")
+    faults.extend(
+        f"has no method {method}()"
+        for method in ("from_spec", "load", "encode", "prompt", "template_spec")
+        if not callable(_read(kind, method))
     )
     return faults
 

@@ -23,7 +23,12 @@ from qlora_kit.errors import (
     UnsupportedModelError,
 )
 from qlora_kit.handles import AdaptedModel, LoadedModel
-from qlora_kit.paths import describe_nearest, get_cache_folder, suggest_existing
+from qlora_kit.paths import (
+    describe_nearest,
+    get_cache_folder,
+    looks_like_hub_name,
+    suggest_existing,
+)
 from qlora_kit.script_arguments import LOADING_ARGUMENTS, refuse_unknown
 
 if TYPE_CHECKING:
@@ -37,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_FILE_SUFFIXES = (".gguf",)
 _WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 _HUB_PATTERNS = [
     "*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py",
@@ -204,7 +210,7 @@ def _find_base_of(path: Path, saved: dict[str, Any], manifest: dict[str, Any]) -
             f"{path / _ADAPTER_CONFIG} does not say which base model it belongs to. Set "
             "base_model_name_or_path in it."
         )
-    hub_names = [name for name in candidates if _looks_like_hub_name(name)]
+    hub_names = [name for name in candidates if looks_like_hub_name(name, _FILE_SUFFIXES)]
     if hub_names:
         return str(hub_names[0])
     raise ModelNotFoundError(
@@ -224,7 +230,7 @@ def _find(name: str, config: LoadConfig) -> Path:
                 f"{path} is a file. Give the folder it is in, or a .gguf file."
             )
         return path
-    if not _looks_like_hub_name(name):
+    if not looks_like_hub_name(name, _FILE_SUFFIXES):
         raise ModelNotFoundError(f"There is nothing at {path}.{describe_nearest(path)}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -248,16 +254,6 @@ def _find(name: str, config: LoadConfig) -> Path:
                 "local_files_only=False."
             ) from error
         raise ModelNotFoundError(f"{name!r} could not be downloaded: {error}") from error
-
-
-def _looks_like_hub_name(name: str) -> bool:
-    """``owner/model`` or ``model``, which no path separator, dot prefix or drive betrays."""
-    return (
-        name.count("/") <= 1
-        and not name.startswith((".", "~", "/"))
-        and "\\" not in name
-        and not name.endswith((".gguf", "/"))
-    )
 
 
 def _check_checkpoint(folder: Path) -> None:

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
+from collections.abc import Collection
 from pathlib import Path
 
-__all__ = ["CACHE_VARIABLE", "describe_nearest", "get_cache_folder", "suggest_existing"]
+__all__ = [
+    "CACHE_VARIABLE",
+    "describe_nearest",
+    "get_cache_folder",
+    "looks_like_hub_name",
+    "suggest_existing",
+]
 
 #: Where files that are made once and kept go, instead of ``~/.cache/qlora_kit``.
 CACHE_VARIABLE = "QLORA_KIT_CACHE"
+
+#: Files that neither a model nor a data set of the hub is called after.
+_OTHER_SUFFIXES = (".txt", ".tsv", ".xlsx", ".gz", ".zip", ".bin", ".pt", ".safetensors")
 
 
 def get_cache_folder(chosen: str | None = None) -> Path:
@@ -23,6 +34,19 @@ def get_cache_folder(chosen: str | None = None) -> Path:
         return Path(chosen).expanduser()
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "qlora_kit"
+
+
+def looks_like_hub_name(name: str, file_suffixes: Collection[str] = ()) -> bool:
+    """Whether a name that no file has may be one of the hub: ``owner/name`` or ``name``.
+
+    Args:
+        name: What was given.
+        file_suffixes: Suffixes of the files the caller reads, such as ``".gguf"``; a name with one
+            of them is a file that is missing.
+    """
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None and Path(
+        name
+    ).suffix.lower() not in {*file_suffixes, *_OTHER_SUFFIXES}
 
 
 def suggest_existing(path: Path) -> str:

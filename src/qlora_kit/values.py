@@ -1,11 +1,17 @@
-"""Which values are numbers of a kind: the one answer that every check of an argument uses."""
+"""Which values are numbers of a kind, and the one number that means something by itself.
+
+Every check of an argument uses these.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TypeGuard
+from typing import Final, TypeGuard
 
-__all__ = ["is_finite_number", "is_number", "is_whole_number"]
+__all__ = ["IGNORED_LABEL", "is_finite_number", "is_number", "is_whole_number"]
+
+#: The label of a token that carries no loss, as PyTorch's cross entropy knows it.
+IGNORED_LABEL: Final = -100
 
 
 def is_whole_number(value: object, *, at_least: int | None = None) -> TypeGuard[int]:

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from qlora_kit_ctranslate2 import CTranslate2Exporter
+from qlora_kit_ctranslate2 import CTranslate2Exporter, TranslationFormatter
 
 import qlora_kit
 from qlora_kit.errors import ConfigError, VerificationError
-from qlora_kit.testing import check_exporter, make_tiny_model
+from qlora_kit.testing import check_exporter, check_formatter, make_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +26,25 @@ def test_qlora_kit_finds_it():
 @pytest.mark.parametrize("options", [{}, {"quantization": "int8", "base": "dequantized"}])
 def test_it_keeps_every_promise(options):
     check_exporter(CTranslate2Exporter(), options=options)
+
+
+def test_the_formatter_keeps_every_promise():
+    check_formatter(TranslationFormatter, options={"language": "German"})
+
+
+def test_an_export_comes_back_with_the_formatter(model, tmp_path):
+    from qlora_kit.data import plan_formatter
+
+    assert plan_formatter(template="translation").kind is TranslationFormatter
+    before = model.record.formatter
+    model.record.formatter = TranslationFormatter(model.tokenizer, language="German")
+    try:
+        artifact = qlora_kit.export_model(model, "lora", tmp_path / "out", verify=False)
+    finally:
+        model.record.formatter = before
+    again = qlora_kit.load_quantized(artifact.path, load_in_4bit=False).record.formatter
+    assert isinstance(again, TranslationFormatter)
+    assert again.prompt("A cat.") == "A cat.\n\nGerman: "
 
 
 def test_ctranslate2_generates_what_the_live_model_generates(model, tmp_path):

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qlora_kit.errors import ConfigError
+from qlora_kit.errors import QloraKitError
 from qlora_kit.handles import LoadedModel
 from qlora_kit.manifest import describe_model, read_manifest, write_manifest
 
@@ -62,7 +62,7 @@ def restore_formatter(model: Model, manifest: Mapping[str, Any]) -> Model:
     try:
         model.record.formatter = formatter_from_spec(spec, model.tokenizer)
     # A manifest that was edited by hand may hold anything.
-    except (ConfigError, TypeError, ValueError, AttributeError) as error:
+    except (QloraKitError, TypeError, ValueError, AttributeError) as error:
         logger.warning("The formatter that the model was trained with is not here: %s", error)
         stop = model.tokenizer.get_vocab().get(str(spec.get("eos_token")))
         if stop is not None:

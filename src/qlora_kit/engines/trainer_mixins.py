@@ -10,6 +10,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from qlora_kit.values import IGNORED_LABEL
+
 __all__ = [
     "NoDraftCards",
     "NoTelemetry",
@@ -47,7 +49,7 @@ class StepRecorder:
             else:
                 self._tokens_seen = self._tokens_seen + batch["input_ids"].numel()
             # The first token of a row is never predicted, whatever its label says.
-            trained = (batch["labels"][..., 1:] != -100).sum()
+            trained = (batch["labels"][..., 1:] != IGNORED_LABEL).sum()
             self._trained_tokens = self._trained_tokens + trained
         return samples, items
 

@@ -1,9 +1,10 @@
-"""For people who write exporters: the contract as a test, and a tiny model to run it on.
+"""For people who write exporters or formatters: the contract as a test, and a tiny model.
 
-    from qlora_kit.testing import check_exporter
+    from qlora_kit.testing import check_exporter, check_formatter
 
     def test_contract():
         check_exporter(MyExporter())
+        check_formatter(MyFormatter)
 
 Nothing is downloaded. Importing this package imports none of the heavy libraries.
 """
@@ -12,33 +13,36 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from qlora_kit.handles import AdaptedModel
 from qlora_kit.hookspecs import Exporter
-from qlora_kit.testing.contract import Broken, Contract
+from qlora_kit.testing.contract import Contract, hold_to
+from qlora_kit.testing.formatter_promises import FORMATTER_PROMISES, FormatterContract
 from qlora_kit.testing.promises import PROMISES
-from qlora_kit.testing.tiny_model import make_tiny_model
+from qlora_kit.testing.tiny_model import make_tiny_model, make_tiny_tokenizer
 
-__all__ = ["ContractError", "check_exporter", "make_tiny_model"]
+__all__ = ["ContractError", "check_exporter", "check_formatter", "make_tiny_model"]
 
 
 class ContractError(AssertionError):
-    """An exporter breaks promises that the stage and users rely on.
+    """An exporter or a formatter breaks promises that the stages and users rely on.
 
     Attributes:
         broken: For each broken promise, its sentence and what was seen instead.
     """
 
-    def __init__(self, exporter: object, broken: Mapping[str, str], checked: int) -> None:
+    def __init__(
+        self, under_test: object, broken: Mapping[str, str], checked: int, noun: str = "Exporter"
+    ) -> None:
         self.broken = dict(broken)
-        kind = type(exporter)
-        name = getattr(exporter, "name", None)
+        kind = under_test if isinstance(under_test, type) else type(under_test)
+        name = getattr(under_test, "name", None)
         lines = [
-            f"Exporter {name!r} ({kind.__module__}.{kind.__qualname__}) breaks {len(broken)} of "
+            f"{noun} {name!r} ({kind.__module__}.{kind.__qualname__}) breaks {len(broken)} of "
             f"the {checked} promises checked:"
         ]
         for number, (promise, seen) in enumerate(self.broken.items(), 1):
@@ -75,26 +79,53 @@ def check_exporter(
     Raises:
         ContractError: Lists every promise that was broken, and what was seen.
     """
-    checked: list[str] = []
-    broken: dict[str, str] = {}
     with _scratch_folder() as folder:
         if model is None:
             model = make_tiny_model(folder / "base")
         contract = Contract(exporter, dict(options or {}), model, folder, verify, is_deterministic)
-        for promise in PROMISES:
-            if not promise.applies(contract):
-                continue
-            checked.append(promise.sentence)
-            try:
-                promise.check(contract)
-            except Broken as seen:
-                broken[promise.sentence] = str(seen)
-            except Exception as error:  # noqa: BLE001 - whatever the exporter raises is a finding
-                broken[promise.sentence] = f"It raised {type(error).__name__}: {error}"
-            if promise.is_required and promise.sentence in broken:
-                break
+        checked, broken = hold_to(contract, PROMISES)
     if broken:
         raise ContractError(exporter, broken, len(checked))
+    return tuple(checked)
+
+
+def check_formatter(
+    kind: type,
+    *,
+    rows: Sequence[Mapping[str, Any]] | None = None,
+    options: Mapping[str, Any] | None = None,
+    prompt: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
+) -> tuple[str, ...]:
+    """Hold a class of formatters to the contract of formatters; takes a moment, without a model.
+
+    Encodes rows, rebuilds the formatter from its spec as an export's manifest keeps it, and asks
+    for a prompt.
+
+    Args:
+        kind: The class; it need not be registered.
+        rows: Rows as data sets have them, at least two different ones. By default two rows with
+            a sentence for every role.
+        options: Arguments of the class to make it with.
+        prompt: Arguments of ``prompt()`` that ask for the answer of the first row; by default the
+            row's roles that are not learned.
+        tokenizer: A tokenizer in place of a tiny one in ChatML.
+
+    Returns:
+        The promises that were checked, one sentence each.
+
+    Raises:
+        ContractError: Lists every promise that was broken, and what was seen.
+    """
+    if rows is None:
+        roles = (*getattr(kind, "roles", ()), *getattr(kind, "optional_roles", ()))
+        rows = [{role: f"The {role} of row {n} is a sentence." for role in roles} for n in (1, 2)]
+    contract = FormatterContract(
+        kind, rows, dict(options or {}), prompt, tokenizer or make_tiny_tokenizer()
+    )
+    checked, broken = hold_to(contract, FORMATTER_PROMISES)
+    if broken:
+        raise ContractError(kind, broken, len(checked), "Formatter")
     return tuple(checked)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from qlora_kit.results import Artifact
 from qlora_kit.testing.snapshots import fingerprint_model, snapshot_tree
 from qlora_kit.weights.shared_merge import SharedMerge
 
-__all__ = ["Broken", "Contract", "Promise"]
+__all__ = ["Broken", "Contract", "Promise", "hold_to"]
 
 
 class Broken(Exception):  # noqa: N818 - a finding, not a fault of this code
@@ -90,10 +90,29 @@ class Promise:
     """
 
     sentence: str
-    check: Callable[[Contract], None]
+    check: Callable[[Any], None]
     is_required: bool = False
     is_about_files: bool = False
 
-    def applies(self, contract: Contract) -> bool:
-        """Whether an exporter makes this promise."""
-        return contract.needs_path or not self.is_about_files
+    def applies(self, contract: Any) -> bool:
+        """Whether what is under test makes this promise."""
+        return not self.is_about_files or contract.needs_path
+
+
+def hold_to(contract: Any, promises: Iterable[Promise]) -> tuple[list[str], dict[str, str]]:
+    """The sentences that were checked, and for each that was broken what was seen."""
+    checked: list[str] = []
+    broken: dict[str, str] = {}
+    for promise in promises:
+        if not promise.applies(contract):
+            continue
+        checked.append(promise.sentence)
+        try:
+            promise.check(contract)
+        except Broken as seen:
+            broken[promise.sentence] = str(seen)
+        except Exception as error:  # noqa: BLE001 - whatever a stranger's code raises is a finding
+            broken[promise.sentence] = f"It raised {type(error).__name__}: {error}"
+        if promise.is_required and promise.sentence in broken:
+            break
+    return checked, broken

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from qlora_kit.adapters import attach_lora
 from qlora_kit.data import AlpacaFormatter
 from qlora_kit.handles import AdaptedModel
 from qlora_kit.loading import load_quantized
 
-__all__ = ["make_tiny_model"]
+__all__ = ["make_tiny_model", "make_tiny_tokenizer"]
 
 _CORPUS = (
     "Below is an instruction that describes a task. Write a response that completes it.",
@@ -34,7 +35,7 @@ def make_tiny_model(folder: Path, *, load_in_4bit: bool = True, seed: int = 0) -
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    _write_tokenizer(folder)
+    make_tiny_tokenizer().save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=384,
         hidden_size=64,
@@ -69,7 +70,8 @@ def shake_adapter(model: AdaptedModel, *, seed: int) -> None:
                 parameter.add_((0.1 * noise).to(parameter))
 
 
-def _write_tokenizer(folder: Path) -> None:
+def make_tiny_tokenizer() -> Any:
+    """A byte-level BPE tokenizer of 384 tokens in ChatML."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -86,4 +88,4 @@ def _write_tokenizer(folder: Path) -> None:
     special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
     tokenizer.chat_template = _CHAT_TEMPLATE
-    tokenizer.save_pretrained(folder)
+    return tokenizer

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.config import SCRIPT_TRAINING_DEFAULTS
+from qlora_kit.data.tokens.truncation import check_limits
 from qlora_kit.engines.trainer_mixins import has_triton_loss
 from qlora_kit.errors import ConfigError
 from qlora_kit.handles import AdaptedModel
-from qlora_kit.training.validation import REFUSED, check_names, check_truncation
-from qlora_kit.values import is_whole_number
+from qlora_kit.training.validation import REFUSED, check_names
 
 if TYPE_CHECKING:
     import torch
@@ -92,11 +92,9 @@ def read_settings(fields: Mapping[str, Any], truncation: str, longest: int) -> T
         ConfigError: For fields that contradict how the data is prepared here.
     """
     check_names(fields)
-    check_truncation(truncation)
     given = [fields[name] for name in ("max_length", "max_seq_length") if name in fields]
     max_length = longest if not given or given[0] is None else given[0]
-    if not is_whole_number(max_length, at_least=2):
-        raise ConfigError(f"max_length must be at least 2 tokens, got {max_length!r}.")
+    check_limits(max_length, truncation)
     own = {field.name for field in dataclasses.fields(DataOptions)}
     options = {name: value for name, value in fields.items() if name in own}
     elsewhere = {*own, *REFUSED, "max_seq_length", "truncation_mode", "optim"}

@@ -18,7 +18,6 @@ __all__ = [
     "REFUSED",
     "check_names",
     "check_output_folder",
-    "check_truncation",
     "check_values",
 ]
 
@@ -102,16 +101,6 @@ def check_values(fields: Mapping[str, Any], *, has_eval: bool) -> None:
         and str(getattr(value := fields.get("eval_strategy", "no"), "value", value)) != "no"
     ):
         raise ConfigError(f"eval_strategy={value!r} needs rows to evaluate on: give eval_dataset.")
-
-
-def check_truncation(truncation: object) -> None:
-    """Refuse what says nothing about examples that are too long.
-
-    Raises:
-        ConfigError: When it is something else.
-    """
-    if truncation not in ("end", "drop", "error"):
-        raise ConfigError(f"truncation must be 'end', 'drop' or 'error', got {truncation!r}.")
 
 
 def check_output_folder(output_dir: object) -> Path:

@@ -11,15 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from qlora_kit.errors import ConfigError, DataError
-from qlora_kit.values import is_whole_number
+from qlora_kit.values import IGNORED_LABEL, is_whole_number
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["IGNORED_LABEL", "PackedCollator", "PackedLayout", "PaddedCollator"]
-
-#: The label of a token that carries no loss, as PyTorch's cross entropy knows it.
-IGNORED_LABEL = -100
+__all__ = ["PackedCollator", "PackedLayout", "PaddedCollator"]
 
 PackedLayout = Literal["position_ids", "block_mask", "varlen"]
 

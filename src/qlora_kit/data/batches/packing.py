@@ -10,10 +10,9 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from qlora_kit.data.batches.collators import IGNORED_LABEL
 from qlora_kit.data.tokens.truncation import flatten_lists
 from qlora_kit.errors import ConfigError, DataError
-from qlora_kit.values import is_whole_number
+from qlora_kit.values import IGNORED_LABEL, is_whole_number
 
 if TYPE_CHECKING:
     from datasets import Dataset

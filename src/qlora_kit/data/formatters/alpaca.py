@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from qlora_kit.data.formatters.alpaca_templates import AlpacaTemplate, resolve_template
 from qlora_kit.data.formatters.formatter_base import FormatterBase
@@ -12,6 +12,7 @@ from qlora_kit.data.sources.row_problems import BadRowPolicy
 from qlora_kit.data.sources.rows import Rows
 from qlora_kit.data.tokens.segments import Prompt, Segment
 from qlora_kit.errors import ConfigError, DataError
+from qlora_kit.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,6 +77,31 @@ class AlpacaFormatter(FormatterBase):
         self._prompt_input = self._compile(self.template.prompt_input)
         self._prompt_no_input = self._prompt_input if no_input is None else self._compile(no_input)
         self._answer_end, self._after = self._compile_suffix(self.template.suffix)
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Self:
+        """The formatter whose ``template_spec()`` this was."""
+        if not spec.get("prompt_input"):
+            raise ConfigError(f"The formatter spec has no 'prompt_input': {dict(spec)!r}.")
+        # The spec's prompts have the system text in them already.
+        formatter = cls(
+            tokenizer,
+            AlpacaTemplate(
+                name=spec.get("name", "custom"),
+                prompt_input=spec["prompt_input"],
+                prompt_no_input=spec.get("prompt_no_input"),
+                suffix=spec.get("suffix", ""),
+            ),
+            **cls.read_common(spec),
+        )
+        formatter.system = spec.get("system")
+        return formatter
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Refuse a template or a system text that cannot work, before there is a tokenizer."""
+        super().check_options(options)
+        resolve_template(options.get("template")).with_system(options.get("system"))
 
     def segments(self, row: Mapping[str, Any]) -> Sequence[Segment]:
         """Prompt, answer, and whatever the template puts between the answer and the end."""
@@ -183,3 +209,9 @@ class AlpacaFormatter(FormatterBase):
         if segments and not segments[0].is_special:
             return segments[0].text, segments[1:]
         return "", segments
+
+
+@hookimpl
+def qlora_kit_register_formatters() -> list[type[AlpacaFormatter]]:
+    """The built-in formatter of this module."""
+    return [AlpacaFormatter]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from qlora_kit.data.formatters.chat_template import ChatTemplate
 from qlora_kit.data.formatters.formatter_base import FormatterBase, check_tokenizer
@@ -21,6 +21,7 @@ from qlora_kit.data.sources.rows import Rows
 from qlora_kit.data.tokens.segments import Prompt, Segment
 from qlora_kit.data.tokens.text_tokenizer import TextTokenizer
 from qlora_kit.errors import DataError, did_you_mean
+from qlora_kit.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,6 +90,17 @@ class ChatFormatter(FormatterBase):
             columns=columns,
             on_bad_rows=on_bad_rows,
             max_reported_rows=max_reported_rows,
+        )
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Self:
+        """The formatter whose ``template_spec()`` this was."""
+        return cls(
+            tokenizer,
+            chat_template=spec.get("chat_template"),
+            system=spec.get("system"),
+            template_kwargs=spec.get("template_kwargs"),
+            **cls.read_common(spec),
         )
 
     def _check_eos(self, eos_token: str | None) -> str:
@@ -249,6 +261,12 @@ class ChatFormatter(FormatterBase):
         if len(segments) > 1 and segments[-2].is_special and not segments[-1].text.strip():
             return [*segments[:-1], segments[-1]._replace(is_trained=False)]
         return segments
+
+
+@hookimpl
+def qlora_kit_register_formatters() -> list[type[ChatFormatter]]:
+    """The built-in formatter of this module."""
+    return [ChatFormatter]
 
 
 def _find_texts(value: Any) -> Iterator[str]:

@@ -16,20 +16,22 @@ statistics come with the base class.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from qlora_kit.data.formatters.row_reader import RowReader
-from qlora_kit.data.sources.row_checks import load_rows
-from qlora_kit.data.sources.row_problems import BadRowPolicy, check_policy
+from qlora_kit.data.sources.row_checks import RowSchema, load_rows
+from qlora_kit.data.sources.row_problems import BadRowPolicy, BadRows, check_policy
 from qlora_kit.data.sources.rows import Rows
 from qlora_kit.data.tokens.encoding import EncodedExamples, encode_rows
 from qlora_kit.data.tokens.inspection import DataReport, describe_rows, render_preview
-from qlora_kit.data.tokens.segment_ids import join_segments
+from qlora_kit.data.tokens.segment_ids import RowEncoding, join_segments
 from qlora_kit.data.tokens.segments import Prompt, Segment
 from qlora_kit.data.tokens.text_tokenizer import TextTokenizer
-from qlora_kit.errors import ConfigError
+from qlora_kit.errors import ConfigError, did_you_mean
+from qlora_kit.hookspecs import UNNAMED_FORMATTER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,8 +55,9 @@ class FormatterBase(RowReader):
         ConfigError: When an argument cannot work.
     """
 
-    #: What the spec's ``kind`` says.
-    name: ClassVar[str] = "custom"
+    #: What the spec's ``kind`` says, and ``--template`` where it is registered. A class without
+    #: one of its own is no other's: its specs name the class itself.
+    name: ClassVar[str] = UNNAMED_FORMATTER
     #: Whether the tokenizer's beginning-of-text token and the end token are added here; a
     #: chat template writes its own.
     adds_bos: bool = True
@@ -84,6 +87,48 @@ class FormatterBase(RowReader):
         self.eos_token_id = self.text.get_token_id(self.eos_token, what="end token")
         self.text.protect(self.eos_token)
 
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Self:
+        """The formatter whose ``template_spec()`` this was.
+
+        Override it together with :meth:`template_spec` where a class has options of its own.
+
+        Args:
+            spec: What ``template_spec()`` returned.
+            tokenizer: The tokenizer of the model it belongs to.
+        """
+        return cls(tokenizer, **cls.read_common(spec))
+
+    @staticmethod
+    def read_common(spec: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments in a spec that every formatter has."""
+        return {
+            "response_only": spec.get("response_only", False),
+            "eos_token": spec.get("eos_token"),
+        }
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Refuse arguments that cannot work, before there is a tokenizer.
+
+        Raises:
+            ConfigError: When the class takes no such argument.
+        """
+        names, kind = [], cls
+        for kind in cls.__mro__:
+            if "__init__" not in kind.__dict__:
+                continue
+            parameters = list(inspect.signature(kind.__init__).parameters.values())[2:]
+            names += [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                break
+        for name, value in options.items():
+            if value is not None and name not in names:
+                raise ConfigError(
+                    f"{name} was given, and the {cls.name!r} formatter takes none."
+                    f"{did_you_mean(name, names)} It takes: {', '.join(names) or 'nothing'}."
+                )
+
     def _check_eos(self, eos_token: str | None) -> str:
         if eos_token is not None and not isinstance(eos_token, str):
             raise ConfigError(f"eos_token is a token's text, such as '</s>'; got {eos_token!r}.")
@@ -112,7 +157,7 @@ class FormatterBase(RowReader):
     def template_spec(self) -> dict[str, Any]:
         """Everything needed to rebuild the formatter and to stop where it stops."""
         return {
-            "kind": self.name,
+            "kind": self._get_kind(),
             "name": self.name,
             "prompt_input": None,
             "prompt_no_input": None,
@@ -121,6 +166,12 @@ class FormatterBase(RowReader):
             "eos_token": self.eos_token,
             "response_only": self.response_only,
         }
+
+    @classmethod
+    def _get_kind(cls) -> str:
+        # Under an inherited name a spec would come back as another class, without a word.
+        has_name = cls.__dict__.get("name", UNNAMED_FORMATTER) != UNNAMED_FORMATTER
+        return cls.name if has_name else f"{cls.__module__}.{cls.__qualname__}"
 
     def prompt(self, *args: Any, **kwargs: Any) -> Prompt:
         """What a model is given before it answers: the untrained start of the example.
@@ -172,7 +223,14 @@ class FormatterBase(RowReader):
             OfflineError: When a hub dataset would have to be downloaded.
         """
         policy = self.on_bad_rows if on_bad_rows is None else check_policy(on_bad_rows)
-        rows = load_rows(self, source, split, policy=policy, local_files_only=local_files_only)
+        rows = load_rows(
+            source,
+            split,
+            RowSchema(self.parse_row, self.find_missing_columns, self.columns),
+            BadRows(policy, self.max_reported_rows),
+            formatter=self,
+            local_files_only=local_files_only,
+        )
         self.review_rows(rows)
         return rows
 
@@ -206,7 +264,12 @@ class FormatterBase(RowReader):
         """
         rows = self._adopt(rows)
         return encode_rows(
-            self, rows, max_length=max_length, truncation=truncation, num_proc=num_proc, cache=cache
+            self._encoding,
+            rows,
+            max_length=max_length,
+            truncation=truncation,
+            num_proc=num_proc,
+            cache=cache,
         )
 
     def preview(self, rows: Any, n: int = 3, color: bool | None = None) -> str:
@@ -219,7 +282,7 @@ class FormatterBase(RowReader):
                 in colour on a terminal.
         """
         rows = self._adopt(rows)
-        return render_preview(self, rows, n=n, color=color)
+        return render_preview(self._encoding, rows, n=n, color=color)
 
     def describe(self, rows: Any, max_length: int = 2048) -> DataReport:
         """Counts, lengths, truncation, the share of trained tokens, duplicates.
@@ -229,7 +292,22 @@ class FormatterBase(RowReader):
             max_length: The length to count truncated rows against, in tokens.
         """
         rows = self._adopt(rows)
-        return describe_rows(self, rows, max_length=max_length)
+        return describe_rows(self._encoding, rows, max_length=max_length)
+
+    @property
+    def _encoding(self) -> RowEncoding:
+        """How rows become tokens, as a value for everything that does not ask what they mean."""
+        return RowEncoding(
+            segments=self.segments,
+            text=self.text,
+            end_id=self.eos_token_id if self.adds_eos else None,
+            adds_bos=self.adds_bos,
+            trains_all=not self.response_only,
+            bad_rows=BadRows(self.on_bad_rows, self.max_reported_rows),
+            fingerprint=lambda: self.fingerprint,
+            # A subclass from elsewhere, or typed into a console, may run any code.
+            is_described=str(type(self).segments.__module__).startswith("qlora_kit.data."),
+        )
 
     def _adopt(self, rows: Any) -> Rows:
         """Rows that have this formatter's roles as they are, anything else loaded."""
@@ -242,7 +320,7 @@ class FormatterBase(RowReader):
 
     def make_prompt(self, segments: Sequence[Segment]) -> Prompt:
         """A prompt from segments: their text, and the ids training puts there."""
-        ids, _ = join_segments(self, [segments], is_open=True)[0]
+        ids, _ = join_segments(self._encoding, [segments], is_open=True)[0]
         return Prompt("".join(segment.text for segment in segments), ids)
 
 

@@ -9,31 +9,30 @@ import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from qlora_kit.data.formatters.alpaca import AlpacaFormatter
-from qlora_kit.data.formatters.alpaca_templates import BUILTIN_TEMPLATES, resolve_template
+from qlora_kit.data.formatters.alpaca_templates import BUILTIN_TEMPLATES
 from qlora_kit.data.formatters.chat import ChatFormatter
 from qlora_kit.data.formatters.formatter_base import FormatterBase
 from qlora_kit.data.formatters.text import PromptCompletionFormatter, TextFormatter
 from qlora_kit.data.sources.raw_rows import RawRows
 from qlora_kit.data.sources.row_checks import check_columns, parse_rows
+from qlora_kit.data.sources.row_problems import BadRows
 from qlora_kit.errors import ConfigError, did_you_mean
+from qlora_kit.plugins import get_formatter_registry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TEMPLATES", "FormatterPlan", "choose_kind", "plan_formatter"]
+__all__ = ["FormatterPlan", "choose_kind", "list_templates", "plan_formatter"]
 
 logger = logging.getLogger(__name__)
 
-_KINDS: Final[Mapping[str, type[FormatterBase]]] = {
-    "chat": ChatFormatter,
-    "prompt-completion": PromptCompletionFormatter,
-    "text": TextFormatter,
-}
-#: Every template that has a name.
-TEMPLATES: Final = (*BUILTIN_TEMPLATES, *_KINDS)
+
+def list_templates() -> tuple[str, ...]:
+    """Every template that has a name: Alpaca's wordings, then the registered formatters."""
+    return tuple(dict.fromkeys((*BUILTIN_TEMPLATES, *get_formatter_registry().names())))
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,7 @@ class FormatterPlan:
             parse_rows(
                 source,
                 lambda row: self.kind.read_row(row, named),
-                policy="raise",
-                limit=self.options.get("max_reported_rows", 10),
+                BadRows("raise", self.options.get("max_reported_rows", 10)),
             )
 
     def make(self, tokenizer: PreTrainedTokenizerBase) -> FormatterBase:
@@ -110,7 +108,7 @@ def plan_formatter(
 
     Args:
         present: The columns of the rows; they decide where no template or column is named.
-        template: One of :data:`TEMPLATES`; a text with ``{instruction}``, ``{input}`` and
+        template: One of :func:`list_templates`; a text with ``{instruction}``, ``{input}`` and
             ``{output}``, or a file that holds one; or a ``.jinja`` file with a chat template.
         columns: Which column holds which role.
         system: Text for the template's or the conversation's system message.
@@ -122,32 +120,39 @@ def plan_formatter(
     given = {"columns": columns, "system": system, **options}
     if template is None:
         kind = _choose_named(columns, present) if columns else choose_kind(present)
-    elif template in _KINDS:
-        kind = _KINDS[template]
+    elif template not in BUILTIN_TEMPLATES and get_formatter_registry().claims(template):
+        kind = _find_kind(template)
     else:
         kind, own = _read_template(template)
         given |= own
-    if kind is AlpacaFormatter:
-        resolve_template(given.get("template")).with_system(system)
-    elif issubclass(kind, TextFormatter) and system is not None:
-        raise ConfigError(
-            f"system was given, but a {kind.name!r} example is a rendered text already and has no "
-            "place for it. Write it into the text."
-        )
+    kind.check_options(given)
     kind.map_columns(columns)
     return FormatterPlan(kind, {name: value for name, value in given.items() if value is not None})
+
+
+def _find_kind(name: str) -> type[FormatterBase]:
+    found: Any = get_formatter_registry().get(name)
+    if not issubclass(found, FormatterBase):
+        raise ConfigError(
+            f"The formatter {name!r} ({get_formatter_registry().get_origin(name)}) cannot be named "
+            "as a template, because its columns are unknown before there is a tokenizer. Make it "
+            "and give it as formatter=, or derive it from qlora_kit.FormatterBase."
+        )
+    kind: type[FormatterBase] = found
+    return kind
 
 
 def _read_template(template: str) -> tuple[type[FormatterBase], dict[str, Any]]:
     if template in BUILTIN_TEMPLATES or "{" in template:
         return AlpacaFormatter, {"template": template}
     path = Path(template).expanduser()
+    known = list_templates()
     if not path.is_file():
         raise ConfigError(
             f"There is no template {template!r}, and no such file."
-            f"{did_you_mean(template, TEMPLATES)} Known: {', '.join(TEMPLATES)}. One of your own "
+            f"{did_you_mean(template, known)} Known: {', '.join(known)}. One of your own "
             "is a file with {instruction}, {input} and {output}, or a chat template in a .jinja "
-            "file."
+            f"file.{get_formatter_registry().describe_absent()}"
         )
     try:
         text = path.read_text(encoding="utf-8")

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from qlora_kit.data.formatters.formatter_base import FormatterBase
 from qlora_kit.data.tokens.segments import Prompt, Segment
-from qlora_kit.errors import DataError
+from qlora_kit.errors import ConfigError, DataError
+from qlora_kit.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,6 +26,16 @@ class TextFormatter(FormatterBase):
 
     name = "text"
     roles: ClassVar[tuple[str, ...]] = ("text",)
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Refuse a system text: there is no place for one."""
+        if options.get("system") is not None:
+            raise ConfigError(
+                f"system was given, but a {cls.name!r} example is a rendered text already and has "
+                "no place for it. Write it into the text."
+            )
+        super().check_options(options)
 
     def segments(self, row: Mapping[str, Any]) -> Sequence[Segment]:
         """The text cut at its special tokens, the end token left out."""
@@ -87,6 +98,12 @@ class PromptCompletionFormatter(TextFormatter):
         if any(isinstance(value, list) for value in values.values()):
             reasons.append("join lists of messages into one column 'messages'")
         return values, reasons
+
+
+@hookimpl
+def qlora_kit_register_formatters() -> list[type[TextFormatter]]:
+    """The built-in formatters of this module."""
+    return [TextFormatter, PromptCompletionFormatter]
 
 
 def _join(text: Any, input: Any) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from qlora_kit.data.sources.file_readers import READERS, RawRow, drop_nulls_inside, read_file
 from qlora_kit.data.sources.row_problems import Location
 from qlora_kit.errors import DataError, DataNotFoundError, OfflineError, QloraKitError, did_you_mean
-from qlora_kit.paths import describe_nearest, suggest_existing
+from qlora_kit.paths import describe_nearest, looks_like_hub_name, suggest_existing
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -93,7 +93,7 @@ def _read_named(name: str, split: str, *, local_files_only: bool) -> RawRows:
         return RawRows(str(path), read_file(path))
     if path.is_dir():
         return RawRows(str(path), _read_folder(path, split))
-    if not _looks_like_hub_name(name):
+    if not looks_like_hub_name(name, READERS):
         raise DataNotFoundError(f"There is nothing at {path}.{describe_nearest(path)}")
     return _read_hub(name, path, split, local_files_only=local_files_only)
 
@@ -187,11 +187,3 @@ def _read_hub(name: str, path: Path, split: str, *, local_files_only: bool) -> R
             "local_files_only=False."
         ) from error
     return RawRows(name, _read_folder(Path(folder), split))
-
-
-def _looks_like_hub_name(name: str) -> bool:
-    return (
-        re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
-        and not name.startswith(".")
-        and Path(name).suffix.lower() not in {*READERS, ".txt", ".tsv", ".xlsx", ".gz", ".zip"}
-    )

@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from qlora_kit.data.sources.raw_rows import RawRow, RawRows, read_source
-from qlora_kit.data.sources.row_problems import BadRowPolicy, Location, RowProblem, settle_problems
-from qlora_kit.data.sources.rows import Rows
+from qlora_kit.data.sources.row_problems import BadRows, Location, RowProblem, settle_problems
+from qlora_kit.data.sources.rows import RowRoles, Rows
 from qlora_kit.errors import DataError
 
-if TYPE_CHECKING:
-    from qlora_kit.data.formatters.formatter_base import FormatterBase
+__all__ = ["RowSchema", "check_columns", "load_rows", "parse_rows"]
 
-__all__ = ["check_columns", "load_rows", "parse_rows"]
+#: The roles of a raw row, and what is wrong with it.
+RowParser = Callable[[Mapping[str, Any]], tuple[dict[str, Any], list[str]]]
+
+
+class RowSchema(NamedTuple):
+    """What rows of a kind hold.
+
+    Attributes:
+        parse: Reads a raw row.
+        find_missing: Roles whose column is not among those present, with that column.
+        columns: Which column holds which role.
+    """
+
+    parse: RowParser
+    find_missing: Callable[[Sequence[str]], Mapping[str, str]]
+    columns: Mapping[str, str]
 
 
 def load_rows(
-    formatter: FormatterBase,
     source: Any,
     split: str,
+    schema: RowSchema,
+    bad_rows: BadRows,
     *,
-    policy: BadRowPolicy,
+    formatter: RowRoles,
     local_files_only: bool,
 ) -> Rows:
-    """Read and check rows; see :meth:`FormatterBase.load`."""
+    """Read and check rows, which are ``formatter``'s afterwards; see :meth:`FormatterBase.load`."""
     if isinstance(source, Rows):
         if source.has_roles_of(formatter):
             return source.select(range(len(source)), formatter=formatter)
@@ -32,27 +47,20 @@ def load_rows(
         raw = [RawRow(source.get_location(index), value) for index, value in enumerate(source)]
     else:
         label, raw = read_source(source, split, local_files_only=local_files_only)
-    check_columns(RawRows(label, raw), formatter.find_missing_columns, formatter.columns)
-    values, locations = parse_rows(
-        RawRows(label, raw), formatter.parse_row, policy=policy, limit=formatter.max_reported_rows
-    )
+    check_columns(RawRows(label, raw), schema.find_missing, schema.columns)
+    values, locations = parse_rows(RawRows(label, raw), schema.parse, bad_rows)
     return Rows(values, formatter=formatter, source=label, locations=locations)
 
 
 def parse_rows(
-    source: RawRows,
-    parse: Callable[[Mapping[str, Any]], tuple[dict[str, Any], list[str]]],
-    *,
-    policy: BadRowPolicy,
-    limit: int,
+    source: RawRows, parse: RowParser, bad_rows: BadRows
 ) -> tuple[list[dict[str, Any]], list[Location]]:
     """The roles of every row that can be used, and where each was.
 
     Args:
         source: What was read.
         parse: The roles of a raw row, and what is wrong with it.
-        policy: What happens to rows that cannot be used.
-        limit: How many of them a message lists.
+        bad_rows: What happens to rows that cannot be used.
 
     Raises:
         DataError: When rows cannot be used and are not to be skipped, or none can.
@@ -80,8 +88,7 @@ def parse_rows(
         problems,
         total=len(source.rows),
         source=source.label,
-        policy=policy,
-        limit=limit,
+        bad_rows=bad_rows,
     )
     if not values:
         raise DataError(

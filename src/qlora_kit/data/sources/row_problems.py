@@ -11,6 +11,7 @@ from qlora_kit.errors import ConfigError, DataError
 
 __all__ = [
     "BadRowPolicy",
+    "BadRows",
     "Location",
     "RowProblem",
     "check_policy",
@@ -52,6 +53,18 @@ class RowProblem(NamedTuple):
     reason: str
 
 
+class BadRows(NamedTuple):
+    """What happens to rows that cannot be used.
+
+    Attributes:
+        policy: Whether they are refused or left out.
+        limit: How many of them a message lists one by one.
+    """
+
+    policy: BadRowPolicy = "raise"
+    limit: int = 10
+
+
 def check_policy(on_bad_rows: str) -> BadRowPolicy:
     """The policy, if it is one."""
     if on_bad_rows not in ("raise", "skip"):
@@ -64,8 +77,7 @@ def settle_problems(
     *,
     total: int,
     source: str,
-    policy: BadRowPolicy,
-    limit: int,
+    bad_rows: BadRows,
     advice: str = "Correct them, or leave them out with on_bad_rows='skip'.",
 ) -> None:
     """Report every bad row at once: as an error, or as a warning where they are skipped.
@@ -75,6 +87,7 @@ def settle_problems(
     """
     if not problems:
         return
+    policy, limit = bad_rows
     lines = [f"  {problem.location}: {problem.reason}" for problem in problems[:limit]]
     if len(problems) > limit:
         lines.append(f"  and {len(problems) - limit:,} more, by reason:")

@@ -6,16 +6,27 @@ import hashlib
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, Protocol, overload
 
 from qlora_kit.data.sources.row_problems import Location
 from qlora_kit.errors import ConfigError, DataError
 from qlora_kit.values import is_number
 
-if TYPE_CHECKING:
-    from qlora_kit.data.formatters.formatter_base import FormatterBase
+__all__ = ["RowRoles", "Rows"]
 
-__all__ = ["Rows"]
+
+class RowRoles(Protocol):
+    """What rows need to know of a formatter: the roles that it reads."""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles that every row fills."""
+        ...
+
+    @property
+    def optional_roles(self) -> tuple[str, ...]:
+        """Roles that may be missing or empty."""
+        ...
 
 
 class Rows(Sequence[dict[str, Any]]):
@@ -30,7 +41,7 @@ class Rows(Sequence[dict[str, Any]]):
         self,
         values: Sequence[dict[str, Any]],
         *,
-        formatter: FormatterBase,
+        formatter: Any,
         source: str,
         locations: Sequence[Location] | None = None,
     ) -> None:
@@ -70,16 +81,16 @@ class Rows(Sequence[dict[str, Any]]):
             digest.update(b"\n")
         return digest.hexdigest()[:16]
 
-    def has_roles_of(self, formatter: FormatterBase) -> bool:
+    def has_roles_of(self, formatter: RowRoles) -> bool:
         """Whether another formatter can take these rows as they are."""
-        own = self.formatter
+        own: RowRoles = self.formatter
         return (own.roles, own.optional_roles) == (formatter.roles, formatter.optional_roles)
 
     def get_location(self, index: int) -> Location:
         """Where the row at ``index`` stood in its source."""
         return self._locations[index]
 
-    def select(self, indices: Iterable[int], *, formatter: FormatterBase | None = None) -> Rows:
+    def select(self, indices: Iterable[int], *, formatter: Any = None) -> Rows:
         """The rows at ``indices``, in that order; for another formatter of the kind, if given."""
         chosen = list(indices)
         return Rows(

@@ -11,19 +11,22 @@ from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from qlora_kit.data.batches.collators import IGNORED_LABEL
-from qlora_kit.data.sources.row_problems import RowProblem, settle_problems
+from qlora_kit.data.sources.row_problems import BadRows, RowProblem, settle_problems
+from qlora_kit.data.sources.rows import Rows
 from qlora_kit.data.tokens.encoded_cache import find_cached, make_key, store
 from qlora_kit.data.tokens.encoding_report import EncodingReport, explain_emptiness
-from qlora_kit.data.tokens.segment_ids import digest_segments, join_segments, make_segments
+from qlora_kit.data.tokens.segment_ids import (
+    RowEncoding,
+    digest_segments,
+    join_segments,
+    make_segments,
+)
 from qlora_kit.data.tokens.truncation import check_limits, fit_examples
 from qlora_kit.errors import ConfigError, DataError
+from qlora_kit.values import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-    from qlora_kit.data.formatters.formatter_base import FormatterBase
-    from qlora_kit.data.sources.rows import Rows
 
 __all__ = ["EncodedExamples", "encode_rows"]
 
@@ -50,7 +53,7 @@ class EncodedExamples:
         return len(self.dataset)
 
 
-_Work = tuple["FormatterBase", "Rows", int, str]
+_Work = tuple[RowEncoding, Rows, int, str]
 
 
 class _Batch(NamedTuple):
@@ -61,7 +64,7 @@ class _Batch(NamedTuple):
 
 
 def encode_rows(
-    formatter: FormatterBase,
+    encoding: RowEncoding,
     rows: Rows,
     *,
     max_length: int,
@@ -78,12 +81,10 @@ def encode_rows(
     start = time.perf_counter()
     key = None
     if cache if cache is not None else len(rows) >= _CACHED_FROM:
-        # A formatter from elsewhere may run any code; what it makes of the rows is hashed then.
-        is_own = type(formatter).segments.__module__.startswith("qlora_kit.data.")
-        content = rows.fingerprint if is_own else digest_segments(formatter, rows)
+        content = rows.fingerprint if encoding.is_described else digest_segments(encoding, rows)
         # An error about bad rows must not be answered with what an earlier run left of them.
-        policy = formatter.on_bad_rows
-        key = make_key(content, formatter.fingerprint, policy, str(max_length), truncation)
+        policy = encoding.bad_rows.policy
+        key = make_key(content, encoding.fingerprint(), policy, str(max_length), truncation)
         cached = find_cached(key)
         if cached is not None:
             dataset, values = cached
@@ -91,10 +92,10 @@ def encode_rows(
             report = replace(report, is_cached=True, seconds=time.perf_counter() - start)
             _log(report)
             return EncodedExamples(dataset, report)
-    batches = list(_encode_all(formatter, rows, max_length, truncation, num_proc))
+    batches = list(_encode_all(encoding, rows, max_length, truncation, num_proc))
     report = EncodingReport.add_up([batch.report for batch in batches])
     report = replace(report, seconds=time.perf_counter() - start)
-    _check_outcome(formatter, rows, batches, report)
+    _check_outcome(encoding.bad_rows, rows, batches, report)
     dataset = _make_dataset(batches)
     if key is not None:
         dataset = store(key, dataset, asdict(report))
@@ -103,13 +104,13 @@ def encode_rows(
 
 
 def _encode_all(
-    formatter: FormatterBase, rows: Rows, max_length: int, truncation: str, num_proc: int | None
+    encoding: RowEncoding, rows: Rows, max_length: int, truncation: str, num_proc: int | None
 ) -> Iterator[_Batch]:
     from tqdm.auto import tqdm
 
-    work = (formatter, rows, max_length, truncation)
+    work = (encoding, rows, max_length, truncation)
     starts = range(0, len(rows), _BATCH)
-    processes = min(_choose_processes(formatter, len(rows), num_proc), len(starts))
+    processes = min(_choose_processes(encoding, len(rows), num_proc), len(starts))
     # What takes a moment only needs no progress bar.
     with tqdm(total=len(rows), desc="Tokenizing", unit="row", disable=len(starts) == 1) as progress:
         if processes == 1:
@@ -136,24 +137,24 @@ def _encode_inherited(start: int) -> _Batch:
     return _encode_batch(*_inherited[0], start)
 
 
-def _choose_processes(formatter: FormatterBase, rows: int, num_proc: int | None) -> int:
+def _choose_processes(encoding: RowEncoding, rows: int, num_proc: int | None) -> int:
     if "fork" not in multiprocessing.get_all_start_methods():
         return 1
     if num_proc is not None:
         return num_proc
-    if formatter.text.is_fast or rows < _CACHED_FROM:
+    if encoding.text.is_fast or rows < _CACHED_FROM:
         return 1
     return os.cpu_count() or 1
 
 
 def _encode_batch(
-    formatter: FormatterBase, rows: Rows, max_length: int, truncation: str, start: int
+    encoding: RowEncoding, rows: Rows, max_length: int, truncation: str, start: int
 ) -> _Batch:
     import numpy as np
 
     indices = range(start, min(start + _BATCH, len(rows)))
-    places, segments, problems = make_segments(formatter, rows, indices)
-    joined = join_segments(formatter, segments)
+    places, segments, problems = make_segments(encoding, rows, indices)
+    joined = join_segments(encoding, segments)
     ids = np.fromiter(chain.from_iterable(ids for ids, _ in joined), np.int32)
     trained = np.fromiter(chain.from_iterable(trained for _, trained in joined), bool)
     fitted = fit_examples(
@@ -176,14 +177,13 @@ def _make_dataset(batches: Sequence[_Batch]) -> Dataset:
 
 
 def _check_outcome(
-    formatter: FormatterBase, rows: Rows, batches: Sequence[_Batch], report: EncodingReport
+    bad_rows: BadRows, rows: Rows, batches: Sequence[_Batch], report: EncodingReport
 ) -> None:
     settle_problems(
         [problem for batch in batches for problem in batch.problems],
         total=len(rows),
         source=rows.source,
-        policy=formatter.on_bad_rows,
-        limit=formatter.max_reported_rows,
+        bad_rows=bad_rows,
     )
     too_long = [pair for batch in batches for pair in batch.too_long]
     if report.truncation == "error":
@@ -197,8 +197,7 @@ def _check_outcome(
             problems,
             total=len(rows),
             source=rows.source,
-            policy="raise",
-            limit=formatter.max_reported_rows,
+            bad_rows=bad_rows._replace(policy="raise"),
             advice="Raise max_length, or choose truncation='end' or truncation='drop'.",
         )
     if not report.examples:

@@ -8,16 +8,13 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from qlora_kit.data.sources.row_problems import settle_problems
-from qlora_kit.data.tokens.segment_ids import join_segments, make_segments
+from qlora_kit.data.sources.rows import Rows
+from qlora_kit.data.tokens.segment_ids import RowEncoding, join_segments, make_segments
 from qlora_kit.errors import ConfigError, DataError
 from qlora_kit.values import is_whole_number
-
-if TYPE_CHECKING:
-    from qlora_kit.data.formatters.formatter_base import FormatterBase
-    from qlora_kit.data.sources.rows import Rows
 
 __all__ = ["DataReport", "describe_rows", "render_preview"]
 
@@ -93,7 +90,7 @@ class DataReport:
         return "\n".join([self.source, *(f"  {name:<{width}}  {value}" for name, value in lines)])
 
 
-def describe_rows(formatter: FormatterBase, rows: Rows, *, max_length: int) -> DataReport:
+def describe_rows(encoding: RowEncoding, rows: Rows, *, max_length: int) -> DataReport:
     """Statistics of rows; see :meth:`FormatterBase.describe`."""
     import numpy as np
 
@@ -104,13 +101,13 @@ def describe_rows(formatter: FormatterBase, rows: Rows, *, max_length: int) -> D
     seen: set[bytes] = set()
     prompts: set[bytes] = set()
     duplicates = repeated = 0
-    pattern = formatter.text.special_pattern
+    pattern = encoding.text.special_pattern
     problems = []
     for start in range(0, len(rows), 1000):
-        made = make_segments(formatter, rows, range(start, min(start + 1000, len(rows))))
+        made = make_segments(encoding, rows, range(start, min(start + 1000, len(rows))))
         problems += made.problems
         for place, segments, (ids, trained) in zip(
-            made.places, made.segments, join_segments(formatter, made.segments), strict=True
+            made.places, made.segments, join_segments(encoding, made.segments), strict=True
         ):
             lengths.append(len(ids))
             trained_tokens += sum(trained)
@@ -128,8 +125,7 @@ def describe_rows(formatter: FormatterBase, rows: Rows, *, max_length: int) -> D
         problems,
         total=len(rows),
         source=rows.source,
-        policy=formatter.on_bad_rows,
-        limit=formatter.max_reported_rows,
+        bad_rows=encoding.bad_rows,
     )
     if not lengths:
         raise DataError(f"No row of {rows.source} can be used; the log lists why.")
@@ -152,21 +148,20 @@ def describe_rows(formatter: FormatterBase, rows: Rows, *, max_length: int) -> D
     )
 
 
-def render_preview(formatter: FormatterBase, rows: Rows, *, n: int, color: bool | None) -> str:
+def render_preview(encoding: RowEncoding, rows: Rows, *, n: int, color: bool | None) -> str:
     """Examples as text; see :meth:`FormatterBase.preview`."""
     if not is_whole_number(n, at_least=1):
         raise ConfigError(f"n must be at least 1, got {n!r}.")
     if color is None:
         color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    made = make_segments(formatter, rows, range(min(n, len(rows))))
+    made = make_segments(encoding, rows, range(min(n, len(rows))))
     settle_problems(
         made.problems,
         total=len(rows),
         source=rows.source,
-        policy=formatter.on_bad_rows,
-        limit=formatter.max_reported_rows,
+        bad_rows=encoding.bad_rows,
     )
-    examples = join_segments(formatter, made.segments)
+    examples = join_segments(encoding, made.segments)
     legend = (
         f"{_TRAINED}trained{_RESET}, {_PLAIN}not trained{_RESET}, {_SPECIAL}special tokens{_RESET}"
         if color
@@ -176,18 +171,18 @@ def render_preview(formatter: FormatterBase, rows: Rows, *, n: int, color: bool 
     for place, (ids, trained) in zip(made.places, examples, strict=True):
         header = f"── example {place + 1}: {len(ids)} tokens, {sum(trained)} trained "
         blocks.append(header + "─" * max(0, 72 - len(header)))
-        blocks.append(_render(formatter, ids, trained, color=color))
+        blocks.append(_render(encoding, ids, trained, color=color))
     return "\n".join(blocks)
 
 
 def _render(
-    formatter: FormatterBase, ids: Sequence[int], trained: Sequence[bool], *, color: bool
+    encoding: RowEncoding, ids: Sequence[int], trained: Sequence[bool], *, color: bool
 ) -> str:
     """Runs of tokens decoded together: one token may be only part of a character."""
     specials = {
-        formatter.text.get_token_id(name)
-        for name in formatter.text.special_tokens
-        if name in formatter.tokenizer.get_vocab()
+        encoding.text.get_token_id(name)
+        for name in encoding.text.special_tokens
+        if name in encoding.text.tokenizer.get_vocab()
     }
     runs: list[tuple[bool, bool, list[int]]] = []
     for token, is_trained in zip(ids, trained, strict=True):
@@ -199,7 +194,7 @@ def _render(
     text = ""
     was_trained = False
     for is_trained, is_special, tokens in runs:
-        piece: Any = formatter.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+        piece: Any = encoding.text.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
         if color:
             style = (_TRAINED if is_trained else _PLAIN) + (_SPECIAL if is_special else "")
             text += f"{style}{piece}{_RESET}"

@@ -6,12 +6,12 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from qlora_kit.data.batches.collators import IGNORED_LABEL
-from qlora_kit.data.sources.row_problems import Location, RowProblem, settle_problems
+from qlora_kit.data.sources.row_problems import BadRows, Location, RowProblem, settle_problems
 from qlora_kit.data.tokens.encoding import EncodedExamples
 from qlora_kit.data.tokens.encoding_report import explain_emptiness
 from qlora_kit.data.tokens.truncation import check_limits, fit_examples, flatten_lists
 from qlora_kit.errors import DataError
+from qlora_kit.values import IGNORED_LABEL
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -174,8 +174,7 @@ def _refuse(problems: Mapping[int, str], total: int) -> None:
         [RowProblem(Location(place), problems[place]) for place in sorted(problems)],
         total=total,
         source=_SOURCE,
-        policy="raise",
-        limit=10,
+        bad_rows=BadRows(),
         advice="Correct them, or leave them out.",
     )
 
@@ -193,7 +192,6 @@ def _refuse_long(
         ],
         total=total,
         source=_SOURCE,
-        policy="raise",
-        limit=10,
+        bad_rows=BadRows(),
         advice=advice,
     )

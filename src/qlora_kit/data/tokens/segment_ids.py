@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from qlora_kit.data.sources.row_problems import RowProblem
+from qlora_kit.data.sources.row_problems import BadRows, RowProblem
+from qlora_kit.data.sources.rows import Rows
 from qlora_kit.data.tokens.segments import Segment
+from qlora_kit.data.tokens.text_tokenizer import TextTokenizer
 from qlora_kit.errors import DataError
 
-if TYPE_CHECKING:
-    from qlora_kit.data.formatters.formatter_base import FormatterBase
-    from qlora_kit.data.sources.rows import Rows
+__all__ = ["RowEncoding", "SegmentedRows", "digest_segments", "join_segments", "make_segments"]
 
-__all__ = ["SegmentedRows", "digest_segments", "join_segments", "make_segments"]
+
+@dataclass(frozen=True)
+class RowEncoding:
+    """How rows become token ids: what encoding and inspection need to know of a formatter.
+
+    Attributes:
+        segments: The segments of a row, in order, the end token left out.
+        text: The tokenizer.
+        end_id: The end token's id, appended to every example; ``None`` where segments have it.
+        adds_bos: Whether the tokenizer's beginning token comes first.
+        trains_all: Whether prompts carry loss too.
+        bad_rows: What happens to rows of which nothing can be made.
+        fingerprint: Digest of everything that decides which ids a row becomes.
+        is_described: Whether the fingerprint says all about ``segments``; code from elsewhere may
+            do whatever it likes.
+    """
+
+    segments: Callable[[Mapping[str, Any]], Sequence[Segment]]
+    text: TextTokenizer
+    end_id: int | None
+    adds_bos: bool
+    trains_all: bool
+    bad_rows: BadRows
+    fingerprint: Callable[[], str]
+    is_described: bool
 
 
 class SegmentedRows(NamedTuple):
@@ -31,12 +56,12 @@ class SegmentedRows(NamedTuple):
     problems: list[RowProblem]
 
 
-def make_segments(formatter: FormatterBase, rows: Rows, indices: range) -> SegmentedRows:
+def make_segments(encoding: RowEncoding, rows: Rows, indices: range) -> SegmentedRows:
     """The segments of the rows at ``indices``."""
     result = SegmentedRows([], [], [])
     for index in indices:
         try:
-            result.segments.append(formatter.segments(rows[index]))
+            result.segments.append(encoding.segments(rows[index]))
         except DataError as error:
             result.problems.append(RowProblem(rows.get_location(index), str(error)))
         else:
@@ -44,28 +69,28 @@ def make_segments(formatter: FormatterBase, rows: Rows, indices: range) -> Segme
     return result
 
 
-def digest_segments(formatter: FormatterBase, rows: Rows) -> str:
+def digest_segments(encoding: RowEncoding, rows: Rows) -> str:
     """A digest of what a formatter makes of rows, whatever code it runs to do so."""
     digest = hashlib.sha256()
-    for segments in make_segments(formatter, rows, range(len(rows))).segments:
+    for segments in make_segments(encoding, rows, range(len(rows))).segments:
         digest.update(repr([tuple(segment) for segment in segments]).encode())
     return digest.hexdigest()[:16]
 
 
 def join_segments(
-    formatter: FormatterBase, examples: Sequence[Sequence[Segment]], *, is_open: bool = False
+    encoding: RowEncoding, examples: Sequence[Sequence[Segment]], *, is_open: bool = False
 ) -> list[tuple[list[int], list[bool]]]:
     """Tokenize each segment by itself and join the ids.
 
     Args:
-        formatter: Says which tokens begin and end an example, and what carries loss.
+        encoding: Says which tokens begin and end an example, and what carries loss.
         examples: The segments of each example.
         is_open: Leave the end token out: the example is a prompt.
 
     Returns:
         The ids of each example, and for each id whether it carries loss.
     """
-    text = formatter.text
+    text = encoding.text
     texts: list[str] = []
     continues: list[bool] = []
     for segments in examples:
@@ -80,8 +105,8 @@ def join_segments(
         name: text.get_token_id(name)
         for name in {s.text for segments in examples for s in segments if s.is_special}
     }
-    prefix = text.prefix_ids if formatter.adds_bos else []
-    trains_all = not formatter.response_only
+    prefix = text.prefix_ids if encoding.adds_bos else []
+    trains_all = encoding.trains_all
     joined = []
     for segments in examples:
         ids: list[int] = []
@@ -94,8 +119,8 @@ def join_segments(
             piece = [special[segment.text]] if segment.is_special else next(encoded)
             ids += piece
             trained += [segment.is_trained or trains_all] * len(piece)
-        if formatter.adds_eos and not is_open:
-            ids.append(formatter.eos_token_id)
+        if encoding.end_id is not None and not is_open:
+            ids.append(encoding.end_id)
             trained.append(True)
         if trained:
             trained[0] = False

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from qlora_kit.data.batches.collators import IGNORED_LABEL
 from qlora_kit.data.tokens.encoding_report import EncodingReport
 from qlora_kit.errors import ConfigError
-from qlora_kit.values import is_whole_number
+from qlora_kit.values import IGNORED_LABEL, is_whole_number
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,7 +34,7 @@ class FittedExamples(NamedTuple):
 
 
 def check_limits(max_length: Any, truncation: Any) -> None:
-    """Refuse limits that cannot work.
+    """Refuse limits that cannot work; the one check of both, whoever was given them.
 
     Raises:
         ConfigError: When the length is not at least 2, or the policy is unknown.

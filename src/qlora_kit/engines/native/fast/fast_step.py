@@ -19,10 +19,11 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 
 from qlora_kit.engines.native.fast.fused_model import FusedModel
-from qlora_kit.engines.native.fast.layout import IGNORED, Example, keep_rows, split_rows
+from qlora_kit.engines.native.fast.layout import Example, keep_rows, split_rows
 from qlora_kit.engines.native.fast.plan import FastPlan, resolve_plan
 from qlora_kit.engines.native.fast.step_runner import StepRunner
 from qlora_kit.engines.trainer_mixins import TrlSteps
+from qlora_kit.values import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from qlora_kit.engines.native.fast.plan import ResolvedPlan
@@ -110,7 +111,7 @@ class FastStep(TrlSteps):
             {"input_ids": empty, "labels": empty} for _ in range(count - 1)
         ]
         samples_out.append(_as_sample(examples))
-        trained = sum(int((example.targets != -100).sum()) for example in examples)
+        trained = sum(int((example.targets != IGNORED_LABEL).sum()) for example in examples)
         return samples_out, max(trained, 1)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
@@ -150,7 +151,7 @@ class FastStep(TrlSteps):
         examples = split_rows(inputs.rows)
         if not self._runner.fused_model.is_planned:
             self._decide(examples)
-        trained = max(1, sum(int((example.targets != -100).sum()) for example in examples))
+        trained = max(1, sum(int((example.targets != IGNORED_LABEL).sum()) for example in examples))
         loss, stats = self._runner.evaluate(examples, trained)
         self._note("eval", examples, stats, trained)
         return loss, None, None
@@ -233,7 +234,7 @@ def _as_sample(examples: list[Example]) -> dict[str, Any]:
     input_ids = np.concatenate([example.input_ids for example in examples])
     # In a row, the label of a token lies where the token lies. An example's last target is -100,
     # which becomes the label of the next one's first token.
-    labels = np.concatenate([[IGNORED], *(example.targets for example in examples)])[:-1]
+    labels = np.concatenate([[IGNORED_LABEL], *(example.targets for example in examples)])[:-1]
     return {
         "input_ids": torch.from_numpy(input_ids),
         "labels": torch.from_numpy(labels),

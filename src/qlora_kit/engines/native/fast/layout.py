@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["IGNORED", "Example", "MicroBatch", "RowBatch", "keep_rows", "lay_out", "split_rows"]
+from qlora_kit.values import IGNORED_LABEL
 
-IGNORED = -100
+__all__ = ["Example", "MicroBatch", "RowBatch", "keep_rows", "lay_out", "split_rows"]
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def split_rows(rows: Sequence[Mapping[str, Any]]) -> list[Example]:
         for length in lengths if lengths is not None else (len(ids),):
             if length == 0:
                 continue
-            targets = np.full(length, IGNORED, dtype=np.int64)
+            targets = np.full(length, IGNORED_LABEL, dtype=np.int64)
             targets[:-1] = labels[start + 1 : start + length]
             examples.append(Example(ids[start : start + length], targets))
             start += length
@@ -165,7 +165,7 @@ def lay_out(
         # Fillers form examples too: positions without one would hold whatever memory held.
         lengths += [longest] * (fillers // longest) + [fillers % longest] * (fillers % longest > 0)
         targets = np.concatenate([example.targets for example in group])
-        trained = np.flatnonzero(targets != IGNORED)
+        trained = np.flatnonzero(targets != IGNORED_LABEL)
         bounds = np.cumsum([0, *lengths])
         room = round_trained(len(trained), filled)
         batches.append(
@@ -175,7 +175,7 @@ def lay_out(
                 bounds=_fill([bounds], round_count(len(bounds)), bounds[-1]).to(torch.int32),
                 longest=torch.tensor(longest, dtype=torch.int32),
                 trained=_fill([trained], room, int(trained[-1:].sum())),
-                targets=_fill([targets[trained]], room, IGNORED),
+                targets=_fill([targets[trained]], room, IGNORED_LABEL),
                 tokens=tokens,
                 trained_tokens=len(trained),
             )

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["SoftmaxStep", "linear_cross_entropy", "plain_softmax_step", "softmax_step"]
+from qlora_kit.values import IGNORED_LABEL
 
-_IGNORED = -100
+__all__ = ["SoftmaxStep", "linear_cross_entropy", "plain_softmax_step", "softmax_step"]
 
 #: From logits ``(P, V)`` and targets ``(P,)``: the gradient of the summed loss with respect to
 #: the logits, which may take their place, and ``[loss, hits, entropy]``, each summed over the
@@ -48,7 +48,7 @@ def softmax_step(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """See :data:`SoftmaxStep`; float32 arithmetic whatever the logits' dtype, to be compiled."""
     dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32
     scores = logits.to(dtype)
-    counts = targets != _IGNORED
+    counts = targets != IGNORED_LABEL
     places = torch.where(counts, targets, 0)[:, None]
     chosen = scores.gather(1, places)
     highest = scores.amax(1, keepdim=True)
@@ -72,7 +72,7 @@ def softmax_step(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def plain_softmax_step(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The same as :func:`softmax_step` with few passes over memory when nothing is compiled."""
     dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32
-    counts = targets != _IGNORED
+    counts = targets != IGNORED_LABEL
     places = torch.where(counts, targets, 0)[:, None]
     kept = counts[:, None].to(dtype)
     log_probabilities = torch.log_softmax(logits, dim=1, dtype=dtype)

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qlora_kit.values import IGNORED_LABEL
+
 __all__ = ["fused_softmax_step"]
 
 _BLOCK = 4096
@@ -28,16 +30,25 @@ def fused_softmax_step(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
     rows, columns = logits.shape
     sums = torch.empty((rows, 3), dtype=torch.float32, device=logits.device)
     if rows:
-        _softmax_kernel[(rows,)](logits, targets, sums, columns, BLOCK=_BLOCK, num_warps=8)
+        _softmax_kernel[(rows,)](
+            logits, targets, sums, columns, BLOCK=_BLOCK, IGNORED=IGNORED_LABEL, num_warps=8
+        )
     return logits, sums.sum(0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _softmax_kernel(logits, targets, sums, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def _softmax_kernel(  # type: ignore[no-untyped-def]
+    logits,
+    targets,
+    sums,
+    columns,
+    BLOCK: tl.constexpr,  # noqa: N803
+    IGNORED: tl.constexpr,  # noqa: N803
+):
     row = tl.program_id(0).to(tl.int64)
     base = logits + row * columns
     target = tl.load(targets + row)
-    counts = target != -100
+    counts = target != IGNORED
     place = tl.where(counts, target, 0)
     # Before the reductions, whose barriers keep it ahead of the second pass's writes.
     chosen = tl.load(base + place).to(tl.float32)
