@@ -224,19 +224,24 @@ def test_verbosity_is_asked_for_before_or_after_the_command():
     assert not parser.parse_args(["exporters"]).verbose
 
 
-def test_evaluation_may_have_a_split_of_its_own(alpaca_rows, tmp_path):
-    from qlora_kit.cli.commands import _read_data
-    from qlora_kit.cli.parser import make_parser
+def test_evaluation_may_have_a_split_of_its_own(alpaca_rows, tmp_path, monkeypatch):
+    from qlora_kit import pipeline
 
     for name, rows in (("train", alpaca_rows), ("validation", alpaca_rows[:3])):
         text = "\n".join(map(json.dumps, rows))
         (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
     folder = str(tmp_path)
-    options = make_parser().parse_args(
-        ["train", "M", folder, "--eval-data", folder, "--eval-split", "validation"]
-    )
-    data, held_out, plan = _read_data(options)
-    assert (len(data.rows), len(held_out.rows), plan) == (12, 3, None)
+    checked = []
+
+    def stop(pipeline, **others):
+        checked.append(pipeline)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "run_pipeline", stop)
+    arguments = ["train", "M", folder, "--eval-data", folder, "--eval-split", "validation"]
+    assert main([*arguments, "--output", str(tmp_path / "run")]) == INTERRUPTED
+    (found,) = checked
+    assert (len(found.rows.rows), len(found.eval_rows.rows), found.formatter) == (12, 3, None)
 
 
 def _write_chat(path):

@@ -1,15 +1,23 @@
 """The command line before a model is loaded, and its errors in flags instead of Python."""
 
 import argparse
+import ast
+import dataclasses
+import functools
+import inspect
 import json
+import logging
 import re
+from pathlib import Path
 
 import pytest
 
+from qlora_kit import load_quantized
 from qlora_kit.cli import main
+from qlora_kit.cli.flags import CALLS, SETTERS, SWITCHES, VALUED, FlagFormatter, FlagWriter
 from qlora_kit.cli.parser import make_parser, read_columns
-from qlora_kit.cli.spelling import EXPORTING, FLAGS, PHRASES, Spelling
 from qlora_kit.errors import ConfigError
+from qlora_kit.messages import UNSET, Call, Setting
 
 
 @pytest.fixture
@@ -28,6 +36,9 @@ def folder(tmp_path, alpaca_rows, monkeypatch):
     (tmp_path / "there" / "file").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("qlora_kit.load_quantized", _refuse_to_load)
+    monkeypatch.setattr(
+        "qlora_kit.pipeline.load_quantized", functools.wraps(load_quantized)(_refuse_to_load)
+    )
     return tmp_path
 
 
@@ -123,48 +134,118 @@ def list_flags():
 
 
 def test_every_flag_that_errors_name_exists():
-    known = list_flags()
-    phrases = {flag for text in PHRASES.values() for flag in re.findall(r"--[\w-]+", text)}
-    assert {*FLAGS.values(), *EXPORTING.values(), *phrases, Spelling().setter} <= known
-    assert "--export-option" in known
+    switches = {flag for table in SWITCHES.values() for flag in table.values()}
+    setters = {flag for table in SETTERS.values() for flag in table.values()}
+    written = " ".join([*VALUED.values(), *switches, *setters, *(w("x") for w in CALLS.values())])
+    named = set(re.findall(r"--[\w-]+", written))
+    assert named <= list_flags()
+    assert {"--export-option", "--template", "--no-4bit"} <= named
 
 
 @pytest.mark.parametrize(
-    ("python", "flags"),
+    ("piece", "python", "flags"),
     [
-        ("allow it with local_files_only=False.", "allow it with --download."),
-        ("Use engine='native'.", "Use --engine native."),
-        ("loaded with load_in_4bit=False.", "loaded with --no-4bit."),
-        ("leave them out with on_bad_rows='skip'.", "leave them out with --on-bad-rows skip."),
-        ("columns={'instruction': 'my question'}.", "--columns 'instruction=my question'."),
-        ("Choose with split=..., or", "Choose with --split ..., or"),
-        ("resume_from_checkpoint='a/checkpoint-3' goes on", "--resume goes on"),
-        ("eos_token='<|im_end|>', for example", "--eos-token '<|im_end|>', for example"),
-        ("set gradient_checkpointing=True.", "set --set gradient_checkpointing=true."),
-        (
-            'Set plan={"micro_batch_tokens": 48, "checkpointing": "full"}, which',
-            'Set --set \'plan={"micro_batch_tokens": 48, "checkpointing": "full"}\', which',
-        ),
-        # Values of other things stay as they are.
-        ("needs checkpointing='selective'", "needs checkpointing='selective'"),
-        ("YaRN with truncate=False has", "YaRN with truncate=False has"),
-        ("/runs/overwrite=True/x is a file", "/runs/overwrite=True/x is a file"),
-        ("temperature must be above 0, got 0", "temperature must be above 0, got 0"),
+        (Setting("local_files_only", False, "read_source"), "local_files_only=False", "--download"),
+        (Setting("engine", "native", "load_quantized"), "engine='native'", "--engine native"),
+        (Setting("load_in_4bit", False, "load_quantized"), "load_in_4bit=False", "--no-4bit"),
+        (Setting("on_bad_rows", "skip", "formatter"), "on_bad_rows='skip'", "--on-bad-rows skip"),
+        (Setting("columns", {"instruction": "my question"}, "formatter"),
+         "columns={'instruction': 'my question'}", "--columns 'instruction=my question'"),
+        (Setting("split", ..., "read_source"), "split=...", "--split ..."),
+        (Setting("resume_from_checkpoint", "a/checkpoint-3"),
+         "resume_from_checkpoint='a/checkpoint-3'", "--resume"),
+        (Setting("eos_token", "<|im_end|>", "formatter", "AlpacaFormatter(tokenizer, {})"),
+         "AlpacaFormatter(tokenizer, eos_token='<|im_end|>')", "--eos-token '<|im_end|>'"),
+        (Setting("gradient_checkpointing", True), "gradient_checkpointing=True",
+         "--set gradient_checkpointing=true"),
+        (Setting("plan", {"checkpointing": "full"}), "plan={'checkpointing': 'full'}",
+         "--set 'plan={\"checkpointing\": \"full\"}'"),
+        (Setting("max_steps"), "max_steps", "max_steps"),
+        (Setting("r", of="attach_lora"), "r", "--r"),
+        (Setting("overwrite", False, "export_model"), "overwrite=False",
+         "--export-option overwrite=false"),
+        (Setting("dtype", "bfloat16", "load_quantized"), "dtype='bfloat16'", "--dtype bfloat16"),
+        (Setting("dtype", "bfloat16", "export_model"), "dtype='bfloat16'",
+         "--export-option dtype=bfloat16"),
+        (Setting("temperature", 1.0, "generate_stream"), "temperature=1.0", "temperature=1.0"),
+        (Call("export_model", "export_model(model, 'lora', 'out')", "lora"),
+         "export_model(model, 'lora', 'out')", "qlora-kit export MODEL lora out"),
+        (Call("elsewhere", "do(this)"), "do(this)", "do(this)"),
     ],
-)
-def test_python_is_said_in_flags(python, flags):
-    spelling = Spelling()
-    spelling.use(FLAGS, "--set", lambda: {"gradient_checkpointing", "plan"})
-    assert spelling(python) == flags
+)  # fmt: skip
+def test_python_is_said_in_flags(piece, python, flags):
+    error = ConfigError("Use ", piece, ".")
+    assert str(error) == f"Use {python}."
+    assert error.render(FlagWriter("train")) == f"Use {flags}."
 
 
-def test_a_format_s_option_is_not_the_model_s():
-    spelling = Spelling()
-    assert spelling("Export with dtype='bfloat16'.") == "Export with --dtype bfloat16."
-    spelling.use(EXPORTING, "--export-option", lambda: {"dtype"})
-    assert spelling("Export with dtype='bfloat16'.") == (
-        "Export with --export-option dtype=bfloat16."
-    )
+def test_text_that_only_looks_like_an_argument_stays_as_it_is():
+    error = ConfigError("/runs/overwrite=True/x is a file")
+    assert error.render(FlagWriter("train")) == "/runs/overwrite=True/x is a file"
+
+
+def test_a_command_s_own_setter_takes_what_has_no_flag():
+    option = Setting("dtype", "bfloat16", "export_model")
+    assert FlagWriter("export")(option) == "--set dtype=bfloat16"
+    assert FlagWriter("generate")(option) == "dtype='bfloat16'"
+
+
+def test_log_records_are_written_in_flags_and_left_as_they_are_for_others():
+    inner = ConfigError("it", advice=("Use ", Setting("packing", True), "."))
+    setting = Setting("overwrite", True, "export_model")
+    record = logging.makeLogRecord({"msg": "%d: %s, %s", "args": (3, setting, inner)})
+    said = FlagFormatter(FlagWriter("train")).format(record)
+    assert said == "3: --overwrite, it Use --packing."
+    assert record.getMessage() == "3: overwrite=True, it Use packing=True."
+
+
+def test_errors_carry_the_parameter_its_value_and_the_advice(folder):
+    from qlora_kit import check_training
+
+    with pytest.raises(ConfigError) as caught:
+        check_training(max_steps=0)
+    assert (caught.value.parameter, caught.value.value) == ("max_steps", 0)
+    with pytest.raises(ConfigError) as caught:
+        check_training(truncation_mode="keep_end")
+    assert caught.value.advice == "Use truncation='end', 'drop' or 'error'."
+    again = caught.value.after("here: ")
+    assert (str(again), again.parameter) == (f"here: {caught.value}", "truncation_mode")
+    assert ConfigError("no parameter").value is UNSET
+
+
+def test_every_setting_that_messages_name_exists():
+    """An argument that an error advises is one that the function it belongs to has."""
+    from transformers import GenerationConfig
+    from trl import SFTConfig
+
+    import qlora_kit
+    from qlora_kit.data import AlpacaFormatter, ChatFormatter, read_source
+
+    def names(*functions):
+        return {name for f in functions for name in inspect.signature(f).parameters}
+
+    options = {o["name"] for e in qlora_kit.describe_exporters()["exporters"] for o in e["options"]}
+    known = {
+        "load_quantized": names(qlora_kit.load_quantized),
+        "attach_lora": names(qlora_kit.attach_lora),
+        "formatter": names(AlpacaFormatter, ChatFormatter),
+        "read_source": names(read_source),
+        "train_sft": names(qlora_kit.train_sft) | {f.name for f in dataclasses.fields(SFTConfig)},
+        "generate_stream": names(qlora_kit.generate_stream) | set(vars(GenerationConfig())),
+        "export_model": names(qlora_kit.export_model) | options,
+    }
+    found = []
+    for path in Path(qlora_kit.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or getattr(node.func, "id", "") != "Setting":
+                continue
+            given = {k.arg: k.value for k in node.keywords}
+            given |= dict(zip(("name", "value", "of", "inside"), node.args, strict=False))
+            owner = given["of"].value if "of" in given else "train_sft"
+            if isinstance(given["name"], ast.Constant):
+                found.append((path.name, owner, given["name"].value))
+    assert len(found) > 100
+    assert [entry for entry in found if entry[2] not in known[entry[1]]] == []
 
 
 def test_columns_are_read_by_comma_or_one_by_one():

@@ -26,6 +26,8 @@ __all__ = [
     "FormatterBase",
     "LoadConfig",
     "LoadedModel",
+    "Pipeline",
+    "PipelineResult",
     "PromptCompletionFormatter",
     "QloraKitError",
     "Segment",
@@ -35,6 +37,9 @@ __all__ = [
     "__version__",
     "attach_lora",
     "available_exporters",
+    "check_export",
+    "check_pipeline",
+    "check_training",
     "describe_exporters",
     "errors",
     "export_model",
@@ -46,6 +51,7 @@ __all__ = [
     "load_quantized",
     "nest_export",
     "pack_examples",
+    "run_pipeline",
     "train_sft",
 ]
 
@@ -64,6 +70,8 @@ _HOME_OF: Final = {
     "FormatterBase": "data",
     "LoadConfig": "config",
     "LoadedModel": "handles",
+    "Pipeline": "pipeline",
+    "PipelineResult": "pipeline",
     "PromptCompletionFormatter": "data",
     "QloraKitError": "errors",
     "Segment": "data",
@@ -72,6 +80,9 @@ _HOME_OF: Final = {
     "Verification": "results",
     "attach_lora": "adapters",
     "available_exporters": "export",
+    "check_export": "export",
+    "check_pipeline": "pipeline",
+    "check_training": "training",
     "describe_exporters": "export",
     "export_model": "export",
     "formatter_from_spec": "data",
@@ -82,6 +93,7 @@ _HOME_OF: Final = {
     "load_quantized": "loading",
     "nest_export": "export",
     "pack_examples": "data",
+    "run_pipeline": "pipeline",
     "train_sft": "training",
 }
 
@@ -102,6 +114,7 @@ if TYPE_CHECKING:
     from qlora_kit.errors import QloraKitError
     from qlora_kit.export import (
         available_exporters,
+        check_export,
         describe_exporters,
         export_model,
         get_exporter,
@@ -111,6 +124,7 @@ if TYPE_CHECKING:
     from qlora_kit.handles import AdaptedModel, LoadedModel
     from qlora_kit.hookspecs import Exporter, ExportEstimate, ExportRequest, hookimpl, hookspec
     from qlora_kit.loading import load_quantized
+    from qlora_kit.pipeline import Pipeline, PipelineResult, check_pipeline, run_pipeline
     from qlora_kit.results import (
         Artifact,
         Check,
@@ -119,7 +133,7 @@ if TYPE_CHECKING:
         TrainResult,
         Verification,
     )
-    from qlora_kit.training import train_sft
+    from qlora_kit.training import check_training, train_sft
 
     __version__: str
 

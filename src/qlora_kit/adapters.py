@@ -20,6 +20,7 @@ from qlora_kit.config import (
 from qlora_kit.engines.base import check_handle
 from qlora_kit.errors import ConfigError, did_you_mean
 from qlora_kit.handles import AdaptedModel, LoadedModel
+from qlora_kit.messages import Setting
 from qlora_kit.script_arguments import ADAPTER_ARGUMENTS, refuse_unknown
 
 __all__ = ["attach_lora"]
@@ -98,8 +99,11 @@ def attach_lora(
         )
     if max_seq_length not in (None, model.max_seq_length):
         raise ConfigError(
-            f"max_seq_length={max_seq_length!r}: this model was loaded for "
-            f"{model.max_seq_length}. Give load_quantized another one, or train_sft a max_length."
+            Setting("max_seq_length", max_seq_length, "load_quantized"),
+            f": this model was loaded for {model.max_seq_length}. Give load_quantized another "
+            "one, or train_sft a max_length.",
+            parameter="max_seq_length",
+            value=max_seq_length,
         )
     targets = _resolve_targets(target_modules, model.model)
     if isinstance(modules_to_save, str):
@@ -110,7 +114,10 @@ def attach_lora(
         _check_pattern(pattern, parameter, targets)
     if loftq_config is not None and not isinstance(loftq_config, Mapping):
         raise ConfigError(
-            f"loftq_config must be a dictionary such as {{'loftq_bits': 4}}, got {loftq_config!r}."
+            Setting("loftq_config", of="attach_lora"),
+            f" must be a dictionary such as {{'loftq_bits': 4}}, got {loftq_config!r}.",
+            parameter="loftq_config",
+            value=loftq_config,
         )
     config = AdapterConfig(
         r=r,
@@ -154,15 +161,21 @@ def _resolve_targets(asked: str | Sequence[str], model: Any) -> tuple[str, ...]:
             found = tuple(name for name in available if name in aliases)
             if not found:
                 raise ConfigError(
-                    f"target_modules={asked!r} matches nothing in this model. It has: "
-                    f"{', '.join(available)}.{_advise_on_experts(model)}"
+                    Setting("target_modules", asked, "attach_lora"),
+                    " matches nothing in this model. It has: "
+                    f"{', '.join(available)}.{_advise_on_experts(model)}",
+                    parameter="target_modules",
+                    value=asked,
                 )
             return found
         asked = (asked,)
     if not isinstance(asked, Iterable):
         raise ConfigError(
-            f"target_modules must be module names or one of {', '.join(TARGET_PRESETS)}; "
-            f"got {asked!r}. This model has: {', '.join(available)}."
+            Setting("target_modules", of="attach_lora"),
+            f" must be module names or one of {', '.join(TARGET_PRESETS)}; got {asked!r}. This "
+            f"model has: {', '.join(available)}.",
+            parameter="target_modules",
+            value=asked,
         )
     names = tuple(dict.fromkeys(asked))
     if not names:

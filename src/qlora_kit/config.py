@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from qlora_kit.errors import ConfigError, did_you_mean
+from qlora_kit.messages import Setting
 from qlora_kit.values import is_number, is_whole_number
 
 __all__ = [
@@ -63,20 +64,26 @@ class LoadConfig:
     def __post_init__(self) -> None:
         if not is_whole_number(self.max_seq_length):
             raise ConfigError(
-                f"max_seq_length must be a whole number of tokens, got {self.max_seq_length!r}."
+                Setting("max_seq_length", of="load_quantized"),
+                f" must be a whole number of tokens, got {self.max_seq_length!r}.",
+                parameter="max_seq_length",
+                value=self.max_seq_length,
             )
         if self.max_seq_length < 1:
             raise ConfigError(
-                f"max_seq_length must be at least 1 token, got {self.max_seq_length}; "
-                "2048 is the usual choice."
+                Setting("max_seq_length", of="load_quantized"),
+                f" must be at least 1 token, got {self.max_seq_length}; 2048 is the usual choice.",
+                parameter="max_seq_length",
+                value=self.max_seq_length,
             )
         for name in ("load_in_4bit", "load_in_8bit", "local_files_only", "is_trainable"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         if self.load_in_4bit and self.load_in_8bit:
             raise ConfigError(
-                "load_in_4bit and load_in_8bit are both True; choose one "
-                "(load_in_8bit=True alone is enough)."
+                "load_in_4bit and load_in_8bit are both True; choose one (",
+                Setting("load_in_8bit", True, "load_quantized"),
+                " alone is enough).",
             )
 
 
@@ -102,30 +109,57 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         if not is_whole_number(self.r) or self.r < 1:
-            raise ConfigError(f"r is the LoRA rank, a whole number of at least 1; got {self.r!r}.")
+            raise ConfigError(
+                Setting("r", of="attach_lora"),
+                f" is the LoRA rank, a whole number of at least 1; got {self.r!r}.",
+                parameter="r",
+                value=self.r,
+            )
         if not is_number(self.lora_alpha) or not self.lora_alpha > 0:
-            raise ConfigError(f"lora_alpha must be a number above 0, got {self.lora_alpha!r}.")
+            raise ConfigError(
+                Setting("lora_alpha", of="attach_lora"),
+                f" must be a number above 0, got {self.lora_alpha!r}.",
+                parameter="lora_alpha",
+                value=self.lora_alpha,
+            )
         if not is_number(self.lora_dropout) or not 0.0 <= self.lora_dropout < 1.0:
             raise ConfigError(
-                f"lora_dropout is a probability from 0 up to (not including) 1, "
-                f"got {self.lora_dropout!r}."
+                Setting("lora_dropout", of="attach_lora"),
+                f" is a probability from 0 up to (not including) 1, got {self.lora_dropout!r}.",
+                parameter="lora_dropout",
+                value=self.lora_dropout,
             )
         if self.bias not in ("none", "all", "lora_only"):
-            raise ConfigError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}.")
+            raise ConfigError(
+                Setting("bias", of="attach_lora"),
+                f" must be 'none', 'all' or 'lora_only', got {self.bias!r}.",
+                parameter="bias",
+                value=self.bias,
+            )
         if self.use_gradient_checkpointing not in (True, False, "auto", "unsloth"):
             raise ConfigError(
-                "use_gradient_checkpointing must be True, False, 'auto' or 'unsloth', "
-                f"got {self.use_gradient_checkpointing!r}."
+                Setting("use_gradient_checkpointing", of="attach_lora"),
+                " must be True, False, 'auto' or 'unsloth', got "
+                f"{self.use_gradient_checkpointing!r}.",
+                parameter="use_gradient_checkpointing",
+                value=self.use_gradient_checkpointing,
             )
         if not is_whole_number(self.random_state):
-            raise ConfigError(f"random_state must be a whole number, got {self.random_state!r}.")
+            raise ConfigError(
+                Setting("random_state", of="attach_lora"),
+                f" must be a whole number, got {self.random_state!r}.",
+                parameter="random_state",
+                value=self.random_state,
+            )
         if isinstance(self.init_lora_weights, str) and not _STARTS.fullmatch(
             self.init_lora_weights
         ):
             raise ConfigError(
-                f"init_lora_weights={self.init_lora_weights!r} is none of True, False, "
-                "'gaussian', 'orthogonal', 'olora', 'pissa', 'pissa_niter_N' and 'loftq'."
-                f"{did_you_mean(self.init_lora_weights, _START_NAMES)}"
+                Setting("init_lora_weights", self.init_lora_weights, "attach_lora"),
+                " is none of True, False, 'gaussian', 'orthogonal', 'olora', 'pissa', "
+                f"'pissa_niter_N' and 'loftq'.{did_you_mean(self.init_lora_weights, _START_NAMES)}",
+                parameter="init_lora_weights",
+                value=self.init_lora_weights,
             )
         for name, pattern in (("rank", self.rank_pattern), ("alpha", self.alpha_pattern)):
             for key, value in (pattern or {}).items():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.config import DtypeName
 from qlora_kit.errors import ConfigError
+from qlora_kit.messages import Setting
 
 if TYPE_CHECKING:
     import torch
@@ -74,8 +75,11 @@ def choose_compute_dtype(dtype: object, device: torch.device) -> DtypeName:
     name = str(dtype).removeprefix("torch.").lower()
     if name not in _DTYPE_ALIASES:
         raise ConfigError(
-            f"dtype must be None, 'bfloat16', 'float16' or 'float32' (or the torch dtype); "
-            f"got {dtype!r}."
+            Setting("dtype", of="load_quantized"),
+            " must be None, 'bfloat16', 'float16' or 'float32' (or the torch dtype); got "
+            f"{dtype!r}.",
+            parameter="dtype",
+            value=dtype,
         )
     return _DTYPE_ALIASES[name]  # type: ignore[return-value]
 

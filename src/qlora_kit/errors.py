@@ -18,13 +18,16 @@
         └── VerificationError (ValueError)      what was written is not what was trained
 
 Each class also inherits the builtin people would catch anyway. Messages name
-the value that was given and the next step to take.
+the value that was given and the next step to take, and carry both as data.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, Self
+
+from qlora_kit.messages import UNSET, Call, Setting, join_pieces
 
 __all__ = [
     "ConfigError",
@@ -48,7 +51,57 @@ __all__ = [
 
 
 class QloraKitError(Exception):
-    """Base of every error raised on purpose by qlora_kit."""
+    """Base of every error raised on purpose by qlora_kit.
+
+    Args:
+        *message: What is wrong: text, and the arguments it names as
+            :class:`~qlora_kit.messages.Setting`.
+        parameter: The argument that is wrong, where it is one.
+        value: What was given for it.
+        advice: What to do about it, in pieces too; follows the message after a space.
+
+    Attributes:
+        parameter: As given; ``None`` where no single argument is wrong.
+        value: As given; :data:`~qlora_kit.messages.UNSET` where there is none.
+    """
+
+    def __init__(
+        self,
+        *message: Any,
+        parameter: str | None = None,
+        value: Any = UNSET,
+        advice: Any = (),
+    ) -> None:
+        self._message = message
+        self._advice = (advice,) if isinstance(advice, str | Setting | Call) else tuple(advice)
+        self.parameter = parameter
+        self.value = value
+        super().__init__(self.render())
+
+    @property
+    def advice(self) -> str:
+        """What to do about it, as Python writes it; empty where nothing is advised."""
+        return join_pieces(self._advice)
+
+    @property
+    def pieces(self) -> tuple[Any, ...]:
+        """Message and advice: text, settings and calls in order."""
+        separator = (" ",) if self._message and self._advice else ()
+        return (*self._message, *separator, *self._advice)
+
+    def render(self, spell: Callable[[Setting | Call], str] = str) -> str:
+        """The whole text, with arguments and calls written by ``spell``."""
+        return join_pieces(self.pieces, spell)
+
+    def after(self, *pieces: Any) -> Self:
+        """The same error with something said before it; raise it ``from`` this one."""
+        return type(self)(
+            *pieces,
+            *self._message,
+            parameter=self.parameter,
+            value=self.value,
+            advice=self._advice,
+        )
 
 
 class ConfigError(QloraKitError, ValueError):

@@ -23,6 +23,7 @@ from qlora_kit.errors import (
     UnsupportedModelError,
 )
 from qlora_kit.handles import AdaptedModel, LoadedModel
+from qlora_kit.messages import Setting
 from qlora_kit.paths import (
     describe_nearest,
     get_cache_folder,
@@ -249,9 +250,13 @@ def _find(name: str, config: LoadConfig) -> Path:
     except (LocalEntryNotFoundError, OSError, HfHubHTTPError, HFValidationError) as error:
         if config.local_files_only:
             raise OfflineError(
-                f"There is no folder {name!r}, and no model of that name in the local hub cache."
-                f"{suggest_existing(path)} Download the model first, or allow that here with "
-                "local_files_only=False."
+                f"There is no folder {name!r}, and no model of that name in the local hub "
+                f"cache.{suggest_existing(path)}",
+                advice=(
+                    "Download the model first, or allow that here with ",
+                    Setting("local_files_only", False, "load_quantized"),
+                    ".",
+                ),
             ) from error
         raise ModelNotFoundError(f"{name!r} could not be downloaded: {error}") from error
 

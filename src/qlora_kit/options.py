@@ -11,6 +11,7 @@ from pathlib import PurePath
 from typing import Any, Final, Literal, Union, get_args, get_origin
 
 from qlora_kit.errors import ConfigError, QloraKitError, UnknownOptionError, did_you_mean
+from qlora_kit.messages import Setting
 from qlora_kit.values import is_number, is_whole_number
 
 __all__ = [
@@ -71,7 +72,10 @@ def build_options(options_type: type, given: Mapping[str, Any], *, owner: str) -
         known[collector.name] = {**known.get(collector.name, {}), **unknown}
     missing = [name for name, field in fields.items() if name not in known and _is_required(field)]
     if missing:
-        raise ConfigError(f"Format {owner!r} needs {', '.join(f'{name}=...' for name in missing)}.")
+        needed: list[object] = []
+        for name in missing:
+            needed += [", " if needed else " ", Setting(name, ..., "export_model")]
+        raise ConfigError(f"Format {owner!r} needs", *needed, ".", parameter=missing[0])
     hints = _get_hints(options_type)
     for name, value in known.items():
         if name in hints and not _matches(value, hints[name]):

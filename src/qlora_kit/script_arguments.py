@@ -116,4 +116,9 @@ def refuse_unknown(
             for harmless in known.harmless
         ):
             continue
-        raise ConfigError(f"{name} does not take {argument}={value!r}. {known.advice}")
+        raise ConfigError(
+            f"{name} does not take {argument}={value!r}.",
+            parameter=argument,
+            value=value,
+            advice=known.advice,
+        )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qlora_kit.artifacts.staging import clean_leftovers
 from qlora_kit.errors import ConfigError, DestinationExistsError, QloraKitError
+from qlora_kit.messages import Setting
 
 __all__ = ["check_destination", "resolve_destination"]
 
@@ -83,16 +84,23 @@ def _check_destination(destination: Path, *, overwrite: bool, protected: tuple[P
     if not overwrite:
         inside = sorted(entry.name for entry in destination.iterdir())
         raise DestinationExistsError(
-            f"{destination} already holds {len(inside)} files or folders ({', '.join(inside[:3])}"
-            f"{', ...' if len(inside) > 3 else ''}). Give another path, or overwrite=True to "
-            "replace all of it."
+            f"{destination} already holds {len(inside)} files or folders "
+            f"({', '.join(inside[:3])}{', ...' if len(inside) > 3 else ''}).",
+            advice=(
+                "Give another path, or ",
+                Setting("overwrite", True, "export_model"),
+                " to replace all of it.",
+            ),
         )
     for path in (_find_working_folder(), Path.home(), *protected):
         kept = path and path.resolve()
         if kept and (kept == whole or whole in kept.parents):
             raise ConfigError(
-                f"overwrite=True would remove everything in {destination}, which contains {kept}. "
-                "Give the path of a folder of its own."
+                Setting("overwrite", True, "export_model"),
+                f" would remove everything in {destination}, which contains {kept}. Give the path "
+                "of a folder of its own.",
+                parameter="overwrite",
+                value=True,
             )
 
 

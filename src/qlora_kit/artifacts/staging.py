@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from qlora_kit.errors import DestinationExistsError, ExportError
+from qlora_kit.messages import Setting
 
 __all__ = ["StagedFolder", "clean_leftovers", "stage_folder"]
 
@@ -74,8 +75,12 @@ class StagedFolder:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
                 raise DestinationExistsError(
-                    f"{self.destination} was filled by something else during the export. Give "
-                    "another path, or overwrite=True."
+                    f"{self.destination} was filled by something else during the export.",
+                    advice=(
+                        "Give another path, or ",
+                        Setting("overwrite", True, "export_model"),
+                        ".",
+                    ),
                 ) from error
         self.is_committed = True
         _flush_folder(parent)

@@ -13,8 +13,8 @@ from typing import Final
 
 from qlora_kit.cli import commands
 from qlora_kit.cli.commands import INTERRUPTED
+from qlora_kit.cli.flags import FlagFormatter, FlagWriter
 from qlora_kit.cli.parser import make_parser
-from qlora_kit.cli.spelling import Spelling, SpellingFormatter
 from qlora_kit.errors import QloraKitError
 
 __all__ = ["INTERRUPTED", "main", "quiet_dependencies"]
@@ -34,17 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, or 1 after an error that was explained, or 130 after Ctrl-C.
     """
     options = make_parser().parse_args(arguments)
-    spelling = Spelling()
+    write = FlagWriter(options.command)
     handler = logging.StreamHandler()
-    handler.setFormatter(SpellingFormatter(spelling))
+    handler.setFormatter(FlagFormatter(write))
     logging.basicConfig(
         level=logging.INFO if options.verbose else logging.WARNING, handlers=[handler]
     )
     quiet_dependencies()
     try:
-        return int(commands.RUN[options.command](options, spelling) or 0)
+        return int(commands.RUN[options.command](options, write) or 0)
     except QloraKitError as error:
-        sys.stderr.write(f"{type(error).__name__}: {spelling(str(error))}\n")
+        sys.stderr.write(f"{type(error).__name__}: {write.describe(error)}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_kit.cli.spelling import Spelling
+from qlora_kit.cli.flags import FlagWriter
 from qlora_kit.manifest import to_jsonable
 
 __all__ = ["describe_failures", "print_artifact", "print_exporters", "print_json", "print_results"]
@@ -18,16 +18,16 @@ def print_json(value: Any) -> None:
     print(json.dumps(to_jsonable(value), indent=2, ensure_ascii=False))
 
 
-def describe_failures(results: Any, spelling: Spelling) -> dict[str, str]:
+def describe_failures(results: Any, write: FlagWriter) -> dict[str, str]:
     """What went wrong, by format."""
-    return {name: spelling(str(error)) for name, error in results.failures.items()}
+    return {name: write.describe(error) for name, error in results.failures.items()}
 
 
-def print_results(results: Any, spelling: Spelling) -> int:
+def print_results(results: Any, write: FlagWriter) -> int:
     """Show what was exported and what was not; the exit status."""
     for artifact in results.values():
         print_artifact(artifact)
-    for name, text in describe_failures(results, spelling).items():
+    for name, text in describe_failures(results, write).items():
         sys.stderr.write(f"{name} FAILED: {type(results.failures[name]).__name__}: {text}\n")
     return 1 if results.failures else 0
 

@@ -28,8 +28,10 @@ def make_parser() -> argparse.ArgumentParser:
     _add_data(train)
     train.add_argument("--output", default="outputs", help="checkpoints and the manifest")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    train.add_argument("--r", type=int, default=16, help="rank of the adapter (16)")
-    train.add_argument("--lora-alpha", type=float, default=16, help="its scale times the rank (16)")
+    train.add_argument("--r", type=int, default=None, help="rank of a new adapter (16)")
+    train.add_argument(
+        "--lora-alpha", type=float, default=None, help="its scale times the rank (16)"
+    )
     train.add_argument("--packing", action="store_true", help="several examples in a row")
     train.add_argument(
         "--export", default="lora", help="formats to export afterwards, by comma; '' for none"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.config import AdapterConfig
 from qlora_kit.errors import ConfigError, UnsupportedModelError
 from qlora_kit.handles import AdaptedModel, LoadedModel
+from qlora_kit.messages import Setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,9 +101,17 @@ def check_start(loaded: LoadedModel, config: AdapterConfig) -> None:
     init = config.init_lora_weights
     if isinstance(init, str) and init.startswith(("pissa", "olora")) and loaded.base.quantization:
         raise ConfigError(
-            f"init_lora_weights={init!r} changes the base weights, which a "
-            f"{loaded.base.quantization} base cannot hold. Load with load_in_4bit=False, or use "
-            "LoftQ on the 4-bit base: loftq_config={'loftq_bits': 4}."
+            Setting("init_lora_weights", init, "attach_lora"),
+            f" changes the base weights, which a {loaded.base.quantization} base cannot hold.",
+            parameter="init_lora_weights",
+            value=init,
+            advice=(
+                "Load with ",
+                Setting("load_in_4bit", False, "load_quantized"),
+                ", or use LoftQ on the 4-bit base: ",
+                Setting("loftq_config", {"loftq_bits": 4}, "attach_lora"),
+                ".",
+            ),
         )
 
 

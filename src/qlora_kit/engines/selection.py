@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.engines.base import Engine, find_missing
 from qlora_kit.errors import ConfigError, MissingDependencyError, did_you_mean
+from qlora_kit.messages import Setting
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -114,8 +115,12 @@ def _make_native() -> Engine:
 def _make_unsloth() -> Engine:
     if importlib.util.find_spec("unsloth") is None:
         raise MissingDependencyError(
-            "engine='unsloth' needs the unsloth package: pip install 'qlora-kit[unsloth]', "
-            "or use engine='native'."
+            Setting("engine", "unsloth", "load_quantized"),
+            " needs the unsloth package: pip install 'qlora-kit[unsloth]', or use ",
+            Setting("engine", "native", "load_quantized"),
+            ".",
+            parameter="engine",
+            value="unsloth",
         )
     from qlora_kit.engines.unsloth import UnslothEngine
 

@@ -40,6 +40,7 @@ from qlora_kit.errors import (
     UnsupportedModelError,
 )
 from qlora_kit.handles import AdaptedModel, BaseInfo, LoadedModel
+from qlora_kit.messages import Setting
 
 __all__ = ["UnslothEngine"]
 
@@ -78,7 +79,8 @@ class UnslothEngine:
         # unsloth raises NotImplementedError or RuntimeError where it cannot run.
         except (ImportError, NotImplementedError, RuntimeError, OSError) as error:
             raise MissingDependencyError(
-                f"unsloth is installed but cannot be imported here: {error}. Use engine='native'."
+                f"unsloth is installed but cannot be imported here: {error}.",
+                advice=("Use ", Setting("engine", "native", "load_quantized"), "."),
             ) from error
 
     def quietly(self) -> contextlib.AbstractContextManager[None]:
@@ -108,7 +110,8 @@ class UnslothEngine:
         if quantization != opened.quantization:
             raise EngineError(
                 f"unsloth loads {folder} {quantization or 'unquantized'} here, and not in "
-                f"{opened.quantization}. Use engine='native'."
+                f"{opened.quantization}.",
+                advice=("Use ", Setting("engine", "native", "load_quantized"), "."),
             )
         if quantization in ("nf4", "fp4"):
             keep_weights_unpacked(model)
@@ -129,7 +132,11 @@ class UnslothEngine:
     def attach(self, loaded: LoadedModel, config: AdapterConfig) -> AdaptedModel:
         """Attach a LoRA adapter through unsloth."""
         if config.init_lora_weights == "loftq" or config.loftq_config:
-            raise EngineError("unsloth refuses LoftQ on a 4-bit base; engine='native' supports it.")
+            raise EngineError(
+                "unsloth refuses LoftQ on a 4-bit base; ",
+                Setting("engine", "native", "load_quantized"),
+                " supports it.",
+            )
         refused = {
             "use_dora": config.use_dora,
             "rank_pattern": config.rank_pattern,
@@ -137,7 +144,11 @@ class UnslothEngine:
         }
         for name, value in refused.items():
             if value:
-                raise EngineError(f"unsloth ignores {name}; engine='native' supports it.")
+                raise EngineError(
+                    f"unsloth ignores {name}; ",
+                    Setting("engine", "native", "load_quantized"),
+                    " supports it.",
+                )
         check_start(loaded, config)
         checkpointing: Any = config.use_gradient_checkpointing
         if checkpointing == "auto":
@@ -182,13 +193,20 @@ class UnslothEngine:
         """
         if job.plan:
             raise EngineError(
-                "plan is for engine='native', which computes its own training step; unsloth "
-                "computes steps in its own way."
+                "plan is for ",
+                Setting("engine", "native", "load_quantized"),
+                ", which computes its own training step; unsloth computes steps in its own way.",
             )
         if job.is_packed and get_device().type != "cpu":
             raise EngineError(
-                "packing or padding_free with engine='unsloth' on a GPU would let the examples of "
-                "a row see each other. Use engine='native' for them, or leave them out."
+                "packing or padding_free with ",
+                Setting("engine", "unsloth", "load_quantized"),
+                " on a GPU would let the examples of a row see each other.",
+                advice=(
+                    "Use ",
+                    Setting("engine", "native", "load_quantized"),
+                    " for them, or leave them out.",
+                ),
             )
         with _log_prints():
             self._unsloth.FastLanguageModel.for_training(
@@ -239,7 +257,8 @@ def _explain(action: str, kind: type[QloraKitError]) -> Iterator[None]:
         raise
     except ImportError as error:
         raise MissingDependencyError(
-            f"unsloth needs another package to {action}: {error}. Or use engine='native'."
+            f"unsloth needs another package to {action}: {error}.",
+            advice=("Or use ", Setting("engine", "native", "load_quantized"), "."),
         ) from error
     except Exception as error:
         raise kind(f"unsloth cannot {action}: {error}. engine='native' may.") from error

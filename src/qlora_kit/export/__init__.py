@@ -22,6 +22,7 @@ from qlora_kit.export.request import check_request
 from qlora_kit.handles import LoadedModel
 from qlora_kit.hookspecs import Exporter
 from qlora_kit.manifest import to_jsonable
+from qlora_kit.messages import Setting
 from qlora_kit.options import describe_option_fields
 from qlora_kit.results import Artifact, ExportResults
 from qlora_kit.weights.live import check_trained
@@ -107,7 +108,12 @@ def export_model(
     _check_verify(verify)
     _check_overwrite(overwrite)
     if progress is not None and not callable(progress):
-        raise ConfigError(f"progress must be a function of (what, done, total), got {progress!r}.")
+        raise ConfigError(
+            Setting("progress", of="export_model"),
+            f" must be a function of (what, done, total), got {progress!r}.",
+            parameter="progress",
+            value=progress,
+        )
     check_trained(model.model)
     settings = Settings(SharedMerge(), overwrite, verify, progress)
     registry = plugins.get_registry()
@@ -131,9 +137,15 @@ def check_export(
 ) -> None:
     """Refuse what no model could be exported to, before there is one: ahead of a training.
 
-    Takes what :func:`export_model` takes but for the model, and raises what that would for
-    formats, options and destinations. What the model decides is checked when there is one; what
-    is missing on this machine is logged, since not every option of a format needs it.
+    What the model decides is checked when there is one; what is missing on this machine is
+    logged, since not every option of a format needs it.
+
+    Args:
+        format: As for :func:`export_model`: a name, several, or a mapping of names to options.
+        path: As for :func:`export_model`.
+        overwrite: As for :func:`export_model`.
+        verify: As for :func:`export_model`.
+        **options: The formats' own options.
 
     Raises:
         ConfigError: When there is no such format, or an option or a path is wrong.
@@ -211,13 +223,23 @@ def get_exporter(name: str) -> Exporter:
 
 def _check_verify(verify: object) -> None:
     if verify not in (True, False, "full"):
-        raise ConfigError(f"verify must be True, False or 'full', got {verify!r}.")
+        raise ConfigError(
+            Setting("verify", of="export_model"),
+            f" must be True, False or 'full', got {verify!r}.",
+            parameter="verify",
+            value=verify,
+        )
 
 
 def _check_overwrite(overwrite: object) -> None:
     # Any other value would be taken for true, and a folder replaced that was to be kept.
     if not isinstance(overwrite, bool):
-        raise ConfigError(f"overwrite must be True or False, got {overwrite!r}.")
+        raise ConfigError(
+            Setting("overwrite", of="export_model"),
+            f" must be True or False, got {overwrite!r}.",
+            parameter="overwrite",
+            value=overwrite,
+        )
 
 
 def _find_missing(exporter: Exporter) -> list[str]:

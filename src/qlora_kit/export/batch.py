@@ -15,6 +15,7 @@ from qlora_kit.errors import ConfigError, QloraKitError, UnknownOptionError, did
 from qlora_kit.export.job import ExportJob, Settings
 from qlora_kit.handles import LoadedModel
 from qlora_kit.hookspecs import Exporter
+from qlora_kit.messages import Setting
 from qlora_kit.options import collects_unknown
 from qlora_kit.plugins import ExporterRegistry
 from qlora_kit.results import Artifact, ExportResults
@@ -123,8 +124,10 @@ def _read_formats(formats: object) -> dict[str, dict[str, Any]]:
         return {name: dict(own) for name, own in formats.items()}
     if not isinstance(formats, Sequence):
         raise ConfigError(
-            f"format must be a name, a list of names, or a mapping of names to options; got "
-            f"{formats!r}."
+            Setting("format", of="export_model"),
+            f" must be a name, a list of names, or a mapping of names to options; got {formats!r}.",
+            parameter="format",
+            value=formats,
         )
     return {name: {} for name in formats}
 

@@ -10,6 +10,7 @@ from typing import Any
 from qlora_kit.artifacts.destination import check_destination, resolve_destination
 from qlora_kit.errors import ConfigError
 from qlora_kit.hookspecs import Exporter
+from qlora_kit.messages import Call
 from qlora_kit.options import build_options
 
 __all__ = ["check_request"]
@@ -44,7 +45,13 @@ def check_request(
     destination = None if path is None else resolve_destination(path)
     needs_path = getattr(exporter, "needs_path", True)
     if needs_path and destination is None:
-        raise ConfigError(f"Format {name!r} needs a path: export_model(model, {name!r}, 'out').")
+        raise ConfigError(
+            f"Format {name!r} needs a path: ",
+            Call("export_model", f"export_model(model, {name!r}, 'out')", name),
+            ".",
+            parameter="path",
+            value=path,
+        )
     if not needs_path and destination is not None:
         raise ConfigError(f"Format {name!r} leaves nothing on this disk and takes no path.")
     if destination is not None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.errors import ConfigError, UnknownOptionError, did_you_mean
 from qlora_kit.handles import LoadedModel
+from qlora_kit.messages import Setting
 from qlora_kit.values import is_number, is_whole_number
 
 if TYPE_CHECKING:
@@ -36,7 +37,12 @@ def check_sampling(
         ConfigError: At the first of them.
     """
     if not is_whole_number(max_new_tokens, at_least=1):
-        raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens!r}.")
+        raise ConfigError(
+            Setting("max_new_tokens", of="generate_stream"),
+            f" must be at least 1, got {max_new_tokens!r}.",
+            parameter="max_new_tokens",
+            value=max_new_tokens,
+        )
     for name, value in {**filters, "repetition_penalty": repetition_penalty}.items():
         if value is not None and not is_number(value):
             raise ConfigError(f"{name} must be a number, got {value!r}.")
@@ -45,15 +51,34 @@ def check_sampling(
             raise ConfigError(f"{name} is a probability from 0 to 1, got {filters[name]!r}.")
     if filters["temperature"] is not None and filters["temperature"] <= 0:
         raise ConfigError(
-            f"temperature must be above 0, got {filters['temperature']!r}; do_sample=False is "
-            "greedy."
+            Setting("temperature", of="generate_stream"),
+            f" must be above 0, got {filters['temperature']!r}; ",
+            Setting("do_sample", False, "generate_stream"),
+            " is greedy.",
+            parameter="temperature",
+            value=filters["temperature"],
         )
     if filters["top_k"] is not None and not is_whole_number(filters["top_k"], at_least=0):
-        raise ConfigError(f"top_k must be a whole number of tokens, got {filters['top_k']!r}.")
+        raise ConfigError(
+            Setting("top_k", of="generate_stream"),
+            f" must be a whole number of tokens, got {filters['top_k']!r}.",
+            parameter="top_k",
+            value=filters["top_k"],
+        )
     if repetition_penalty is not None and repetition_penalty <= 0:
-        raise ConfigError(f"repetition_penalty must be above 0, got {repetition_penalty!r}.")
+        raise ConfigError(
+            Setting("repetition_penalty", of="generate_stream"),
+            f" must be above 0, got {repetition_penalty!r}.",
+            parameter="repetition_penalty",
+            value=repetition_penalty,
+        )
     if seed is not None and not is_whole_number(seed):
-        raise ConfigError(f"seed must be a whole number, got {seed!r}.")
+        raise ConfigError(
+            Setting("seed", of="generate_stream"),
+            f" must be a whole number, got {seed!r}.",
+            parameter="seed",
+            value=seed,
+        )
 
 
 def read_stops(stop: Any) -> tuple[str, ...]:
@@ -64,7 +89,12 @@ def read_stops(stop: Any) -> tuple[str, ...]:
     """
     given = () if stop is None else (stop,) if isinstance(stop, str) else stop
     if not isinstance(given, Sequence) or any(not isinstance(s, str) or not s for s in given):
-        raise ConfigError(f"stop must be non-empty strings, got {stop!r}.")
+        raise ConfigError(
+            Setting("stop", of="generate_stream"),
+            f" must be non-empty strings, got {stop!r}.",
+            parameter="stop",
+            value=stop,
+        )
     return tuple(given)
 
 
@@ -89,13 +119,21 @@ def make_config(model: LoadedModel, fields: Mapping[str, Any]) -> GenerationConf
         )
     for name, advice in _REFUSED.items():
         if fields.get(name) not in (None, False, 1):
-            raise ConfigError(f"{name}={fields[name]!r} cannot be streamed. {advice}")
+            raise ConfigError(
+                Setting(name, fields[name], "generate_stream"),
+                " cannot be streamed.",
+                parameter=name,
+                value=fields[name],
+                advice=advice,
+            )
     if not fields["do_sample"]:
         ignored = [name for name in _NEUTRAL if fields.get(name) is not None]
         if ignored:
             raise ConfigError(
-                f"do_sample=False takes the most likely token, whatever {ignored[0]} is. Drop one "
-                "of the two."
+                Setting("do_sample", False, "generate_stream"),
+                f" takes the most likely token, whatever {ignored[0]} is. Drop one of the two.",
+                parameter="do_sample",
+                value=False,
             )
         for name, value in _NEUTRAL.items():
             setattr(config, name, value)
@@ -116,7 +154,12 @@ def _stop_token_ids(model: LoadedModel, given: Any) -> list[int]:
     if given is not None:
         ids = [given] if isinstance(given, int) else list(given)
         if not ids or not all(is_whole_number(token) for token in ids):
-            raise ConfigError(f"eos_token_id must be token ids, got {given!r}.")
+            raise ConfigError(
+                Setting("eos_token_id", of="generate_stream"),
+                f" must be token ids, got {given!r}.",
+                parameter="eos_token_id",
+                value=given,
+            )
         return ids
     ids = list(model.base.stop_token_ids)
     formatter = model.record.formatter

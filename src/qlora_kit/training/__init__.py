@@ -14,6 +14,7 @@ from qlora_kit import device as device_module
 from qlora_kit.engines.base import TrainJob, quietly
 from qlora_kit.errors import ConfigError, DataError
 from qlora_kit.handles import AdaptedModel, LoadedModel
+from qlora_kit.messages import Setting
 from qlora_kit.results import TrainResult
 from qlora_kit.training.arguments import (
     DataOptions,
@@ -118,8 +119,9 @@ def train_sft(
         )
     if resume is not None and 0 < args.max_steps <= resume.step:
         raise ConfigError(
-            f"{resume.path} has done {resume.step} steps already, and max_steps={args.max_steps}. "
-            "Raise max_steps to go on."
+            f"{resume.path} has done {resume.step} steps already, and ",
+            Setting("max_steps", args.max_steps, "train_sft"),
+            ". Raise max_steps to go on.",
         )
     data = prepare_training_data(model, train_dataset, formatter, options, args.seed)
     eval_rows = _prepare_eval(model, eval_dataset, data, options)
@@ -180,7 +182,9 @@ def _check_model(model: Any) -> None:
         raise ConfigError(f"train_sft got {type(model).__name__}; {hint}.")
     if model.trainable_parameters == 0:
         raise ConfigError(
-            "This adapter was loaded for inference only; load it with is_trainable=True."
+            "This adapter was loaded for inference only; load it with ",
+            Setting("is_trainable", True, "load_quantized"),
+            ".",
         )
 
 
@@ -209,4 +213,4 @@ def _prepare_eval(model: AdaptedModel, rows: Any, data: TrainingData, options: D
     try:
         return prepare_examples(model, rows, data.formatter, options).dataset
     except DataError as error:
-        raise DataError(f"eval_dataset: {error}") from error
+        raise error.after(Setting("eval_dataset"), ": ") from error

@@ -18,6 +18,7 @@ from qlora_kit.data.tokens.truncation import check_limits
 from qlora_kit.engines.trainer_mixins import has_triton_loss
 from qlora_kit.errors import ConfigError
 from qlora_kit.handles import AdaptedModel
+from qlora_kit.messages import Setting
 from qlora_kit.training.validation import REFUSED, check_names
 
 if TYPE_CHECKING:
@@ -156,8 +157,11 @@ def build_arguments(
     merged["optim"] = optimizer.name
     if merged.get("loss_type", "nll") != "nll" and not has_triton_loss(device.type):
         raise ConfigError(
-            f"loss_type={merged['loss_type']!r} is computed by TRL's triton kernel, which does "
-            f"not run on {device.type} here. Use loss_type='nll'."
+            Setting("loss_type", merged["loss_type"], "train_sft"),
+            f" is computed by TRL's triton kernel, which does not run on {device.type} here.",
+            parameter="loss_type",
+            value=merged["loss_type"],
+            advice=("Use ", Setting("loss_type", "nll", "train_sft"), "."),
         )
     try:
         return SFTConfig(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.errors import ConfigError, DataError
 from qlora_kit.handles import AdaptedModel
+from qlora_kit.messages import Call, Setting
 from qlora_kit.training.arguments import DataOptions
 
 if TYPE_CHECKING:
@@ -141,9 +142,9 @@ def _choose_formatter(model: AdaptedModel, columns: set[str]) -> Any:
     if "text" in columns and beside:
         logger.warning(
             "The rows have a 'text' column beside %s; the template is applied to the latter and "
-            "'text' is not used. To train on it: dataset.select_columns(['text']).",
-            " and ".join(beside),
-        )
+            "'text' is not used. To train on it: %s.",
+            " and ".join(beside), Call("TextFormatter", "dataset.select_columns(['text'])"),
+        )  # fmt: skip
     plan = plan_formatter(columns)
     logger.info("No formatter was given; using %s(model.tokenizer).", plan.kind.__name__)
     formatter = plan.make(model.tokenizer)
@@ -151,8 +152,9 @@ def _choose_formatter(model: AdaptedModel, columns: set[str]) -> Any:
     if remembered is not None and _template_of(remembered) != _template_of(formatter):
         logger.warning(
             "The model was trained with the template %r, and these rows get %r, which their "
-            "columns ask for. To keep it: formatter=model.record.formatter.",
+            "columns ask for. To keep it: %s.",
             _template_of(remembered).get("name"), _template_of(formatter)["name"],
+            Setting("formatter", Call("record", "model.record.formatter")),
         )  # fmt: skip
     return formatter
 

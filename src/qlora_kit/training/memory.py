@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 from qlora_kit.engines.base import Trainer
 from qlora_kit.handles import AdaptedModel
+from qlora_kit.messages import Setting
 
 __all__ = ["advise_on_memory", "is_out_of_memory"]
 
@@ -16,7 +15,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
-def advise_on_memory(model: AdaptedModel, trainer: Trainer | None) -> str:
+def advise_on_memory(model: AdaptedModel, trainer: Trainer | None) -> list[str | Setting]:
     """What would have helped where memory ran out.
 
     Args:
@@ -31,27 +30,26 @@ def advise_on_memory(model: AdaptedModel, trainer: Trainer | None) -> str:
             "checkpointing": "full",
             **({"weights": "nf4"} if plan.caches_weights else {}),
         }
-        text = ", ".join(f'"{name}": {json.dumps(value)}' for name, value in options.items())
-        return (
-            f"Set plan={{{text}}}, which keeps the maths, or lower max_length: no example is split."
-        )
+        return [
+            "Set ",
+            Setting("plan", options),
+            ", which keeps the maths, or lower max_length: no example is split.",
+        ]
     if trainer is None or trainer.uses_fast_step:
         in_4bit = "" if model.base.quantization in ("nf4", "fp4") else "load in 4 bits, "
-        return (
+        return [
             "No batch had gone through the model yet: free memory that others hold on the device, "
             f"{in_4bit}or attach a smaller r (now {model.adapter.r})."
-        )
+        ]
     args = trainer.args
-    advice = ["lower max_length"]
+    advice: list[str | Setting] = ["Lower max_length"]
     if args.per_device_train_batch_size > 1:
-        advice.insert(
-            0,
-            "lower per_device_train_batch_size (and raise gradient_accumulation_steps alike, which "
-            "keeps the maths)",
-        )
+        advice = [
+            "Lower per_device_train_batch_size (and raise gradient_accumulation_steps alike, which "
+            "keeps the maths), or lower max_length"
+        ]
     if not args.gradient_checkpointing:
-        advice.append("set gradient_checkpointing=True")
+        advice += [", or set ", Setting("gradient_checkpointing", True)]
     if args.eval_strategy != "no" and args.per_device_eval_batch_size > 1:
-        advice.append("if it was evaluating, lower per_device_eval_batch_size")
-    text = ", or ".join(advice)
-    return f"{text[0].upper()}{text[1:]}."
+        advice.append(", or if it was evaluating, lower per_device_eval_batch_size")
+    return [*advice, "."]

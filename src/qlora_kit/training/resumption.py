@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qlora_kit.errors import ConfigError
 from qlora_kit.handles import AdaptedModel
+from qlora_kit.messages import Setting
 
 __all__ = ["CHECKPOINT_PREFIX", "Checkpoint", "find_checkpoint"]
 
@@ -59,19 +60,28 @@ def find_checkpoint(
     if asked is True:
         if not whole:
             raise ConfigError(
-                f"resume_from_checkpoint=True, but {folder} holds no whole {CHECKPOINT_PREFIX}N "
-                "folder."
+                Setting("resume_from_checkpoint", True, "train_sft"),
+                f", but {folder} holds no whole {CHECKPOINT_PREFIX}N folder.",
+                parameter="resume_from_checkpoint",
+                value=True,
             )
         path = whole[-1]
     elif isinstance(asked, str | os.PathLike):
         path = Path(asked).expanduser()
     else:
-        raise ConfigError(f"resume_from_checkpoint must be True or a path, got {asked!r}.")
+        raise ConfigError(
+            Setting("resume_from_checkpoint", of="train_sft"),
+            f" must be True or a path, got {asked!r}.",
+            parameter="resume_from_checkpoint",
+            value=asked,
+        )
     if not (path / _STATE).is_file():
         names = ", ".join(path.name for path in whole) or "none"
         raise ConfigError(
-            f"resume_from_checkpoint={str(path)!r} is not a checkpoint folder (it has no "
-            f"{_STATE}). Checkpoints in {folder}: {names}."
+            Setting("resume_from_checkpoint", str(path), "train_sft"),
+            f" is not a checkpoint folder (it has no {_STATE}). Checkpoints in {folder}: {names}.",
+            parameter="resume_from_checkpoint",
+            value=str(path),
         )
     if model is not None:
         _check_adapter(path, model)
@@ -102,8 +112,16 @@ def _check_adapter(path: Path, model: AdaptedModel) -> None:
         other = saved.get(name)
         if other is not None and _comparable(mine) != _comparable(other):
             raise ConfigError(
-                f"{path} was trained with {name}={other!r} and this adapter has {mine!r}. Attach "
-                "the adapter as it was, or train without resume_from_checkpoint."
+                f"{path} was trained with ",
+                Setting(name, other, "attach_lora"),
+                f" and this adapter has {mine!r}.",
+                parameter=name,
+                value=mine,
+                advice=(
+                    "Attach the adapter as it was, or train without ",
+                    Setting("resume_from_checkpoint"),
+                    ".",
+                ),
             )
 
 

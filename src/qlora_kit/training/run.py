@@ -27,6 +27,7 @@ from qlora_kit.errors import (
 )
 from qlora_kit.handles import AdaptedModel
 from qlora_kit.manifest import MANIFEST_NAME, describe_model, to_jsonable, write_manifest
+from qlora_kit.messages import Setting
 from qlora_kit.results import TrainResult
 from qlora_kit.training.arguments import DataOptions, Optimizer
 from qlora_kit.training.examples import TrainingData
@@ -123,8 +124,8 @@ def run_training(model: AdaptedModel, run: Run) -> TrainResult:
             if not is_out_of_memory(error):
                 raise
             raise TrainingError(
-                f"Out of memory: {str(error).splitlines()[0]} The batch was not changed. "
-                f"{advise_on_memory(model, trainer)}"
+                f"Out of memory: {str(error).splitlines()[0]} The batch was not changed.",
+                advice=advise_on_memory(model, trainer),
             ) from error
         finally:
             line.close()
@@ -139,12 +140,11 @@ def run_training(model: AdaptedModel, run: Run) -> TrainResult:
         write_manifest(run.folder, "training", _describe_run(model, run, result))
     model.record.training = result
     if result.was_interrupted:
+        end = "%s goes on from there." if result.checkpoint else "Nothing was saved.%s"
+        resume = Setting("resume_from_checkpoint", str(result.checkpoint))
         logger.warning(
-            "Training was interrupted: %d of %d steps are done. %s",
-            result.steps, trainer.state.max_steps,
-            f"resume_from_checkpoint={str(result.checkpoint)!r} goes on from there."
-            if result.checkpoint
-            else "Nothing was saved.",
+            f"Training was interrupted: %d of %d steps are done. {end}",
+            result.steps, trainer.state.max_steps, resume if result.checkpoint else "",
         )  # fmt: skip
     logger.info("%s", result)
     if not all(math.isfinite(loss) for loss in result.losses):
@@ -174,7 +174,8 @@ def _make_trainer(model: AdaptedModel, job: TrainJob) -> Trainer:
     except (RuntimeError, ImportError) as error:
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise TrainingError(
-                f"Out of memory: {str(error).splitlines()[0]} {advise_on_memory(model, None)}"
+                f"Out of memory: {str(error).splitlines()[0]}",
+                advice=advise_on_memory(model, None),
             ) from error
         if isinstance(error, ImportError) or "to be installed" in str(error):
             raise MissingDependencyError(f"{_MISSING}: {error}") from error

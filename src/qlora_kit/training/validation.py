@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from qlora_kit.errors import ConfigError, UnknownOptionError, did_you_mean
+from qlora_kit.messages import Call, Setting
 from qlora_kit.values import is_finite_number, is_whole_number
 
 __all__ = [
@@ -21,21 +22,31 @@ __all__ = [
     "check_values",
 ]
 
+_ALPACA: Final = "AlpacaFormatter(tokenizer, {})"
+
 #: Fields that would make TRL format or tokenize again, and what to use instead.
-REFUSED: Final[Mapping[str, str]] = {
-    "completion_only_loss": "Use AlpacaFormatter(tokenizer, response_only=True).",
-    "assistant_only_loss": "Use ChatFormatter(tokenizer), which trains on the assistant alone.",
-    "eos_token": "Use AlpacaFormatter(tokenizer, eos_token=...).",
+REFUSED: Final[Mapping[str, str | Sequence[str | Setting | Call]]] = {
+    "completion_only_loss": ("Use ", Setting("response_only", True, "formatter", _ALPACA), "."),
+    "assistant_only_loss": (
+        "Use ",
+        Call("ChatFormatter", "ChatFormatter(tokenizer)"),
+        ", which trains on the assistant alone.",
+    ),
+    "eos_token": ("Use ", Setting("eos_token", ..., "formatter", _ALPACA), "."),
     "pad_token": "Set model.tokenizer.pad_token before formatting; padding never carries loss.",
-    "chat_template_path": "Use ChatFormatter(tokenizer, chat_template=...).",
+    "chat_template_path": (
+        "Use ", Setting("chat_template", ..., "formatter", "ChatFormatter(tokenizer, {})"), ".",
+    ),
     "model_init_kwargs": "The model is already loaded; give these to load_quantized.",
     "dataset_kwargs": "The data is tokenized by the formatter; TRL prepares nothing.",
-    "dataset_text_field": "Name columns in the formatter: AlpacaFormatter(tokenizer, columns=...).",
+    "dataset_text_field": (
+        "Name columns in the formatter: ", Setting("columns", ..., "formatter", _ALPACA), ".",
+    ),
     "remove_unused_columns": "The data holds only the columns that training uses.",
     "eval_packing": "Evaluation rows are never packed.",
     "trust_remote_code": "Give it to load_quantized.",
     "do_train": "train_sft trains.",
-}
+}  # fmt: skip
 
 _AT_LEAST_ONE: Final = (
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
@@ -59,15 +70,27 @@ def check_names(fields: Mapping[str, Any]) -> None:
             f" {name!r}:{did_you_mean(name, known) or ' nothing near.'}" for name in unknown
         )
         raise UnknownOptionError(
-            f"train_sft and SFTConfig have no {', '.join(map(repr, unknown))}.{hints}"
+            Call("train_sft", "train_sft and SFTConfig have"),
+            f" no {', '.join(map(repr, unknown))}.{hints}",
+            parameter=unknown[0],
+            value=fields[unknown[0]],
         )
     for name, advice in REFUSED.items():
         if name in fields and fields[name] not in (None, False, defaults.get(name)):
-            raise ConfigError(f"{name}={fields[name]!r} has no effect here. {advice}")
+            raise ConfigError(
+                Setting(name, fields[name]),
+                " has no effect here.",
+                parameter=name,
+                value=fields[name],
+                advice=advice,
+            )
     if fields.get("truncation_mode", "keep_start") != "keep_start":
         raise ConfigError(
-            "truncation_mode='keep_end' would cut the instruction off. Use truncation='end', "
-            "'drop' or 'error'."
+            Setting("truncation_mode", "keep_end", "train_sft"),
+            " would cut the instruction off.",
+            parameter="truncation_mode",
+            value="keep_end",
+            advice=("Use ", Setting("truncation", "end", "train_sft"), ", 'drop' or 'error'."),
         )
 
 
@@ -79,28 +102,43 @@ def check_values(fields: Mapping[str, Any], *, has_eval: bool) -> None:
     """
     for name in _AT_LEAST_ONE:
         if name in fields and not is_whole_number(fields[name], at_least=1):
-            raise ConfigError(f"{name} must be a whole number of at least 1, got {fields[name]!r}.")
+            _refuse(name, "a whole number of at least 1", fields[name])
     for name in ("seed", "data_seed"):
         if fields.get(name) is not None and not is_whole_number(fields[name], at_least=0):
-            raise ConfigError(f"{name} must be a whole number of at least 0, got {fields[name]!r}.")
+            _refuse(name, "a whole number of at least 0", fields[name])
     for name in ("packing", "padding_free", "shuffle_dataset"):
         if name in fields and not isinstance(fields[name], bool):
-            raise ConfigError(f"{name} must be True or False, got {fields[name]!r}.")
+            _refuse(name, "True or False", fields[name])
     steps = fields.get("max_steps", -1)
     if steps != -1 and not is_whole_number(steps, at_least=1):
         raise ConfigError(
-            f"max_steps must be at least 1, or -1 to count epochs instead; got {steps!r}."
+            Setting("max_steps", of="train_sft"),
+            f" must be at least 1, or -1 to count epochs instead; got {steps!r}.",
+            parameter="max_steps",
+            value=steps,
         )
     for name in ("num_train_epochs", "learning_rate", "max_grad_norm", "weight_decay"):
         if name in fields and not is_finite_number(fields[name], at_least=0):
-            raise ConfigError(f"{name} must be a number of at least 0, got {fields[name]!r}.")
+            _refuse(name, "a number of at least 0", fields[name])
     if fields.get("num_train_epochs") == 0:
-        raise ConfigError("num_train_epochs=0 would train nothing.")
+        raise ConfigError(
+            Setting("num_train_epochs", 0, "train_sft"),
+            " would train nothing.",
+            parameter="num_train_epochs",
+            value=0,
+        )
     if (
         not has_eval
         and str(getattr(value := fields.get("eval_strategy", "no"), "value", value)) != "no"
     ):
-        raise ConfigError(f"eval_strategy={value!r} needs rows to evaluate on: give eval_dataset.")
+        raise ConfigError(
+            Setting("eval_strategy", value, "train_sft"),
+            " needs rows to evaluate on: give ",
+            Setting("eval_dataset"),
+            ".",
+            parameter="eval_strategy",
+            value=value,
+        )
 
 
 def check_output_folder(output_dir: object) -> Path:
@@ -110,13 +148,34 @@ def check_output_folder(output_dir: object) -> Path:
         ConfigError: When it is a file, or lies where nothing can be written.
     """
     if not isinstance(output_dir, str | os.PathLike) or not os.fspath(output_dir):
-        raise ConfigError(f"output_dir must be the path of a folder, got {output_dir!r}.")
+        raise ConfigError(
+            Setting("output_dir", of="train_sft"),
+            f" must be the path of a folder, got {output_dir!r}.",
+            parameter="output_dir",
+            value=output_dir,
+        )
     folder = Path(output_dir).expanduser()
     existing = folder
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir():
-        raise ConfigError(f"output_dir={str(folder)!r}: {existing} is a file, not a folder.")
+        raise ConfigError(
+            Setting("output_dir", str(folder), "train_sft"),
+            f": {existing} is a file, not a folder.",
+            parameter="output_dir",
+            value=str(folder),
+        )
     if not os.access(existing, os.W_OK):
-        raise ConfigError(f"output_dir={str(folder)!r}: {existing} cannot be written to.")
+        raise ConfigError(
+            Setting("output_dir", str(folder), "train_sft"),
+            f": {existing} cannot be written to.",
+            parameter="output_dir",
+            value=str(folder),
+        )
     return folder
+
+
+def _refuse(name: str, expected: str, value: object) -> NoReturn:
+    raise ConfigError(
+        Setting(name), f" must be {expected}, got {value!r}.", parameter=name, value=value
+    )

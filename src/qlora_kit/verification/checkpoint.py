@@ -18,6 +18,7 @@ from qlora_kit.device import to_torch_dtype
 from qlora_kit.engines.peft_model import keep_weights_unpacked
 from qlora_kit.engines.quantization import set_compute_dtype
 from qlora_kit.handles import LoadedModel
+from qlora_kit.messages import Setting
 from qlora_kit.results import Check, Verification
 from qlora_kit.verification.checks import (
     check_config,
@@ -195,8 +196,8 @@ def _compare_with_original(model: LoadedModel, folder: Path) -> tuple[list[Check
         logger.warning(
             "Merged into the original weights, this export answers differently from the model in "
             "memory (mean KL %.2f nats per token), which was trained on %s ones. "
-            "base='dequantized' reproduces the model in memory.",
-            facts["kl"], model.base.quantization,
+            "%s reproduces the model in memory.",
+            facts["kl"], model.base.quantization, Setting("base", "dequantized", "export_model"),
         )  # fmt: skip
     return [check, check_stops(model, exported)], facts
 
@@ -342,7 +343,10 @@ def _comparable(value: Any) -> Any:
 def _is_cheap(size: int, model: LoadedModel) -> bool:
     cheap = size <= _CHEAP_BYTES and size <= _measure_free_memory(model) * _MEMORY_SHARE
     if not cheap:
-        logger.info("Not reloading %.1f GiB to compare logits; verify='full' does.", size / 1024**3)
+        logger.info(
+            "Not reloading %.1f GiB to compare logits; %s does.",
+            size / 1024**3, Setting("verify", "full", "export_model"),
+        )  # fmt: skip
     return cheap
 
 

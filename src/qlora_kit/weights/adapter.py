@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.errors import UnsupportedModelError
 from qlora_kit.handles import AdaptedModel, LoadedModel
+from qlora_kit.messages import Call
 from qlora_kit.weights.live import LiveTensor, collect_live_tensors, get_hf_model
 from qlora_kit.weights.source import SafetensorsSource
 
@@ -42,7 +43,9 @@ def find_active_adapter(model: LoadedModel, *, instead: str) -> tuple[AdaptedMod
     """
     if not isinstance(model, AdaptedModel):
         raise UnsupportedModelError(
-            f"This model has no adapter to write. Use attach_lora first, and train it. {instead}"
+            "This model has no adapter to write. ",
+            Call("attach_lora", "Use attach_lora first, and train it."),
+            f" {instead}",
         )
     active: list[str] = list(getattr(model.model, "active_adapters", []))
     if len(active) != 1:

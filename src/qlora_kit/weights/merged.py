@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, get_args
 
 from qlora_kit.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
 from qlora_kit.handles import LoadedModel
+from qlora_kit.messages import Setting
 from qlora_kit.weights.dequantize import dequantize
 from qlora_kit.weights.live import (
     LiveTensor,
@@ -58,7 +59,12 @@ class MergedWeights:
         dtype: torch.dtype | None = None,
     ) -> None:
         if base not in get_args(MergeBase):
-            raise ConfigError(f"base must be 'original' or 'dequantized', got {base!r}.")
+            raise ConfigError(
+                Setting("base", of="export_model"),
+                f" must be 'original' or 'dequantized', got {base!r}.",
+                parameter="base",
+                value=base,
+            )
         self.model = model
         self.base: MergeBase = base
         self.dtype = dtype
@@ -193,14 +199,18 @@ class MergedWeights:
             return False
         if self.model.base.is_prequantized:
             raise ConfigError(
-                f"base='original' needs the 16-bit weights, and {self.model.base.path} holds only "
-                f"{self.model.base.quantization} ones. Use base='dequantized'."
+                Setting("base", "original", "export_model"),
+                f" needs the 16-bit weights, and {self.model.base.path} holds only "
+                f"{self.model.base.quantization} ones.",
+                parameter="base",
+                value="original",
+                advice=("Use ", Setting("base", "dequantized", "export_model"), "."),
             )
         if is_loftq(self.model):
             raise ConfigError(
                 "This adapter was started by LoftQ, so it already holds what quantization took "
-                "from the base; merging it into the original weights would count that twice. "
-                "Use base='dequantized'."
+                "from the base; merging it into the original weights would count that twice.",
+                advice=("Use ", Setting("base", "dequantized", "export_model"), "."),
             )
         return True
 
@@ -236,8 +246,12 @@ class MergedWeights:
         if wrong and self.base == "original":
             found = f"has shape {files.shape(wrong[0])}" if wrong[0] in stored else "is not there"
             raise UnsupportedModelError(
-                f"base='original': {wrong[0]} {found} in {self.model.base.path}, and the model in "
-                f"memory has it with shape {live[wrong[0]].shape}. Use base='dequantized'."
+                Setting("base", "original", "export_model"),
+                f": {wrong[0]} {found} in {self.model.base.path}, and the model in memory has it "
+                f"with shape {live[wrong[0]].shape}.",
+                parameter="base",
+                value="original",
+                advice=("Use ", Setting("base", "dequantized", "export_model"), "."),
             )
 
     def _rounded(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
@@ -249,8 +263,8 @@ class MergedWeights:
         # Only float16 has a smaller range than what the weights were trained in.
         if self.dtype == torch.float16 and not bool(torch.isfinite(rounded).all()):
             raise UnsupportedModelError(
-                f"{name} has values up to {tensor.abs().max().item():.3g}, beyond float16's 65504. "
-                "Export with dtype='bfloat16'."
+                f"{name} has values up to {tensor.abs().max().item():.3g}, beyond float16's 65504.",
+                advice=("Export with ", Setting("dtype", "bfloat16", "export_model"), "."),
             )
         return rounded
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.errors import UnsupportedModelError
+from qlora_kit.messages import Setting
 
 if TYPE_CHECKING:
     import torch
@@ -108,8 +109,12 @@ class Nf4Weights:
         if missing:
             raise UnsupportedModelError(
                 f"{missing[0]} has no tensor of its own in this model's checkpoint (its experts "
-                "are stored together), so it cannot be quantized layer by layer. Export with "
-                "format 'merged_16bit' and load that with load_in_4bit=True."
+                "are stored together), so it cannot be quantized layer by layer.",
+                advice=(
+                    "Export with format 'merged_16bit' and load that with ",
+                    Setting("load_in_4bit", True, "load_quantized"),
+                    ".",
+                ),
             )
         self._pieces: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {}
         self._owner: dict[str, str] = {}

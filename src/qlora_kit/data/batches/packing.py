@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from qlora_kit.data.tokens.truncation import flatten_lists
 from qlora_kit.errors import ConfigError, DataError
+from qlora_kit.messages import Setting
 from qlora_kit.values import IGNORED_LABEL, is_whole_number
 
 if TYPE_CHECKING:
@@ -115,14 +116,20 @@ def plan_packs(
             f"strategy must be {' or '.join(map(repr, _STRATEGIES))}, got {strategy!r}."
         )
     if not is_whole_number(max_length, at_least=1):
-        raise ConfigError(f"max_length must be at least 1 token, got {max_length!r}.")
+        raise ConfigError(
+            Setting("max_length", of="train_sft"),
+            f" must be at least 1 token, got {max_length!r}.",
+            parameter="max_length",
+            value=max_length,
+        )
     if not lengths:
         raise DataError("There are no examples to pack.")
     longest = max(lengths)
     if longest > max_length:
         raise DataError(
-            f"Example {list(lengths).index(longest)} has {longest:,} tokens and does not fit into "
-            f"rows of {max_length:,}. Encode with max_length={max_length} first."
+            f"Example {list(lengths).index(longest)} has {longest:,} tokens and does not fit "
+            f"into rows of {max_length:,}.",
+            advice=("Encode with ", Setting("max_length", max_length, "train_sft"), " first."),
         )
     packs = _best_fit(lengths, max_length) if strategy == "bfd" else _in_order(lengths, max_length)
     return sorted((sorted(pack) for pack in packs), key=lambda pack: pack[0])

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.errors import ConfigError, DataError
+from qlora_kit.messages import Call, Setting
 
 if TYPE_CHECKING:
     from qlora_kit.data.tokens.text_tokenizer import TextTokenizer
@@ -47,8 +48,14 @@ class ChatTemplate:
             own = None
             if source is None:
                 raise ConfigError(
-                    "The tokenizer has no chat template, as base models often do not. Give one: "
-                    "ChatFormatter(tokenizer, chat_template=...), or use AlpacaFormatter."
+                    "The tokenizer has no chat template, as base models often do not.",
+                    advice=(
+                        "Give one: ",
+                        Setting("chat_template", ..., "formatter", "ChatFormatter(tokenizer, {})"),
+                        ", or use ",
+                        Call("AlpacaFormatter", "AlpacaFormatter"),
+                        ".",
+                    ),
                 ) from error
         self.source: str = source or own or ""
         self.is_tokenizers_own = self.source == own

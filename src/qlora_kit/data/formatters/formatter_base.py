@@ -32,6 +32,7 @@ from qlora_kit.data.tokens.segments import Prompt, Segment
 from qlora_kit.data.tokens.text_tokenizer import TextTokenizer
 from qlora_kit.errors import ConfigError, did_you_mean
 from qlora_kit.hookspecs import UNNAMED_FORMATTER
+from qlora_kit.messages import Setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,7 +76,12 @@ class FormatterBase(RowReader):
     ) -> None:
         check_tokenizer(tokenizer)
         if not isinstance(max_reported_rows, int) or max_reported_rows < 1:
-            raise ConfigError(f"max_reported_rows must be at least 1, got {max_reported_rows!r}.")
+            raise ConfigError(
+                Setting("max_reported_rows", of="formatter"),
+                f" must be at least 1, got {max_reported_rows!r}.",
+                parameter="max_reported_rows",
+                value=max_reported_rows,
+            )
         self.tokenizer = tokenizer
         self.text = TextTokenizer(tokenizer)
         self.response_only = bool(response_only)
@@ -131,12 +137,21 @@ class FormatterBase(RowReader):
 
     def _check_eos(self, eos_token: str | None) -> str:
         if eos_token is not None and not isinstance(eos_token, str):
-            raise ConfigError(f"eos_token is a token's text, such as '</s>'; got {eos_token!r}.")
+            raise ConfigError(
+                Setting("eos_token", of="formatter"),
+                f" is a token's text, such as '</s>'; got {eos_token!r}.",
+                parameter="eos_token",
+                value=eos_token,
+            )
         eos = self.tokenizer.eos_token if eos_token is None else eos_token
         if not isinstance(eos, str) or not eos:
             raise ConfigError(
-                f"The tokenizer has no end token ({eos!r}), so a model could not learn to stop. "
-                "Name one of its tokens: eos_token='<|im_end|>', for example."
+                f"The tokenizer has no end token ({eos!r}), so a model could not learn to stop.",
+                advice=(
+                    "Name one of its tokens: ",
+                    Setting("eos_token", "<|im_end|>", "formatter"),
+                    ", for example.",
+                ),
             )
         return eos
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from qlora_kit.data.sources.file_readers import READERS, RawRow, drop_nulls_inside, read_file
 from qlora_kit.data.sources.row_problems import Location
 from qlora_kit.errors import DataError, DataNotFoundError, OfflineError, QloraKitError, did_you_mean
+from qlora_kit.messages import Setting
 from qlora_kit.paths import describe_nearest, looks_like_hub_name, suggest_existing
 
 if TYPE_CHECKING:
@@ -140,8 +141,12 @@ def _choose_split(folder: Path, files: list[Path], split: str) -> list[Path]:
     if not chosen:
         names = ", ".join(str(file.relative_to(folder)) for file in files[:8])
         raise DataError(
-            f"No file in {folder} is named after the split {split!r}. There are: {names}. Choose "
-            "with split=..., or give the file itself."
+            f"No file in {folder} is named after the split {split!r}. There are: {names}.",
+            advice=(
+                "Choose with ",
+                Setting("split", ..., "read_source"),
+                ", or give the file itself.",
+            ),
         )
     return chosen
 
@@ -182,8 +187,12 @@ def _read_hub(name: str, path: Path, split: str, *, local_files_only: bool) -> R
         folder = snapshot_download(name, repo_type="dataset", local_files_only=True)
     except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise OfflineError(
-            f"There is no file or folder {name!r}, and no dataset of that name in the local hub "
-            f"cache.{suggest_existing(path)} Download the dataset first, or allow that here with "
-            "local_files_only=False."
+            f"There is no file or folder {name!r}, and no dataset of that name in the local "
+            f"hub cache.{suggest_existing(path)}",
+            advice=(
+                "Download the dataset first, or allow that here with ",
+                Setting("local_files_only", False, "read_source"),
+                ".",
+            ),
         ) from error
     return RawRows(name, _read_folder(Path(folder), split))

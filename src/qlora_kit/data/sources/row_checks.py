@@ -9,6 +9,7 @@ from qlora_kit.data.sources.raw_rows import RawRow, RawRows, read_source
 from qlora_kit.data.sources.row_problems import BadRows, Location, RowProblem, settle_problems
 from qlora_kit.data.sources.rows import RowRoles, Rows
 from qlora_kit.errors import DataError
+from qlora_kit.messages import Setting
 
 __all__ = ["RowSchema", "check_columns", "load_rows", "parse_rows"]
 
@@ -123,6 +124,11 @@ def check_columns(
         example = next((name for name in present if name not in columns.values()), "...")
         raise DataError(
             f"No row of {source.label} has a column {' or '.join(map(repr, missing.values()))}. "
-            f"Its columns are: {', '.join(map(repr, present[:12]))}. Say which one it is, for "
-            f"example columns={{{role!r}: {example!r}}}."
+            f"Its columns are: {', '.join(map(repr, present[:12]))}.",
+            parameter="columns",
+            advice=(
+                "Say which one it is, for example ",
+                Setting("columns", {role: example}, "formatter"),
+                ".",
+            ),
         )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from qlora_kit.errors import ConfigError, DataError
+from qlora_kit.messages import Setting
 
 __all__ = [
     "BadRowPolicy",
@@ -68,8 +69,20 @@ class BadRows(NamedTuple):
 def check_policy(on_bad_rows: str) -> BadRowPolicy:
     """The policy, if it is one."""
     if on_bad_rows not in ("raise", "skip"):
-        raise ConfigError(f"on_bad_rows must be 'raise' or 'skip', got {on_bad_rows!r}.")
+        raise ConfigError(
+            Setting("on_bad_rows", of="formatter"),
+            f" must be 'raise' or 'skip', got {on_bad_rows!r}.",
+            parameter="on_bad_rows",
+            value=on_bad_rows,
+        )
     return on_bad_rows  # type: ignore[return-value]
+
+
+_CORRECT_OR_SKIP: Final = (
+    "Correct them, or leave them out with ",
+    Setting("on_bad_rows", "skip", "formatter"),
+    ".",
+)
 
 
 def settle_problems(
@@ -78,7 +91,7 @@ def settle_problems(
     total: int,
     source: str,
     bad_rows: BadRows,
-    advice: str = "Correct them, or leave them out with on_bad_rows='skip'.",
+    advice: Sequence[str | Setting] = _CORRECT_OR_SKIP,
 ) -> None:
     """Report every bad row at once: as an error, or as a warning where they are skipped.
 
@@ -96,7 +109,8 @@ def settle_problems(
     share = f"{len(problems):,} of {total:,} rows of {source} cannot be used"
     listing = "\n".join(lines)
     if policy == "raise":
-        raise DataError(f"{share}:\n{listing}\n{advice}")
+        # On a line of its own.
+        raise DataError(f"{share}:\n{listing}\n", *advice)
     logger.warning("%s and are left out:\n%s", share, listing)
 
 

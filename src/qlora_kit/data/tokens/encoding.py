@@ -21,7 +21,7 @@ from qlora_kit.data.tokens.segment_ids import (
     join_segments,
     make_segments,
 )
-from qlora_kit.data.tokens.truncation import check_limits, fit_examples
+from qlora_kit.data.tokens.truncation import SHORTEN_ADVICE, check_limits, fit_examples
 from qlora_kit.errors import ConfigError, DataError
 from qlora_kit.values import IGNORED_LABEL
 
@@ -198,10 +198,10 @@ def _check_outcome(
             total=len(rows),
             source=rows.source,
             bad_rows=bad_rows._replace(policy="raise"),
-            advice="Raise max_length, or choose truncation='end' or truncation='drop'.",
+            advice=SHORTEN_ADVICE,
         )
     if not report.examples:
-        raise DataError(explain_emptiness(report, rows.source))
+        raise DataError(*explain_emptiness(report, rows.source))
 
 
 def _log(report: EncodingReport) -> None:

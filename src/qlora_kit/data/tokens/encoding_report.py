@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from qlora_kit.messages import Setting
+
 __all__ = ["EncodingReport", "explain_emptiness"]
 
 _SUMMED: Final = (
@@ -98,25 +100,29 @@ class EncodingReport:
         )
 
 
-def explain_emptiness(report: EncodingReport, source: str) -> str:
+def explain_emptiness(report: EncodingReport, source: str) -> list[str | Setting]:
     """Why no example is left, and what to do."""
     if report.unusable == report.rows:
-        return f"No row of {source} can be used; the log lists why."
-    advice = "Raise max_length (max_seq_length of the model)."
+        return [f"No row of {source} can be used; the log lists why."]
+    start = f"None of the {report.rows:,} rows of {source} leaves a token to learn: "
+    raised = " Raise max_length (max_seq_length of the model)."
+    limit = Setting("max_length", report.max_length)
     if report.dropped:
-        why = (
-            f"{report.dropped:,} are longer than max_length={report.max_length} tokens (the "
-            f"longest has {report.longest:,}) and truncation={report.truncation!r} leaves them out"
-        )
-    elif report.longest > report.max_length:
-        why = (
-            f"the prompts alone fill max_length={report.max_length} tokens (the longest row has "
-            f"{report.longest:,}), so that the answers, which carry the loss, are cut off"
-        )
-    else:
-        why = "every label after the first token is -100, which carries no loss"
-        advice = "Set labels to the ids of the tokens to learn."
-    return f"None of the {report.rows:,} rows of {source} leaves a token to learn: {why}. {advice}"
+        return [
+            f"{start}{report.dropped:,} are longer than ", limit,
+            f" tokens (the longest has {report.longest:,}) and ",
+            Setting("truncation", report.truncation), f" leaves them out.{raised}",
+        ]  # fmt: skip
+    if report.longest > report.max_length:
+        return [
+            f"{start}the prompts alone fill ", limit,
+            f" tokens (the longest row has {report.longest:,}), so that the answers, which carry "
+            f"the loss, are cut off.{raised}",
+        ]  # fmt: skip
+    return [
+        f"{start}every label after the first token is -100, which carries no loss. Set labels to "
+        "the ids of the tokens to learn."
+    ]
 
 
 def _percent(part: int, whole: int) -> str:

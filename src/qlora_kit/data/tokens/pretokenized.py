@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.data.sources.row_problems import BadRows, Location, RowProblem, settle_problems
 from qlora_kit.data.tokens.encoding import EncodedExamples
 from qlora_kit.data.tokens.encoding_report import explain_emptiness
-from qlora_kit.data.tokens.truncation import check_limits, fit_examples, flatten_lists
+from qlora_kit.data.tokens.truncation import (
+    SHORTEN_ADVICE,
+    check_limits,
+    fit_examples,
+    flatten_lists,
+)
 from qlora_kit.errors import DataError
+from qlora_kit.messages import Setting
 from qlora_kit.values import IGNORED_LABEL
 
 if TYPE_CHECKING:
@@ -79,7 +85,7 @@ def take_tokenized(
     if truncation == "error":
         _refuse_long(fitted.too_long, len(dataset), max_length)
     if not fitted.report.examples:
-        raise DataError(explain_emptiness(fitted.report, _SOURCE))
+        raise DataError(*explain_emptiness(fitted.report, _SOURCE))
     level = logging.WARNING if fitted.report.has_losses else logging.INFO
     logger.log(level, "%s.", fitted.report)
     return EncodedExamples(Dataset(fitted.table), fitted.report)
@@ -136,7 +142,7 @@ def _take_packed(
         [(int(place), int(lengths[place])) for place in np.flatnonzero(lengths > max_length)],
         len(lengths),
         max_length,
-        advice="Pack into rows of that length, or raise max_length.",
+        advice=("Pack into rows of that length, or raise max_length.",),
     )
     labels = labels.copy()
     labels[before[:-1]] = IGNORED_LABEL
@@ -145,7 +151,7 @@ def _take_packed(
     is_kept = trained_before[offsets[1:]] > trained_before[offsets[:-1]]
     fitted = fit_examples(ids, labels, offsets, max_length=max_length, truncation=truncation)
     if not is_kept.any():
-        raise DataError(explain_emptiness(fitted.report, _SOURCE))
+        raise DataError(*explain_emptiness(fitted.report, _SOURCE))
     packed = fitted.table.append_column(
         "seq_lengths", table["seq_lengths"].filter(pa.array(is_kept)).combine_chunks()
     )
@@ -175,7 +181,7 @@ def _refuse(problems: Mapping[int, str], total: int) -> None:
         total=total,
         source=_SOURCE,
         bad_rows=BadRows(),
-        advice="Correct them, or leave them out.",
+        advice=("Correct them, or leave them out.",),
     )
 
 
@@ -183,7 +189,7 @@ def _refuse_long(
     too_long: list[tuple[int, int]],
     total: int,
     max_length: int,
-    advice: str = "Raise max_length, or choose truncation='end' or truncation='drop'.",
+    advice: Sequence[str | Setting] = SHORTEN_ADVICE,
 ) -> None:
     settle_problems(
         [

@@ -9,12 +9,22 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from qlora_kit.data.tokens.encoding_report import EncodingReport
 from qlora_kit.errors import ConfigError
+from qlora_kit.messages import Setting
 from qlora_kit.values import IGNORED_LABEL, is_whole_number
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["FittedExamples", "check_limits", "fit_examples", "flatten_lists"]
+#: For rows that may not be longer than they are.
+SHORTEN_ADVICE: Final = (
+    "Raise max_length, or choose ",
+    Setting("truncation", "end"),
+    " or ",
+    Setting("truncation", "drop"),
+    ".",
+)
+
+__all__ = ["SHORTEN_ADVICE", "FittedExamples", "check_limits", "fit_examples", "flatten_lists"]
 
 _TRUNCATIONS: Final = ("end", "drop", "error")
 
@@ -40,9 +50,19 @@ def check_limits(max_length: Any, truncation: Any) -> None:
         ConfigError: When the length is not at least 2, or the policy is unknown.
     """
     if not is_whole_number(max_length, at_least=2):
-        raise ConfigError(f"max_length must be at least 2 tokens, got {max_length!r}.")
+        raise ConfigError(
+            Setting("max_length", of="train_sft"),
+            f" must be at least 2 tokens, got {max_length!r}.",
+            parameter="max_length",
+            value=max_length,
+        )
     if truncation not in _TRUNCATIONS:
-        raise ConfigError(f"truncation must be 'end', 'drop' or 'error', got {truncation!r}.")
+        raise ConfigError(
+            Setting("truncation", of="train_sft"),
+            f" must be 'end', 'drop' or 'error', got {truncation!r}.",
+            parameter="truncation",
+            value=truncation,
+        )
 
 
 def fit_examples(

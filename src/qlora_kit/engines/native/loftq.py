@@ -16,6 +16,7 @@ from typing import Any
 from qlora_kit.config import AdapterConfig
 from qlora_kit.errors import ConfigError, UnsupportedModelError
 from qlora_kit.handles import BaseInfo
+from qlora_kit.messages import Setting
 from qlora_kit.weights.source import SafetensorsSource
 
 __all__ = ["check", "initialize", "is_requested"]
@@ -41,8 +42,12 @@ def check(base: BaseInfo, config: AdapterConfig) -> None:
     if base.quantization not in ("nf4", "fp4"):
         raise ConfigError(
             "LoftQ makes up for 4-bit rounding, and this base is "
-            f"{base.quantization or 'not quantized'}. Load with load_in_4bit=True, or drop "
-            "loftq_config."
+            f"{base.quantization or 'not quantized'}.",
+            advice=(
+                "Load with ",
+                Setting("load_in_4bit", True, "load_quantized"),
+                ", or drop loftq_config.",
+            ),
         )
     if base.is_prequantized:
         raise ConfigError(
@@ -52,9 +57,12 @@ def check(base: BaseInfo, config: AdapterConfig) -> None:
     unknown = set(options) - {"loftq_bits", "loftq_iter"}
     if unknown or options.get("loftq_bits", 4) != 4 or options.get("loftq_iter", 1) != 1:
         raise ConfigError(
-            f"loftq_config={options!r}: on a 4-bit base only loftq_bits=4 and loftq_iter=1 are "
-            "possible. More iterations would requantize the base, and the saved adapter would "
-            "no longer fit the base it is loaded on."
+            Setting("loftq_config", options, "attach_lora"),
+            ": on a 4-bit base only loftq_bits=4 and loftq_iter=1 are possible. More "
+            "iterations would requantize the base, and the saved adapter would no longer fit "
+            "the base it is loaded on.",
+            parameter="loftq_config",
+            value=options,
         )
 
 

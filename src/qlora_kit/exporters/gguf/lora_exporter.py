@@ -21,6 +21,7 @@ from qlora_kit.exporters.gguf.verification.gguf_file import GgufFile
 from qlora_kit.exporters.gguf.verification.llama_run import check_runner
 from qlora_kit.exporters.gguf.verification.run_checks import check_run
 from qlora_kit.hookspecs import ExportEstimate, ExportRequest
+from qlora_kit.messages import Setting
 from qlora_kit.results import Check, Verification
 from qlora_kit.verification.levels import compare_by_level
 from qlora_kit.weights.adapter import CHANGES_BASE, find_active_adapter
@@ -53,7 +54,12 @@ class GgufLoraOptions:
 
     def __post_init__(self) -> None:
         if self.stored_type not in _TOLERANCES:
-            raise ConfigError(f"dtype must be 'f32' or 'f16', got {self.dtype!r}.")
+            raise ConfigError(
+                Setting("dtype", of="export_model"),
+                f" must be 'f32' or 'f16', got {self.dtype!r}.",
+                parameter="dtype",
+                value=self.dtype,
+            )
 
     @property
     def stored_type(self) -> str:
@@ -156,7 +162,12 @@ def _encode_factors(request: ExportRequest) -> Iterator[tuple[str, NDArray[Any]]
             if not np.isfinite(values).all():
                 raise ExportError(
                     f"{factors.name}.{part} holds numbers that are not finite as "
-                    f"{np.dtype(dtype).name}. Training has diverged, or dtype='f32' is needed."
+                    f"{np.dtype(dtype).name}.",
+                    advice=(
+                        "Training has diverged, or ",
+                        Setting("dtype", "f32", "export_model"),
+                        " is needed.",
+                    ),
                 )
             yield f"{factors.name}.{part}", values
 
@@ -184,8 +195,12 @@ def _write_header(
 def _check_base(request: ExportRequest) -> Path:
     if request.model.base.is_prequantized:
         raise ConfigError(
-            "verify='full' needs the base in 16 bits to run the adapter on, and "
-            f"{request.model.base.path} holds only quantized weights. Use verify=True."
+            Setting("verify", "full", "export_model"),
+            f" needs the base in 16 bits to run the adapter on, and {request.model.base.path} "
+            "holds only quantized weights.",
+            parameter="verify",
+            value="full",
+            advice=("Use ", Setting("verify", True, "export_model"), "."),
         )
     return request.model.base.path
 

@@ -27,6 +27,7 @@ from qlora_kit.exporters.hub.local_paths import hide_base_paths, hide_paths
 from qlora_kit.exporters.hub.session import HubSession
 from qlora_kit.hookspecs import Exporter, ExportEstimate, ExportRequest, hookimpl
 from qlora_kit.manifest import read_manifest, to_jsonable
+from qlora_kit.messages import Setting
 from qlora_kit.options import COLLECTS_UNKNOWN
 from qlora_kit.results import Check, Verification
 
@@ -161,8 +162,12 @@ def _prepare(request: ExportRequest) -> NestedExport:
         raise ConfigError("Format 'hub': commit_message is empty; leave it out for a default.")
     if not getattr(get_exporter(options.format), "needs_path", True):
         raise ConfigError(
-            f"Format 'hub' pushes files, and format {options.format!r} writes none. Give another "
-            "format, such as format='merged_16bit'."
+            f"Format 'hub' pushes files, and format {options.format!r} writes none.",
+            advice=(
+                "Give another format, such as ",
+                Setting("format", "merged_16bit", "export_model"),
+                ".",
+            ),
         )
     try:
         return nest_export(request, options.format, **options.format_options)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from qlora_kit.errors import ConfigError, ExportError, OfflineError
+from qlora_kit.messages import Setting
 
 __all__ = ["HubSession", "PushedCommit"]
 
@@ -81,8 +82,13 @@ class HubSession:
         self.token = None if token is None else token.strip()
         if not self.token:
             raise ConfigError(
-                "There is no token to push with. Make one with write access at "
-                "https://huggingface.co/settings/tokens and pass token=..., or run `hf auth login`."
+                "There is no token to push with.",
+                advice=(
+                    "Make one with write access at https://huggingface.co/settings/tokens and "
+                    "pass ",
+                    Setting("token", ..., "export_model"),
+                    ", or run `hf auth login`.",
+                ),
             )
         # As part of a header it would be quoted in the client's error.
         if not self.token.isascii() or not self.token.isprintable() or " " in self.token:
@@ -108,8 +114,13 @@ class HubSession:
         role = answer.get("auth", {}).get("accessToken", {}).get("role")
         if role == "read":
             raise ExportError(
-                f"The token may only read. Make one with write access at {self.endpoint}"
-                "/settings/tokens, and pass it as token=... or run `hf auth login`."
+                "The token may only read.",
+                advice=(
+                    f"Make one with write access at {self.endpoint}/settings/tokens, and pass it "
+                    "as ",
+                    Setting("token", ..., "export_model"),
+                    " or run `hf auth login`.",
+                ),
             )
         if "/" not in self.repo_id:
             self.repo_id = f"{answer['name']}/{self.repo_id}"
@@ -154,9 +165,11 @@ class HubSession:
     def _refuse_public(self, info: Any) -> None:
         if not info.private:
             raise ExportError(
-                f"{self.repo_id} exists and is public, and private=True was asked for, so nothing "
-                f"was pushed. Make it private at {self.endpoint}/{self.repo_id}/settings, give "
-                "another repo_id, or leave private out to push to it as it is."
+                f"{self.repo_id} exists and is public, and ",
+                Setting("private", True, "export_model"),
+                " was asked for, so nothing was pushed. Make it private at "
+                f"{self.endpoint}/{self.repo_id}/settings, give another repo_id, or leave private "
+                "out to push to it as it is.",
             )
 
     def list_files(self) -> list[str]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Final, Literal
 
 from qlora_kit.errors import ConfigError, UnknownOptionError
+from qlora_kit.messages import Setting
 from qlora_kit.values import is_whole_number
 
 __all__ = ["FastPlan", "MemoryModel", "ResolvedPlan", "parse_plan", "resolve_plan"]
@@ -200,7 +201,10 @@ def parse_plan(plan: object) -> FastPlan:
                 )
         return FastPlan(**plan)
     raise ConfigError(
-        f"plan must be 'auto', False, a mapping of options or a FastPlan; got {plan!r}."
+        Setting("plan", of="train_sft"),
+        f" must be 'auto', False, a mapping of options or a FastPlan; got {plan!r}.",
+        parameter="plan",
+        value=plan,
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.errors import ExportError
 from qlora_kit.exporters.gguf.quantization.ggml import encode_rows
+from qlora_kit.messages import Setting
 
 if TYPE_CHECKING:
     import torch
@@ -65,8 +66,12 @@ def encode_piece(rows: torch.Tensor, type_name: str, name: str) -> NDArray[Any]:
         case "F16":
             if peak > _LARGEST_F16:
                 raise ExportError(
-                    f"{name} holds {peak:g}, which float16 cannot (its limit is 65504). Export "
-                    "with quantization='bf16' or 'q8_0'."
+                    f"{name} holds {peak:g}, which float16 cannot (its limit is 65504).",
+                    advice=(
+                        "Export with ",
+                        Setting("quantization", "bf16", "export_model"),
+                        " or 'q8_0'.",
+                    ),
                 )
             encoded = values.to(torch.float16).numpy()
         case "BF16":

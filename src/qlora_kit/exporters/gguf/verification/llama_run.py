@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from qlora_kit.errors import ExportError, MissingDependencyError
+from qlora_kit.messages import Setting
 
 __all__ = ["LlamaRun", "check_runner"]
 
@@ -34,8 +35,11 @@ def check_runner(verify: bool | Literal["full"] = "full") -> None:
     """
     if verify == "full" and importlib.util.find_spec("xllamacpp") is None:
         raise MissingDependencyError(
-            "verify='full' runs the file in llama.cpp, from the package xllamacpp: "
-            "pip install xllamacpp. verify=True needs nothing more."
+            Setting("verify", "full", "export_model"),
+            " runs the file in llama.cpp, from the package xllamacpp: pip install xllamacpp.",
+            parameter="verify",
+            value="full",
+            advice=(Setting("verify", True, "export_model"), " needs nothing more."),
         )
 
 
