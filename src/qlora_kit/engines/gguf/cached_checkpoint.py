@@ -151,6 +151,8 @@ def _write_checkpoint(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
+    # transformers undoes the permutation of q and k in llama files that exporters/gguf/families
+    # makes. What it drops was refused before; what it misreads is set below.
     config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
     architecture = read_value(reader, "general.architecture")
     key_length = read_value(reader, f"{architecture}.attention.key_length")

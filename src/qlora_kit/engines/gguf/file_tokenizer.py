@@ -24,7 +24,8 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
 _SPACE: Final = "\u2581"
 
-# Where llama.cpp adds a beginning token although the file does not say so.
+# Where llama.cpp adds a beginning token although the file does not say so: llama_vocab::impl::load
+# of llama-vocab.cpp sets add_bos before it looks for tokenizer.ggml.add_bos_token.
 _ADDS_BOS_BY_DEFAULT: Final = ("llama-bpe", "llama3", "default")
 
 
@@ -109,6 +110,7 @@ def _add_ends(backend: Any, tokens: list[str], bos: str | None, eos: str | None)
     if bos is None and eos is None:
         return
     around = [token for token in (bos, eos) if token is not None]
+    # "$A" is the text, ":1" the type id of the second of a pair (tokenizers' TemplateProcessing).
     single = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
     second = [f"{part.replace('$A', '$B')}:1" for part in single]
     template = processors.TemplateProcessing(
@@ -148,6 +150,9 @@ def _build_sentencepiece(reader: GGUFReader) -> Any:
     scores = read_value(reader, "tokenizer.ggml.scores")
     types = read_value(reader, "tokenizer.ggml.token_type")
     vocabulary = {token: index for index, token in enumerate(tokens)}
+    # A file of this kind has scores and no merges; tokenizers' BPE has merges and no scores. Every
+    # way to cut a token into two tokens becomes a merge, tokens of higher score first, which is
+    # the order in which llm_tokenizer_spm_session of llama-vocab.cpp merges the pairs of a text.
     ranked = sorted(
         (index for index, kind in enumerate(types) if kind == _NORMAL and len(tokens[index]) > 1),
         key=lambda index: -scores[index],

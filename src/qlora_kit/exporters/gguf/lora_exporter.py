@@ -272,6 +272,10 @@ def _collect_factors(request: ExportRequest) -> Iterator[_Factors]:
                 "The adapted language-model head is tied to the embeddings, which llama.cpp cannot "
                 f"adapt apart. {_MERGE_INSTEAD}"
             )
+        # W x + s B (A x), with A (r, in) and B (out, r). llama.cpp takes s for alpha / r, with
+        # one alpha for the file and each matrix's own r (llama_adapter_lora_weight::get_scale,
+        # llama-adapter.h). What peft's s is besides, as with rsLoRA's alpha / sqrt(r) or a rank
+        # pattern, goes into B; into B because only its rows are reordered below.
         a = module.lora_A[adapter].weight.detach().float().cpu()
         b = module.lora_B[adapter].weight.detach().float().cpu()
         rank = a.shape[0]
@@ -295,6 +299,7 @@ def _check_updates(request: ExportRequest, file: GgufFile) -> Check:
         if a not in file.tensors or b not in file.tensors:
             return Check("updates", False, f"The file lacks {factors.name}.")
         names |= {a, b}
+        # The products are compared, not the factors: s B A is all that reaches an answer.
         rank = file.shape(a)[0]
         written_a = file.read_rows(a, np.arange(rank))
         written_b = file.read_rows(b, np.arange(file.shape(b)[0]))

@@ -22,6 +22,7 @@ from qlora_kit.weights.source import TensorSource
 
 __all__ = ["Plan", "count_tensor_bytes", "pad", "plan_conversion", "round_up"]
 
+# GGUF_DEFAULT_ALIGNMENT of gguf.h, in bytes; a file could state another in general.alignment.
 _ALIGNMENT: Final = 32
 
 
@@ -108,6 +109,8 @@ def pad(handle: IO[bytes]) -> None:
 
 def count_tensor_bytes(shape: tuple[int, ...], type_name: str) -> int:
     """Size of a tensor in a file, in bytes, without what aligns it."""
+    # Blocks never reach over the end of a row, so a tensor is rows times the size of one; all
+    # leading dimensions (experts, for example) count as rows.
     rows = 1
     for dimension in shape[:-1]:
         rows *= dimension

@@ -161,6 +161,8 @@ def _write_tensors(
         if ends_tensor:
             pad(handle)
 
+    # First in, first out over all files at once: each handle sees its pieces in file order,
+    # whichever worker finishes first, and what waits is bounded by the deque alone.
     total = len(plan.tensors)
     for done, planned in enumerate(plan.tensors, start=1):
         tensor = planned.load(source)

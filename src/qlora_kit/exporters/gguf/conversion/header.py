@@ -25,6 +25,7 @@ def write_header(
     writer.add_name(model_name)
     writer.add_file_type(recipe.file_type)
     if recipe.is_quantized:
+        # GGML_QNT_VERSION of ggml.h: the layout of the blocks.
         writer.add_quantization_version(2)
     for key, value in plan.description.metadata.items():
         _add_value(writer, f"{plan.family.architecture}.{key}", value)
@@ -32,6 +33,7 @@ def write_header(
     _add_vocabulary(writer, vocabulary)
     types = plan.types[recipe.name]
     for tensor in plan.tensors:
+        # The writer turns shapes round: the file counts columns first, (columns, rows, experts).
         writer.add_tensor_info(
             tensor.name,
             tensor.shape,

@@ -174,6 +174,8 @@ def _plan_fused_experts(
     source: TensorSource, name: str, layer: int, projection: str
 ) -> list[PlannedTensor]:
     """All experts in one tensor, as transformers 5 keeps them in memory."""
+    # (experts, outputs, inputs). In gate_up_proj the gate's rows come first, then as many of up,
+    # which llama.cpp keeps in two tensors.
     experts, rows, columns = source.shape(name)
     if projection == "down_proj":
         return [

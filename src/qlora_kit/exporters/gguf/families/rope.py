@@ -135,6 +135,9 @@ def _describe_yarn(rope: Rope, context_length: int) -> dict[str, Any]:
         )
     original = int(rope.require("original_max_position_embeddings"))
     factor = float(rope.parameters.get("factor") or context_length / original)
+    # What rope_yarn (ggml-cpu/ops.cpp) multiplies in by itself. llama-context.cpp ends with
+    # yarn_attn_factor *= rope_attn_factor, the key written below, which therefore has to be what
+    # the model wants divided by that.
     own = _mscale(factor, 1.0)
     wanted = rope.parameters.get("attention_factor")
     if wanted is None:
@@ -161,6 +164,11 @@ def _llama3_divisors(rope: Rope, dimensions: int) -> list[float]:
     factor = float(rope.require("factor"))
     low, high = float(rope.require("low_freq_factor")), float(rope.require("high_freq_factor"))
     original = float(rope.require("original_max_position_embeddings"))
+    # One divisor per pair of dimensions, (D / 2,). Waves shorter than original / high go round
+    # many times within the trained length and stay; those longer than original / low are slowed
+    # by the factor; between them it fades. ggml divides the angle by them (rope's freq_factors),
+    # so this is the inverse of the frequencies' change. conversion/llama.py computes in float32
+    # where this is float64: the last bit of a divisor may differ.
     divisors = []
     for index in range(0, dimensions, 2):
         wavelength = 2 * math.pi * rope.theta ** (index / dimensions)
@@ -180,6 +188,8 @@ def _describe_longrope(
     """LongRoPE (arXiv:2402.13753): two tables, chosen by the length of the context."""
     original = int(rope.require("original_max_position_embeddings"))
     factor = float(rope.parameters.get("factor") or context_length / original)
+    # sqrt(1 + ln s / ln L) where the configuration states none, as transformers'
+    # _compute_longrope_parameters and conversion/phi.py have it.
     attention = rope.parameters.get("attention_factor")
     if attention is None:
         attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))

@@ -30,6 +30,10 @@ def unpermute_rotary(weight: torch.Tensor, heads: int) -> torch.Tensor:
         weight: Shape (heads * head_dim, ...).
         heads: Number of heads in it.
     """
+    # transformers (H, 2, D/2, ...): dimension i turns with i + D/2. llama.cpp's "norm" rotation
+    # (ggml-cpu/ops.cpp) turns 2i with 2i + 1, so the two axes change places: (H, D/2, 2, ...).
+    # The same permutation on q and k leaves their products, hence attention, as they were; v has
+    # no positions and stays. conversion/llama.py calls it permute().
     rest = weight.shape[1:]
     return (
         weight.reshape(heads, 2, weight.shape[0] // heads // 2, *rest)
@@ -48,6 +52,8 @@ def _permute_key(weight: torch.Tensor, config: Config) -> torch.Tensor:
 
 def _add_one(weight: torch.Tensor, config: Config) -> torch.Tensor:
     """Gemma stores its norms around zero."""
+    # Gemma's layer multiplies by 1 + w, ggml's rms_norm by w. In float32, as norms are written:
+    # in bfloat16 the sum would lose what is below 2**-8 (conversion/gemma.py, norm_shift()).
     return weight.float() + 1.0
 
 
@@ -64,6 +70,8 @@ def _note_sliding_window(config: Config, description: Description) -> None:
 
 def _describe_gemma2(config: Config, description: Description) -> None:
     layers = config.layers
+    # Not a key of the file: src/models/gemma2.cpp lets every second layer attend to everything,
+    # and takes the 27B model, whose attention is scaled otherwise, by its 46 layers.
     _check_windows(config, [bool((i + 1) % 2) for i in range(layers)])
     _check_query_scale(config, is_27b=layers == 46)
     description.metadata |= {
@@ -79,6 +87,7 @@ def _describe_gemma3(config: Config, description: Description) -> None:
     if config.get("attn_logit_softcapping") is not None:
         raise UnsupportedModelError("llama.cpp does not cap the attention logits of gemma3.")
     period = _sliding_period(config)
+    # 62 layers are the 27B model to src/models/gemma3.cpp.
     _check_query_scale(config, is_27b=config.layers == 62)
     local = read_rope(config.values, "sliding_attention")
     is_nested = isinstance((config.get("rope_parameters") or {}).get("sliding_attention"), Mapping)
@@ -102,6 +111,9 @@ def _sliding_period(config: Config) -> int:
     stated = int(config.get("sliding_window_pattern", config.get("_sliding_window_pattern", 6)))
     if types is None:
         return stated
+    # llama_hparams::set_swa_pattern (llama-hparams.cpp): layer i slides unless (i + 1) is a
+    # multiple of the period, so the first full layer gives it, and one beyond the last layer
+    # stands for a model without any.
     period = types.index("full_attention") + 1 if "full_attention" in types else stated
     if period <= len(types) and "full_attention" not in types:
         period = len(types) + 1
@@ -119,6 +131,8 @@ def _check_windows(config: Config, is_sliding: list[bool]) -> None:
 
 def _check_query_scale(config: Config, *, is_27b: bool) -> None:
     """llama.cpp derives the attention scale from the shape."""
+    # f_attention_scale in src/models/gemma2.cpp and gemma3.cpp: 1 / sqrt(head_dim), and for 27B
+    # 1 / sqrt(hidden_size / heads), which there is another number. No key of the file changes it.
     used = int(config.require("hidden_size")) // config.heads if is_27b else config.head_dim
     if config.get("query_pre_attn_scalar", used) != used:
         raise UnsupportedModelError(

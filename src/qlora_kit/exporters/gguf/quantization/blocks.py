@@ -22,6 +22,7 @@ __all__ = ["cut_rows", "encode_piece"]
 # Large enough that a call's overhead vanishes, small enough to stay near the cache.
 _PIECE_NUMBERS: Final = 1 << 20
 
+# The largest finite float16; ggml would write infinity beyond it.
 _LARGEST_F16: Final = 65504.0
 
 
@@ -75,6 +76,7 @@ def encode_piece(rows: torch.Tensor, type_name: str, name: str) -> NDArray[Any]:
                 )
             encoded = values.to(torch.float16).numpy()
         case "BF16":
+            # torch rounds to nearest even, as ggml_compute_fp32_to_bf16 (ggml-impl.h) does.
             encoded = values.to(torch.bfloat16).view(torch.int16).numpy()
         case _:
             encoded = encode_rows(values.numpy(), type_name)

@@ -92,6 +92,8 @@ def encode_rows(rows: NDArray[np.float32], type_name: str) -> NDArray[np.uint8]:
             raise
         return _encode_with_numpy(rows, type_name)
     out = np.empty((count, row_size(type_name, columns)), dtype=np.uint8)
+    # ggml_quantize_chunk(type, src, dst, first number, rows, columns, importances) of ggml.c. It
+    # quantizes whole rows and no block looks at another, so pieces give the bytes of the whole.
     written = library.ggml_quantize_chunk(
         type_number(type_name),
         rows.ctypes.data_as(ctypes.c_void_p),

@@ -209,6 +209,8 @@ def _choose(name: str, dims: tuple[int, ...], recipe: Recipe, context: _Context)
         return "F32"
     if not recipe.is_quantized:
         return recipe.base_type
+    # The order is llama_tensor_get_type_impl's: the first category that fits decides, and only
+    # then is the width looked at (tensor_type_fallback), so that a fallback is never improved on.
     category = _category(name)
     columns = dims[-1]
     chosen = recipe.base_type
@@ -230,6 +232,7 @@ def _choose(name: str, dims: tuple[int, ...], recipe: Recipe, context: _Context)
 
 def _uses_more_bits(index: int, count: int) -> bool:
     """The first and last eighth of the layers, and every third between."""
+    # use_more_bits of llama-quant.cpp, integer divisions and all.
     return index < count // 8 or index >= 7 * count // 8 or (index - count // 8) % 3 == 2
 
 
@@ -276,6 +279,7 @@ def _choose_attention_output(chosen: str, context: _Context) -> str:
 
 
 def _block_size(type_name: str) -> int:
+    # QK_K and QK4_0 ... QK8_0 of ggml-common.h, in numbers.
     return 256 if type_name.endswith("_K") else 32 if type_name.startswith("Q") else 1
 
 

@@ -31,6 +31,8 @@ _C_SPACES: Final = " \t\n\v\f\r"
 
 def _byte_alphabet() -> dict[int, str]:
     """GPT-2's printable stand-in for every byte."""
+    # bytes_to_unicode of GPT-2's encoder.py: printable Latin-1 stands for itself, the 68 others
+    # are numbered from U+0100 on.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     alphabet = {byte: chr(byte) for byte in printable}
     others = (byte for byte in range(256) if byte not in alphabet)
@@ -138,6 +140,8 @@ class LlamaTokenizer:
                     yield from (self._ids[part] for part in symbol if part in self._ids)
 
     def _merge(self, symbols: list[str]) -> list[str]:
+        # llm_tokenizer_bpe_session keeps a queue by (rank, position); taking the leftmost pair of
+        # the lowest rank until none is left gives the same order, in quadratic time.
         while len(symbols) > 1:
             ranks = [self._ranks.get(f"{left} {right}", -1) for left, right in pairwise(symbols)]
             possible = [rank for rank in ranks if rank >= 0]
@@ -148,6 +152,8 @@ class LlamaTokenizer:
         return symbols
 
     def _encode_spm(self, text: str) -> Iterator[int]:
+        # llm_tokenizer_spm_session: the pair whose union is the token of the highest score, the
+        # leftmost of equals, which the strict > below keeps.
         symbols = list(text)
         made_of: dict[str, tuple[str, str]] = {}
         scores = self._vocabulary.scores

@@ -136,6 +136,7 @@ def _compile(pattern: str) -> Any:
 
 
 def _split_piece(piece: str, expression: Any) -> list[str]:
+    # unicode_regex_split (unicode.cpp). Empty matches make no piece; a gap before a match is one.
     parts, end = [], 0
     for match in expression.finditer(piece):
         if match.start() > end:

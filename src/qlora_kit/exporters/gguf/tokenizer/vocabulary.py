@@ -246,7 +246,8 @@ def find_special_ids(
             "tokenizer.eos_token."
         )
     others = [index for index in stop_token_ids if index != ids["eos"]]
-    # llama.cpp reads two further stop tokens besides eos, and recognizes the usual ones by name.
+    # llama_vocab::impl::load reads two further stop tokens besides eos, and recognizes the usual
+    # ones by their text, see TAKEN_FOR_SPECIAL.
     ids.update(zip(("eot", "eom"), others, strict=False))
     return ids
 
@@ -301,6 +302,8 @@ def _score_by_merge_rank(tokens: Sequence[str], merges: Sequence[tuple[str, str]
     llama.cpp merges the neighbours whose union scores highest; with the negative rank of the
     first merge that makes a token, that is the order BPE merges in.
     """
+    # Tokens that no merge makes (single characters, added tokens) come last. llama.cpp asks for a
+    # score only of unions that are tokens, so theirs decides nothing.
     rank: dict[str, int] = {}
     for position, (left, right) in enumerate(merges):
         rank.setdefault(left + right, position)

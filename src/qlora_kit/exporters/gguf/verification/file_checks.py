@@ -113,6 +113,7 @@ def _sample_rows(
     """Evenly spaced rows of a tensor: their indices, and what they should hold."""
     import numpy as np
 
+    # (..., columns) -> (rows, columns), as the file has them; of a vector, one row.
     right = planned.load(source)
     right = right.reshape(-1, right.shape[-1])
     count = min(_ROWS_COMPARED, right.shape[0])
@@ -127,6 +128,8 @@ def _relative_error(
 
     written = file.read_rows(name, rows)
     # A damaged file may hold anything; what is not a number counts as the worst error.
+    # RMS(written - truth) / RMS(truth) over all sampled rows, since one row may be all zeros; in
+    # float64, where the squares of float32 numbers neither overflow nor vanish.
     with np.errstate(all="ignore"):
         scale = float(np.sqrt(np.mean(np.square(truth, dtype=np.float64))))
         error = float(np.sqrt(np.mean(np.square(written - truth, dtype=np.float64))))

@@ -86,6 +86,7 @@ def _probe_live_model(model: LoadedModel) -> list[_Probe]:
             for _ in range(_PROBE_TOKENS):
                 logits = live(torch.tensor([ids], device=device)).logits[0, -1]
                 ids.append(int(logits.argmax()))
+            # (T, V); position t predicts token t + 1, so the answer's rows begin one before it.
             logits = live(torch.tensor([ids], device=device)).logits[0].float()
             rows = torch.log_softmax(logits[len(prompt) - 1 : -1], -1).cpu()
             top = rows.topk(2, -1).values
