@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qlora_kit.config import AdapterConfig, LoadConfig
+from qlora_kit.errors import ConfigError
+from qlora_kit.messages import Setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,7 +32,7 @@ class BaseInfo:
         is_prequantized: Whether the files themselves are already quantized, so that no
             16-bit original exists to merge into.
         source: ``"checkpoint"`` or ``"gguf"`` (then ``path`` is the dequantized cache).
-        stop_token_ids: Every token that ends an answer, the end-of-text token first.
+        stop_token_ids: Every token that ends an answer of the base, the end-of-text token first.
     """
 
     name_or_path: str
@@ -83,6 +85,79 @@ class LoadedModel:
     def max_seq_length(self) -> int:
         """Longest sequence, in tokens, that training and generation use."""
         return self.config.max_seq_length
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Every token that ends an answer; generation, exports and their checks all ask here.
+
+        The base's own come first, the tokenizer's end token before those of the generation
+        config; then the end token that the model was last trained with, and the added tokens
+        among the other stops of that formatter.
+
+        Raises:
+            ConfigError: When the formatter's end token is not one of this model.
+        """
+        formatter = self.record.formatter
+        if formatter is None:
+            return self.base.stop_token_ids
+        added = self.tokenizer.added_tokens_encoder
+        stops = formatter.template_spec().get("stop") or ()
+        trained = [self.find_end_token_id(formatter), *(added.get(text) for text in stops)]
+        ids = (*self.base.stop_token_ids, *(index for index in trained if index is not None))
+        return tuple(dict.fromkeys(ids))
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Texts that end an answer and are not a token: the formatter's other stops."""
+        formatter = self.record.formatter
+        if formatter is None:
+            return ()
+        spec = formatter.template_spec()
+        tokens = {*self.tokenizer.added_tokens_encoder, spec.get("eos_token")}
+        return tuple(text for text in spec.get("stop") or () if text and text not in tokens)
+
+    def find_end_token_id(self, formatter: Any) -> int | None:
+        """The id of a formatter's end token in this model; ``None`` where it names none.
+
+        Args:
+            formatter: A :class:`~qlora_kit.Formatter`.
+
+        Raises:
+            ConfigError: When the tokenizer does not have that token, or the model has no
+                embedding for it: an answer could never end.
+        """
+        end = formatter.template_spec().get("eos_token")
+        if end is None:
+            return None
+        index = self.tokenizer.convert_tokens_to_ids(end)
+        is_unknown = index == self.tokenizer.unk_token_id and end != self.tokenizer.unk_token
+        if not isinstance(index, int) or is_unknown:
+            raise ConfigError(
+                f"The formatter ends answers with {end!r}, which is no token of this model's "
+                "tokenizer, so that no answer could end.",
+                parameter="eos_token",
+                value=end,
+                advice=(
+                    "Make the formatter with model.tokenizer and one of its tokens: ",
+                    Setting("eos_token", self.tokenizer.eos_token or ..., "formatter"),
+                    ".",
+                ),
+            )
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        if index >= rows:
+            raise ConfigError(
+                f"The formatter ends answers with {end!r}, token {index} of the tokenizer, and the "
+                f"model has embeddings for {rows} tokens only.",
+                parameter="eos_token",
+                value=end,
+                advice=(
+                    "Resize the checkpoint's embeddings with transformers first, or end answers "
+                    "with another token: ",
+                    Setting("eos_token", self.tokenizer.eos_token or ..., "formatter"),
+                    ".",
+                ),
+            )
+        return index
 
     def __repr__(self) -> str:
         quant = self.base.quantization or "not quantized"

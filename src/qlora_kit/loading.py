@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.artifacts.provenance import find_manifest, restore_formatter
+from qlora_kit.artifacts.provenance import find_manifest, restore_adapter_config, restore_formatter
 from qlora_kit.config import LoadConfig
 from qlora_kit.engines.base import check_handle
 from qlora_kit.engines.selection import resolve_engine
@@ -179,7 +179,7 @@ def _load_adapter(path: Path, config: LoadConfig, engine: str | Engine) -> Adapt
         loaded.engine.attach_saved(loaded, path, is_trainable=config.is_trainable),
         AdaptedModel,
     )
-    return restore_formatter(adapted, manifest)
+    return restore_formatter(restore_adapter_config(adapted, manifest), manifest)
 
 
 def _read_adapter_config(path: Path) -> dict[str, Any]:

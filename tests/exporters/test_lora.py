@@ -87,19 +87,18 @@ def test_the_cards_own_code_loads_the_adapter(adapted16, tmp_path, monkeypatch):
 
 def test_the_export_stops_where_the_live_model_stops(make_adapted, tmp_path):
     from qlora_kit import AlpacaFormatter
-    from qlora_kit.artifacts.config_files import collect_stop_token_ids
 
     model = make_adapted()
     model.tokenizer.eos_token = "<|im_start|>"
     model.record.formatter = AlpacaFormatter(model.tokenizer)
     artifact = export_model(model, "lora", tmp_path / "out")
-    stops = collect_stop_token_ids(model)
+    stops = model.stop_token_ids
     assert set(stops) == {1, 2}
     config = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert config["eos_token_id"] == list(stops)
     assert next(c for c in artifact.verification.checks if c.name == "stop tokens").passed
     again = load_quantized(tmp_path / "out", 64, "float32", engine="native")
-    assert collect_stop_token_ids(again) == stops
+    assert again.stop_token_ids == stops
 
 
 def test_a_hub_name_stays_a_hub_name(adapted, tmp_path):

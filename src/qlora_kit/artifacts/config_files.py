@@ -18,7 +18,6 @@ from qlora_kit.handles import LoadedModel
 from qlora_kit.weights.live import get_hf_model
 
 __all__ = [
-    "collect_stop_token_ids",
     "make_config",
     "write_config",
     "write_generation_config",
@@ -29,21 +28,6 @@ logger = logging.getLogger(__name__)
 
 # Vocabulary files that other tools read and save_pretrained leaves out.
 _VOCABULARY_FILES = ("tokenizer.model", "vocab.json", "merges.txt")
-
-
-def collect_stop_token_ids(model: LoadedModel) -> tuple[int, ...]:
-    """Every token that ends an answer of the live model, the base's end token first.
-
-    They are the base's own and the one the training template ended its answers with.
-    """
-    ids = list(model.base.stop_token_ids)
-    formatter = model.record.formatter
-    if formatter is not None:
-        end = formatter.template_spec().get("eos_token")
-        found = None if end is None else model.tokenizer.convert_tokens_to_ids(end)
-        if isinstance(found, int) and found != model.tokenizer.unk_token_id:
-            ids.append(found)
-    return tuple(dict.fromkeys(ids))
 
 
 def make_config(
@@ -89,7 +73,7 @@ def write_config(model: LoadedModel, folder: Path, config: Any) -> None:
 def write_generation_config(model: LoadedModel, folder: Path) -> None:
     """Write ``generation_config.json`` with every stop token."""
     settings = copy.deepcopy(get_hf_model(model.model).generation_config)
-    stops = list(collect_stop_token_ids(model))
+    stops = list(model.stop_token_ids)
     if stops:
         settings.eos_token_id = stops if len(stops) > 1 else stops[0]
     settings.pad_token_id = model.tokenizer.pad_token_id

@@ -12,11 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qlora_kit.errors import QloraKitError
-from qlora_kit.handles import LoadedModel
+from qlora_kit.errors import ConfigError, QloraKitError
+from qlora_kit.handles import AdaptedModel, LoadedModel
 from qlora_kit.manifest import describe_model, read_manifest, write_manifest
 
-__all__ = ["find_manifest", "restore_formatter", "write_checkpoint_manifest"]
+__all__ = [
+    "find_manifest",
+    "restore_adapter_config",
+    "restore_formatter",
+    "write_checkpoint_manifest",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +71,30 @@ def restore_formatter(model: Model, manifest: Mapping[str, Any]) -> Model:
         logger.warning("The formatter that the model was trained with is not here: %s", error)
         stop = model.tokenizer.get_vocab().get(str(spec.get("eos_token")))
         if stop is not None:
-            ids = tuple(dict.fromkeys((stop, *model.base.stop_token_ids)))
+            ids = tuple(dict.fromkeys((*model.base.stop_token_ids, stop)))
             base = dataclasses.replace(model.base, stop_token_ids=ids)
             return dataclasses.replace(model, base=base)
     return model
+
+
+def restore_adapter_config(model: AdaptedModel, manifest: Mapping[str, Any]) -> AdaptedModel:
+    """The model with those settings of its adapter that peft does not save.
+
+    How it was started, its seed and whether activations are recomputed come from the manifest
+    beside it, as far as that is about this adapter.
+    """
+    saved = manifest.get("adapter")
+    if not isinstance(saved, Mapping) or saved.get("r") != model.adapter.r:
+        return model
+    names = ("init_lora_weights", "random_state", "use_gradient_checkpointing")
+    values = {name: saved[name] for name in names if name in saved}
+    try:
+        adapter = dataclasses.replace(model.adapter, **values)
+    # A manifest that was edited by hand may hold anything.
+    except (ConfigError, TypeError) as error:
+        logger.warning("The manifest says of the adapter what cannot be: %s", error)
+        return model
+    return dataclasses.replace(model, adapter=adapter)
 
 
 def _list_files(manifest: Mapping[str, Any]) -> set[str]:

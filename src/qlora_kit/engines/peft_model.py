@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import logging
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.config import AdapterConfig
 from qlora_kit.errors import ConfigError, UnsupportedModelError
@@ -24,8 +26,11 @@ __all__ = [
     "keep_random_states",
     "keep_weights_unpacked",
     "make_adapted",
+    "make_lora_arguments",
     "settle_stop_tokens",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 def make_adapted(loaded: LoadedModel, model: Any, config: AdapterConfig) -> AdaptedModel:
@@ -70,26 +75,51 @@ def attach_saved_adapter(loaded: LoadedModel, folder: Path, *, is_trainable: boo
     return make_adapted(loaded, model, _read_adapter_config(model, folder))
 
 
+#: The parts of an adapter's configuration that peft has too, under the same names.
+_PEFT_FIELDS: Final = tuple(
+    field.name
+    for field in dataclasses.fields(AdapterConfig)
+    if field.name not in ("use_gradient_checkpointing", "random_state")
+)
+
+
 def _read_adapter_config(model: Any, folder: Path) -> AdapterConfig:
     saved = model.peft_config["default"]
     # A merge has to know about LoftQ, and peft forgets it unless it may start anew.
-    text = (folder / "adapter_config.json").read_text(encoding="utf-8")
-    saved.loftq_config = json.loads(text).get("loftq_config") or {}
+    written = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    saved.loftq_config = written.get("loftq_config") or {}
+    values = {name: getattr(saved, name) for name in _PEFT_FIELDS}
+    # What was asked for, not what peft made of it to load the weights.
+    values["init_lora_weights"] = written.get("init_lora_weights", True)
     targets = saved.target_modules
-    return AdapterConfig(
-        r=saved.r,
-        target_modules=targets if isinstance(targets, str) else tuple(sorted(targets or ())),
-        lora_alpha=saved.lora_alpha,
-        lora_dropout=saved.lora_dropout,
-        bias=saved.bias,
-        use_rslora=saved.use_rslora,
-        use_dora=saved.use_dora,
-        loftq_config=saved.loftq_config or None,
-        modules_to_save=saved.modules_to_save,
-        layers_to_transform=saved.layers_to_transform,
-        rank_pattern=saved.rank_pattern or None,
-        alpha_pattern=saved.alpha_pattern or None,
-    )
+    values["target_modules"] = targets if isinstance(targets, str) else sorted(targets or ())
+    # peft writes an empty dictionary where there is none.
+    for name in ("loftq_config", "rank_pattern", "alpha_pattern"):
+        values[name] = values[name] or None
+    values = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+    try:
+        return AdapterConfig(**values)
+    except ConfigError as error:
+        if error.parameter != "init_lora_weights":
+            raise
+        logger.info(
+            "The adapter was started by peft's %r, which cannot be asked for here; it trains on "
+            "all the same.", values["init_lora_weights"],
+        )  # fmt: skip
+        return AdapterConfig(**{**values, "init_lora_weights": True})
+
+
+def make_lora_arguments(config: AdapterConfig) -> dict[str, Any]:
+    """An adapter's configuration as the arguments of peft's ``LoraConfig``."""
+    values = {name: getattr(config, name) for name in _PEFT_FIELDS if name != "loftq_config"}
+    for name in ("rank_pattern", "alpha_pattern"):
+        values[name] = dict(values[name] or {})
+    return {
+        name: list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+        for name, value in values.items()
+    }
 
 
 def check_start(loaded: LoadedModel, config: AdapterConfig) -> None:

@@ -85,7 +85,7 @@ def generate_stream(
             "max_new_tokens": max_new_tokens,
         },
     )
-    stops = read_stops(stop)
+    stops = tuple(dict.fromkeys((*read_stops(stop), *model.stop_strings)))
     ids = _encode(model, prompt)
     if len(ids) + max_new_tokens > model.max_seq_length:
         logger.info(

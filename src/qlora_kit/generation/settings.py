@@ -161,9 +161,4 @@ def _stop_token_ids(model: LoadedModel, given: Any) -> list[int]:
                 value=given,
             )
         return ids
-    ids = list(model.base.stop_token_ids)
-    formatter = model.record.formatter
-    trained = None if formatter is None else formatter.template_spec().get("eos_token")
-    if trained is not None:
-        ids.insert(0, model.tokenizer.convert_tokens_to_ids(trained))
-    return list(dict.fromkeys(ids))
+    return list(model.stop_token_ids)

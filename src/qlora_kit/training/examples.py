@@ -112,6 +112,8 @@ def prepare_examples(
     is_chosen = formatter is None
     if formatter is None:
         formatter = _choose_formatter(model, columns)
+    # Before rows are read: an end token that the model lacks makes all of it useless.
+    model.find_end_token_id(formatter)
     if not isinstance(rows, Rows):
         rows = formatter.load(rows)
     encoded = formatter.encode(

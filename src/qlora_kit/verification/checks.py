@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from qlora_kit.artifacts.config_files import collect_stop_token_ids
 from qlora_kit.errors import QloraKitError
 from qlora_kit.handles import LoadedModel
 from qlora_kit.results import Check
@@ -192,7 +191,7 @@ def _describe_architecture(config: Mapping[str, Any], updates: Mapping[str, Any]
 
 def check_generation_config(model: LoadedModel, folder: Path) -> Check:
     """Whether the folder states the stop tokens of the live model."""
-    wanted = set(collect_stop_token_ids(model))
+    wanted = set(model.stop_token_ids)
     path = folder / "generation_config.json"
     stated = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
     found = set() if stated is None else set(stated) if isinstance(stated, list) else {stated}
@@ -222,7 +221,7 @@ def check_stops(model: LoadedModel, exported: Any) -> Check:
 
     device = next(p.device for p in exported.parameters())
     prompt = torch.tensor([make_probes(model)[-1][:4]], device=device)
-    stops = collect_stop_token_ids(model)
+    stops = model.stop_token_ids
     vocabulary = exported.get_input_embeddings().weight.shape[0]
     other = next(i for i in range(vocabulary) if i not in stops)
 

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 from qlora_kit import ExportEstimate, ExportRequest, LoadedModel, Verification, nest_export
 from qlora_kit.artifacts.config_files import (
-    collect_stop_token_ids,
     write_generation_config,
     write_tokenizer,
 )
@@ -107,7 +106,7 @@ class CTranslate2Exporter:
             )
             for path in converted.iterdir():
                 shutil.move(path, folder / path.name)
-        stops = collect_stop_token_ids(request.model)
+        stops = request.model.stop_token_ids
         _state_start_and_end(folder / "config.json", request.model)
         write_generation_config(request.model, folder)
         write_tokenizer(request.model, folder)

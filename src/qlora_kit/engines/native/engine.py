@@ -22,6 +22,7 @@ from qlora_kit.engines.peft_model import (
     check_start,
     keep_weights_unpacked,
     make_adapted,
+    make_lora_arguments,
     settle_stop_tokens,
 )
 from qlora_kit.engines.quantization import make_quantization_config, set_compute_dtype
@@ -138,24 +139,8 @@ class NativeEngine:
 def _make_lora_config(config: AdapterConfig, *, use_loftq: bool) -> Any:
     from peft import LoraConfig
 
-    targets = config.target_modules
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        bias=config.bias,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
+    arguments = make_lora_arguments(config)
+    if use_loftq:
         # LoftQ is computed here afterwards: peft's own needs a GPU and an unquantized base.
-        init_lora_weights=True if use_loftq else config.init_lora_weights,
-        modules_to_save=list(config.modules_to_save) if config.modules_to_save else None,
-        layers_to_transform=(
-            config.layers_to_transform
-            if config.layers_to_transform is None or isinstance(config.layers_to_transform, int)
-            else list(config.layers_to_transform)
-        ),
-        rank_pattern=dict(config.rank_pattern or {}),
-        alpha_pattern=dict(config.alpha_pattern or {}),
-    )
+        arguments["init_lora_weights"] = True
+    return LoraConfig(task_type="CAUSAL_LM", **arguments)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from qlora_kit.artifacts.config_files import collect_stop_token_ids
 from qlora_kit.errors import ConfigError, ExportError, UnsupportedModelError
 from qlora_kit.exporters.gguf.conversion.file_plan import pad
 from qlora_kit.exporters.gguf.conversion.file_writer import convert
@@ -145,7 +144,7 @@ def _run_on_base(request: ExportRequest, lora: Path) -> list[Check]:
             model.tokenizer,
             Path(scratch),
             quantization="f16",
-            stop_token_ids=collect_stop_token_ids(model),
+            stop_token_ids=model.stop_token_ids,
         )
         files = [(RECIPES["f16"], done.files["f16"])]
         return check_run(model, files, merges_into_original=True, lora=lora)

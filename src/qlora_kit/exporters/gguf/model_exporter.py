@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from qlora_kit.artifacts.config_files import collect_stop_token_ids
 from qlora_kit.errors import ConfigError
 from qlora_kit.exporters.gguf.conversion.file_plan import plan_conversion
 from qlora_kit.exporters.gguf.conversion.file_writer import convert
@@ -103,7 +102,7 @@ class GgufExporter:
                 name=choose_name(request),
             )
         vocabulary = read_vocabulary(
-            request.model.tokenizer, plan.vocabulary_size, collect_stop_token_ids(request.model)
+            request.model.tokenizer, plan.vocabulary_size, request.model.stop_token_ids
         )
         _, notes = check_vocabulary(vocabulary, request.model.tokenizer)
         size = sum(plan.data_bytes(recipe) + _count_bytes(vocabulary) for recipe in plan.recipes)
@@ -123,7 +122,7 @@ class GgufExporter:
                 name=choose_name(request),
                 threads=options.threads,
                 progress=request.progress,
-                stop_token_ids=collect_stop_token_ids(model),
+                stop_token_ids=model.stop_token_ids,
             )
             base = source.base
         rounding = choose_rounding(model, options.dtype)
@@ -139,7 +138,7 @@ class GgufExporter:
         if options.modelfile:
             formatter = model.record.formatter
             spec = None if formatter is None else formatter.template_spec()
-            modelfile = describe_prompt(spec, model.tokenizer, collect_stop_token_ids(model))
+            modelfile = describe_prompt(spec, model.tokenizer, model.stop_token_ids)
             text = write_modelfile(modelfile, [path.name for path in done.files.values()])
             if text is None:
                 facts["notes"].append(
@@ -166,9 +165,7 @@ class GgufExporter:
             into_original = source.base == "original"
             return compare_by_level(
                 request.verify,
-                lambda: check_files(
-                    files, plan, source, model.tokenizer, collect_stop_token_ids(model)
-                ),
+                lambda: check_files(files, plan, source, model.tokenizer, model.stop_token_ids),
                 lambda: (check_run(model, files, merges_into_original=into_original), {}),
             )
 
