@@ -177,6 +177,15 @@ def test_what_llama_cpp_cannot_apply_is_refused_with_advice(settings, said, tmp_
     assert "'gguf'" in str(caught.value)
 
 
+def test_an_adapter_that_lora_ga_started_is_refused_as_it_fits_a_changed_base_only(
+    checkpoint, tmp_path
+):
+    model = load(checkpoint, r=4)
+    model.model.peft_config["default"].init_lora_weights = "lora_ga"
+    with pytest.raises(UnsupportedModelError, match="lora_ga"):
+        GgufLoraExporter().check(ask(GgufLoraExporter(), model, tmp_path / "out"))
+
+
 def test_a_model_without_an_adapter_exports_as_it_is(checkpoint, tmp_path):
     model = qlora_kit.load_quantized(checkpoint, 128, "float32", False, engine="native")
     _, verification = run(GgufExporter(), model, tmp_path / "out", verify="full")
