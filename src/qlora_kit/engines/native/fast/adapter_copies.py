@@ -58,6 +58,8 @@ class AdapterCopies:
         for slot in self._slots:
             down = torch.stack([part.down.detach() for part in slot.parts])
             self._down_all.data[:, slot.ranks].copy_(down)
+            # B carries the scaling: a multiplication of (N, r) once a step, not of (T, N) per
+            # micro-batch; its gradient is scaled back when it is gathered.
             up = torch.stack([part.up.detach() for part in slot.parts])
             if slot.scaling != 1.0:
                 up *= slot.scaling
@@ -109,7 +111,7 @@ class _Slot:
 def make_adapter_copies(
     groups: Sequence[GroupReader], dtype: torch.dtype
 ) -> tuple[list[AdapterCopies], dict[int, tuple[Tensor, Tensor]]]:
-    """Banks for groups of any mixture of shapes.
+    """Copies for groups of any mixture of shapes.
 
     Returns:
         The copies, and each group's ``(down, up)`` by ``id(group)``; groups without adapters have

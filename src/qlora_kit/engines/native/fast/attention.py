@@ -60,6 +60,7 @@ def make_block_mask(bounds: Tensor, tokens: int) -> Tensor:
         Boolean, shape ``(1, 1, T, T)``.
     """
     positions = torch.arange(tokens, device=bounds.device)
+    # (T,): the example each token is in; the first bound, 0, would shift the count by one.
     owner = torch.bucketize(positions, bounds[1:], right=True)
     mask = (owner[:, None] == owner[None, :]) & (positions[:, None] >= positions[None, :])
     return mask[None, None]
@@ -83,6 +84,8 @@ def attend(
         Shape ``(T, H, D)``.
     """
     if mask is not None:
+        # Grouped-query attention (Ainslie et al., arXiv:2305.13245): query head h reads key head
+        # h // groups, so that each key head stands beside the queries it serves.
         groups = q.shape[1] // k.shape[1]
         k, v = (tensor.repeat_interleave(groups, dim=1) for tensor in (k, v))
         out = torch.nn.functional.scaled_dot_product_attention(
@@ -98,6 +101,8 @@ def _forward_cuda(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     most = int(longest)
+    # lse: the log of each row's softmax denominator, (H, T) in float32. The backward pass
+    # recomputes probabilities from it instead of keeping (T, T) of them.
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         q, k, v, bounds, bounds, most, most, 0.0, True, False, scale=scale
     )
@@ -184,6 +189,7 @@ def _backward_segments(
         )
         for index, (whole, part) in enumerate(zip(grads, parts, strict=True)):
             heads = part[0]
+            # (H, L, D) -> (G, L, D): a key head served several query heads, whose gradients add.
             if index > 0 and repeats > 1:
                 heads = heads.unflatten(0, (-1, repeats)).sum(1)
             whole[start:end] = heads.transpose(0, 1)

@@ -59,6 +59,7 @@ class GraphPool:
         Returns:
             The micro-batch's share of the mean loss, and ``[hits, entropy]``.
         """
+        # Whatever changes a kernel's launch; contents are copied into the captured tensors.
         key = (len(batch.input_ids), len(batch.bounds), len(batch.trained), int(batch.longest))
         captured = self._graphs.get(key)
         if captured is None:

@@ -91,6 +91,7 @@ def decoder_layer(
     q_size, kv_size = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     x = _rms_norm(hidden, layer.input_norm, shape.epsilon)
     q, k, v = _apply(x, layer.qkv).split([q_size, kv_size, kv_size], dim=1)
+    # (T, heads * D) -> (T, heads, D): examples lie end to end, there is no batch dimension.
     q = q.reshape(tokens, shape.heads, shape.head_dim)
     k = k.reshape(tokens, shape.kv_heads, shape.head_dim)
     v = v.reshape(tokens, shape.kv_heads, shape.head_dim)
@@ -122,6 +123,8 @@ def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    # RoPE (Su et al., arXiv:2104.09864) as transformers lays it out: dimension i turns with
+    # i + D/2, not with its neighbour; cos and sin, (T, D), repeat their first half.
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
     return x * cos[:, None] + turned * sin[:, None]

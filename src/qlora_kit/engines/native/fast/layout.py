@@ -164,6 +164,7 @@ def lay_out(
         fillers = filled - tokens
         # Fillers form examples too: positions without one would hold whatever memory held.
         lengths += [longest] * (fillers // longest) + [fillers % longest] * (fillers % longest > 0)
+        # Only these positions reach the language-model head: most of a prompt's never do.
         targets = np.concatenate([example.targets for example in group])
         trained = np.flatnonzero(targets != IGNORED_LABEL)
         bounds = np.cumsum([0, *lengths])

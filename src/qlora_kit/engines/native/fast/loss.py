@@ -51,11 +51,15 @@ def softmax_step(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     counts = targets != IGNORED_LABEL
     places = torch.where(counts, targets, 0)[:, None]
     chosen = scores.gather(1, places)
+    # log sum exp(s) = m + log sum exp(s - m): with the maximum m taken out nothing overflows.
     highest = scores.amax(1, keepdim=True)
     raised = (scores - highest).exp()
     total = raised.sum(1, keepdim=True)
     normalizer = highest + total.log()
+    # Entropy is -sum p log p = normalizer - sum p s, since log p = s - normalizer.
     weighted = (raised * scores).sum(1, keepdim=True) / total
+    # d(normalizer - s_target)/ds = p - 1[target]. A comparison rather than a scatter, which
+    # would keep the compiler from fusing all of this into one pass.
     one = torch.arange(logits.shape[1], device=logits.device)[None] == places
     gradient = torch.where(counts[:, None], raised / total - one.to(dtype), 0.0).to(logits.dtype)
     kept = counts[:, None].to(dtype)
@@ -97,6 +101,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32,
             device=hidden.device,
         )
+        # (P, H) in pieces of `chunk` rows: logits (chunk, V) and their gradient exist once, and
+        # (chunk, V)(V, H) -> (chunk, H) leaves what the decoder's backward pass begins with.
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
             gradient, part_sums = step(hidden[part] @ weight.T, targets[part])

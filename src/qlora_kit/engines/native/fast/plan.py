@@ -109,10 +109,13 @@ class MemoryModel:
 
     def predict(self, tokens: int, checkpointed: int, *, caches: bool, loss_chunk: int) -> int:
         """Peak bytes beyond the loaded model for a micro-batch of ``tokens``."""
+        # A layer that is not recomputed keeps its activations; every layer keeps its input; of
+        # the recomputed ones (Chen et al., arXiv:1604.06174) one at a time holds all of its own.
         kept = (self.layers - checkpointed) * self.saved_per_token
         kept += self.layers * self.boundary_per_token
         if checkpointed:
             kept += self.saved_per_token
+        # On the fly, the next group is dequantized while the last one's memory is still held.
         fixed = self.dequantized if caches else 2 * self.largest_group
         fixed += self.gradients + min(loss_chunk, tokens) * self.loss_per_token
         return fixed + tokens * (kept + self.transient_per_token)
@@ -245,6 +248,9 @@ def resolve_plan(
     def predict(tokens: int, checkpointed: int, caches: bool) -> int:
         return memory.predict(tokens, checkpointed, caches=caches, loss_chunk=chunk)
 
+    # In the order of what each choice costs: caching weights pays only where steps are small;
+    # smaller micro-batches cost nothing down to what saturates the card; then shorter chunks of
+    # the loss; then recomputing layers, about a third of a step when all of them are.
     pinned = _pinned_layers(asked, layers)
     caches = asked.weights == "cache" and is_quantized
     if asked.weights == "auto" and is_quantized and asked.checkpointing != "full":

@@ -84,6 +84,7 @@ def dequantize(
             for weight, scale, row in zip(weights, scales, rows, strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+    # Straight into its rows of the whole: concatenating would copy every weight once more.
     out = torch.empty((sum(rows), columns), dtype=dtype, device=weights[0].device)
     start = 0
     for weight, scale, row in zip(weights, scales, rows, strict=True):
@@ -165,6 +166,9 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     rows, columns, blocksize, quant_type = ctx.settings
     grad_down = grad_up = low_grad = down = None
     if ctx.has_adapter:
+        # With y = x W' + low up' and low = x down': the chain rule, smallest products first.
+        # (T, N)(N, R) -> (T, R); (R, T)(T, K) -> (R, K); (N, T)(T, R) -> (N, R). W never gets a
+        # gradient, so none of the products is as large as the forward pass's but the last.
         x, low, down, up = adapter
         low_grad = grad @ up
         grad_down = low_grad.T @ x

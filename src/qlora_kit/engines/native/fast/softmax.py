@@ -17,6 +17,7 @@ from qlora_kit.values import IGNORED_LABEL
 
 __all__ = ["fused_softmax_step"]
 
+# 4,096 logits for 8 warps are 16 a thread: enough loads in flight to cover a pass's latency.
 _BLOCK = 4096
 
 
@@ -59,12 +60,15 @@ def _softmax_kernel(  # type: ignore[no-untyped-def]
     for start in range(0, columns, BLOCK):
         mask = start + lanes < columns
         score = tl.load(base + start + lanes, mask, other=-3.0e38).to(tl.float32)
+        # Each lane keeps the sums relative to its own maximum so far; a new maximum rescales
+        # what was added up before, exp(old - new) <= 1.
         raised = tl.maximum(highest, score)
         scale = tl.exp(highest - raised)
         share = tl.where(mask, tl.exp(score - raised), 0.0)
         total = total * scale + share
         weighted = weighted * scale + share * score
         highest = raised
+    # The lanes' sums on one footing, then across lanes; entropy = normalizer - sum p s.
     top = tl.max(highest, 0)
     factor = tl.exp(highest - top)
     total_all = tl.sum(total * factor, 0)

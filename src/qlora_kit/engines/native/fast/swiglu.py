@@ -58,6 +58,8 @@ def _backward_kernel(grad, gate_up, out, columns, BLOCK: tl.constexpr):  # type:
     above = tl.load(grad + row * columns + column, mask).to(tl.float32)
     gate = tl.load(gate_up + 2 * row * columns + column, mask).to(tl.float32)
     up = tl.load(gate_up + (2 * row + 1) * columns + column, mask).to(tl.float32)
+    # silu(g) = g s(g), silu'(g) = s(g) + g s(g) (1 - s(g)); d/dg = above * up * silu'(g) and
+    # d/dup = above * silu(g). s is computed again: keeping it would double what is saved.
     opened = tl.sigmoid(gate)
     silu = gate * opened
     gate_grad = above * up * (opened + silu * (1.0 - opened))
