@@ -12,7 +12,7 @@ from forward import logits_of
 from gguf_llamacpp import Llama, kl_divergence
 from qlora_kit.engines.gguf.cached_checkpoint import dequantize_gguf
 from qlora_kit.engines.gguf.file_tokenizer import build_tokenizer
-from qlora_kit.errors import UnsupportedModelError
+from qlora_kit.errors import ModelNotFoundError, UnsupportedModelError
 from qlora_kit.exporters.gguf.conversion.file_writer import convert
 from qlora_kit.exporters.gguf.tokenizer.probe_texts import list_probe_texts, mix_with_tokens
 from qlora_kit.weights.source import SafetensorsSource
@@ -121,3 +121,80 @@ def test_a_model_trained_again_under_the_same_name_is_read_anew(tmp_path):
     tensor.data[:] *= 2
     reader.data.flush()
     assert dequantize_gguf(path, tmp_path / "cache") != first
+
+
+# -- files that are not the whole model ------------------------------------------------------------
+
+
+def rewrite(source, target, *, leave_out=(), rename=None, drop_keys=(), most=0):
+    """A copy of a file with tensors or keys changed, in several parts if ``most`` tensors fit."""
+    import gguf
+
+    reader = gguf.GGUFReader(source)
+    architecture = reader.get_field("general.architecture").contents()
+    writer = gguf.GGUFWriter(target, architecture, split_max_tensors=most)
+    for field in reader.fields.values():
+        if field.name in ("general.architecture", *drop_keys) or field.name.startswith("GGUF."):
+            continue
+        inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
+    for tensor in reader.tensors:
+        if tensor.name not in leave_out:
+            name = (rename or {}).get(tensor.name, tensor.name)
+            writer.add_tensor(name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    model = tiny.make_model(tiny.make_config("llama"))
+    return export(tmp_path_factory.mktemp("whole"), model, tiny.byte_level_tokenizer(), "f32")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"leave_out": ["blk.1.ffn_up.weight"]}, r"lacks 1 of \d+ .*ffn_up.weight; they would"),
+        ({"rename": {"blk.0.attn_q.weight": "blk.0.attn_query.weight"}}, "lacks 1 .*attn_q.weight"),
+        ({"rename": {"output.weight": "blk.7.ffn_up.weight"}}, "holds 1 .*blk.7.ffn_up.weight"),
+        ({"drop_keys": ["llama.block_count"]}, "llama.block_count is missing"),
+        ({"drop_keys": ["llama.embedding_length", "llama.attention.head_count"]},
+         "llama.embedding_length, llama.attention.head_count are missing"),
+    ],
+)  # fmt: skip
+def test_a_file_without_its_whole_model_is_refused(whole, tmp_path, change, said):
+    path = rewrite(whole, tmp_path / "part.gguf", **change)
+    with pytest.raises(UnsupportedModelError, match=said):
+        dequantize_gguf(path, tmp_path / "cache")
+    assert list((tmp_path / "cache").glob("*")) == []
+
+
+def test_a_model_in_parts_is_read_whole_from_any_of_them(whole, tmp_path):
+    rewrite(whole, tmp_path / "it.gguf", most=8)
+    parts = sorted(tmp_path.glob("it-*.gguf"))
+    assert len(parts) > 2
+    expected = dequantize_gguf(whole, tmp_path / "cache")
+    for part in (parts[0], parts[-1]):
+        folder = dequantize_gguf(part, tmp_path / "cache")
+        with SafetensorsSource(expected) as right, SafetensorsSource(folder) as got:
+            assert list(right.names()) == list(got.names())
+            assert all(torch.equal(right.load(name), got.load(name)) for name in right.names())
+    assert not list((tmp_path / "cache").glob("*.gguf"))
+    parts[1].unlink()
+    with pytest.raises(ModelNotFoundError, match=rf"{parts[1].name} is not beside it"):
+        dequantize_gguf(parts[0], tmp_path / "other")
+    lonely = parts[0].rename(tmp_path / "first.gguf")
+    with pytest.raises(UnsupportedModelError, match="not called like one"):
+        dequantize_gguf(lonely, tmp_path / "other")
+
+
+def test_parts_of_different_models_are_refused(whole, tmp_path):
+    rewrite(whole, tmp_path / "it.gguf", most=8)
+    parts = sorted(tmp_path.glob("it-*.gguf"))
+    parts[2].write_bytes(parts[1].read_bytes())
+    with pytest.raises(UnsupportedModelError, match="says that it is part 1"):
+        dequantize_gguf(parts[0], tmp_path / "cache")

@@ -12,14 +12,17 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from qlora_kit.engines.gguf.completeness import check_keys, check_tensors
 from qlora_kit.engines.gguf.file_tokenizer import (
     build_tokenizer,
     collect_end_token_ids,
     read_value,
 )
+from qlora_kit.engines.gguf.split_files import find_parts, join_parts
 from qlora_kit.errors import MissingDependencyError, ModelNotFoundError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -31,7 +34,7 @@ __all__ = ["dequantize_gguf"]
 logger = logging.getLogger(__name__)
 
 #: Part of the cache key; raised when the files written here change.
-_CACHE_VERSION: Final = 2
+_CACHE_VERSION: Final = 3
 
 #: Architectures whose logits were compared with llama.cpp's (transformers 5.17). It drops
 #: gemma's norms and windows, and qwen3moe's experts do not load.
@@ -45,7 +48,7 @@ def dequantize_gguf(path: Path, cache_dir: Path) -> Path:
     """The checkpoint folder for a GGUF file, written on first use.
 
     Args:
-        path: A ``.gguf`` file.
+        path: A ``.gguf`` file, or any part of a model in several.
         cache_dir: Where dequantized checkpoints are kept, one folder per file content.
 
     Returns:
@@ -54,7 +57,9 @@ def dequantize_gguf(path: Path, cache_dir: Path) -> Path:
 
     Raises:
         MissingDependencyError: When the ``gguf`` package is not installed.
-        UnsupportedModelError: When the file is damaged, or transformers would read it wrongly.
+        ModelNotFoundError: When a part of the model is missing.
+        UnsupportedModelError: When the file is damaged or incomplete, or transformers would read
+            it wrongly.
     """
     try:
         import gguf  # noqa: F401
@@ -62,18 +67,27 @@ def dequantize_gguf(path: Path, cache_dir: Path) -> Path:
         raise MissingDependencyError(
             f"Reading {path} needs the gguf package: pip install 'qlora-kit[gguf]'."
         ) from error
-    folder = cache_dir / f"{path.stem}-{_fingerprint(path)}"
+    reader = _open(path)
+    parts = find_parts(path, reader)
+    folder = cache_dir / f"{path.stem}-{_fingerprint(parts)}"
     if (folder / "config.json").is_file():
         logger.info("Using the dequantized checkpoint %s", folder)
         return folder
-    reader = _open(path)
-    _check_architecture(reader, path)
-    tokenizer = build_tokenizer(reader, path)
     cache_dir.mkdir(parents=True, exist_ok=True)
     # Written aside and renamed, so that a second process never sees half a checkpoint.
     staging = Path(tempfile.mkdtemp(prefix=f".{path.stem}-", dir=cache_dir))
+    whole = path
     try:
-        _write_checkpoint(path, reader, tokenizer, staging)
+        if len(parts) > 1:
+            logger.info("Joining the %d parts of %s.", len(parts), path)
+            # Beside what is written from it, and never within: the checkpoint is moved away.
+            whole = staging.with_suffix(".gguf")
+            join_parts(parts, [_open(part) for part in parts], whole)
+            reader = _open(whole)
+        _check_architecture(reader, path)
+        check_keys(reader, path)
+        tokenizer = build_tokenizer(reader, path)
+        _write_checkpoint(path, whole, reader, tokenizer, staging)
         os.replace(staging, folder)
     except OSError:
         # Another process may have finished the same folder first.
@@ -81,14 +95,19 @@ def dequantize_gguf(path: Path, cache_dir: Path) -> Path:
             raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if whole != path:
+            whole.unlink(missing_ok=True)
     logger.info("Dequantized %s into %s", path, folder)
     return folder
 
 
-def _fingerprint(path: Path) -> str:
-    """A hash of the whole file: models trained again differ in the middle, with the same size."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, lambda: hashlib.sha256(f"{_CACHE_VERSION}:".encode()))
+def _fingerprint(parts: Sequence[Path]) -> str:
+    """A hash of all of it: models trained again differ in the middle, with the same size."""
+    digest = hashlib.sha256(f"{_CACHE_VERSION}:".encode())
+    for part in parts:
+        with part.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()[:16]
 
 
@@ -146,22 +165,27 @@ def _check_architecture(reader: GGUFReader, path: Path) -> None:
 
 
 def _write_checkpoint(
-    path: Path, reader: GGUFReader, tokenizer: PreTrainedTokenizerFast, folder: Path
+    path: Path,
+    whole: Path,
+    reader: GGUFReader,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
 ) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
     # transformers undoes the permutation of q and k in llama files that exporters/gguf/families
     # makes. What it drops was refused before; what it misreads is set below.
-    config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+    config = AutoConfig.from_pretrained(str(whole.parent), gguf_file=whole.name)
     architecture = read_value(reader, "general.architecture")
     key_length = read_value(reader, f"{architecture}.attention.key_length")
     if key_length is not None:
         config.head_dim = int(key_length)
+    check_tensors(reader, config, path)
     model = AutoModelForCausalLM.from_pretrained(
-        str(path.parent),
+        str(whole.parent),
         config=config,
-        gguf_file=path.name,
+        gguf_file=whole.name,
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.bfloat16,
     )
