@@ -45,13 +45,14 @@ class TrainResult:
         total_parameters: Number of parameters of the model, counted unquantized.
         optimizer: The optimizer that ran.
         optimizer_note: Why it is not the one asked for, or an empty string.
-        was_interrupted: Whether Ctrl-C ended the run early.
+        was_interrupted: Whether Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 ended the run early.
         checkpoint: Where an interrupted run can resume from, or ``None``.
         output_dir: Where checkpoints and the manifest are.
         manifest_path: The run's manifest, JSON.
         versions: Versions of the packages that took part.
         log_history: The trainer's own log records.
         plan: How steps were computed: micro-batches, checkpointing, weights, compilation.
+        run_id: The run's name in its checkpoints and manifest; a resumed run keeps it.
     """
 
     steps: int
@@ -75,6 +76,7 @@ class TrainResult:
     versions: Mapping[str, str]
     log_history: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
     plan: str = ""
+    run_id: str = ""
 
     def __str__(self) -> str:
         first, last = (self.losses[0], self.losses[-1]) if self.losses else (float("nan"),) * 2

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
+from qlora_kit.artifacts.files import list_files
 from qlora_kit.errors import ConfigError, QloraKitError
 from qlora_kit.handles import AdaptedModel, LoadedModel
-from qlora_kit.manifest import describe_model, read_manifest, write_manifest
+from qlora_kit.manifest import MANIFEST_NAME, describe_model, read_manifest, write_manifest
 
 __all__ = [
     "find_manifest",
@@ -25,16 +27,29 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_OF_A_RANK: Final = re.compile(r"rng_state_\d+\.pth|.*\.partial")
+
 Model = TypeVar("Model", bound=LoadedModel)
 
 
-def write_checkpoint_manifest(model: LoadedModel, folder: Path) -> None:
-    """Say in a checkpoint itself which base and formatter it belongs to.
+def write_checkpoint_manifest(model: LoadedModel, folder: Path, run: Mapping[str, Any]) -> None:
+    """Say in a checkpoint itself which base, formatter and run it belongs to, and hash its files.
 
     The run's manifest is written when the run ends, and stays behind where a checkpoint is
-    copied from.
+    copied from. It is the last file to be written: a checkpoint that has it is whole.
+
+    Args:
+        model: What is trained.
+        folder: The checkpoint.
+        run: What is to be said of the run.
     """
-    write_manifest(folder, "checkpoint", describe_model(model))
+    files = [
+        file
+        for file in list_files(folder)
+        # Other ranks may be writing theirs.
+        if file.name != MANIFEST_NAME and not _OF_A_RANK.fullmatch(file.name)
+    ]
+    write_manifest(folder, "checkpoint", {**describe_model(model), "run": run, "files": files})
 
 
 def find_manifest(path: Path) -> dict[str, Any]:

@@ -28,6 +28,10 @@ def make_parser() -> argparse.ArgumentParser:
     _add_data(train)
     train.add_argument("--output", default="outputs", help="checkpoints and the manifest")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    train.add_argument(
+        "--auto-resume", dest="resume", action="store_const", const="auto",
+        help="go on from the last checkpoint where there is one, and start where not",
+    )  # fmt: skip
     train.add_argument("--r", type=int, default=None, help="rank of a new adapter (16)")
     train.add_argument(
         "--lora-alpha", type=float, default=None, help="its scale times the rank (16)"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +111,8 @@ class Trainer(Protocol):
         tokens_seen: Tokens of the micro-batches taken, padding excluded.
         trained_tokens: Of those, the tokens whose prediction carried loss.
         uses_fast_step: Whether the trainer computes steps itself, which then have a plan.
+        while_saving: Training sets it to what is entered while a checkpoint is written, so that
+            no signal tears one apart.
         fast_plan: That plan, from the first step until ``release``; ``None`` otherwise.
     """
 
@@ -118,6 +120,7 @@ class Trainer(Protocol):
     state: Any
     control: Any
     callback_handler: Any
+    while_saving: Callable[[], AbstractContextManager[Any]]
 
     @property
     def step_losses(self) -> Sequence[float]: ...

@@ -6,7 +6,10 @@ and has no other path: without triton, or on a CPU, its trainer fails at the fir
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -223,12 +226,58 @@ class TrainerBase(StepRecorder, PortableLoss, NoTelemetry, NoDraftCards, TrlStep
                 if name in before and parameter.dtype != before[name].dtype:
                     parameter.data = before[name].to(parameter.device)
 
+    #: Entered while a checkpoint is written; training sets it, so that no signal tears one apart.
+    while_saving: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+
     def save_checkpoint(self) -> bool:
         """Write a checkpoint of the steps done; whether there were any."""
         if self.state.global_step == 0 or self.optimizer is None:  # type: ignore[attr-defined]
             return False
         self._save_checkpoint(self.model, trial=None)  # type: ignore[attr-defined]
         return True
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self.while_saving():
+            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> Any:
+        found = super()._init_training_state(max_steps, *args)  # type: ignore[misc]
+        # A checkpoint brings its own run's, which would go on whatever is asked for now.
+        self.state.compute_steps(self.args, max_steps)  # type: ignore[attr-defined]
+        return found
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load both, and keep to the settings of this run where the checkpoint's differ."""
+        import torch
+
+        optimizer, scheduler = self.optimizer, self.lr_scheduler  # type: ignore[attr-defined]
+        asked = [
+            {name: value for name, value in group.items() if name not in ("params", "lr")}
+            for group in optimizer.param_groups
+        ]
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is None:
+            return
+        if not (Path(checkpoint) / "scheduler.pt").is_file():
+            with warnings.catch_warnings():
+                # torch expects steps of the optimizer between them.
+                warnings.simplefilter("ignore")
+                for _ in range(self.state.global_step):  # type: ignore[attr-defined]
+                    scheduler.step()
+            return
+        for group, settings in zip(optimizer.param_groups, asked, strict=True):
+            group.update(settings)
+        if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            # The rate of the next step, from this run's schedule; the same to the bit where the
+            # checkpoint's was the same.
+            scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+            rates = [
+                base * rate(scheduler.last_epoch)
+                for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            ]
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            scheduler._last_lr = rates
 
     def release(self) -> None:
         """Give the model back its own ``forward``."""

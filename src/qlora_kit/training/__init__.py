@@ -5,9 +5,11 @@ This stage joins data, configuration and an engine's trainer, watches the run an
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit import device as device_module
@@ -22,13 +24,20 @@ from qlora_kit.training.arguments import (
     choose_optimizer,
     read_settings,
 )
+from qlora_kit.training.checkpoint import list_checkpoints
 from qlora_kit.training.examples import (
     TrainingData,
     make_collator,
     prepare_examples,
     prepare_training_data,
 )
-from qlora_kit.training.resumption import find_checkpoint
+from qlora_kit.training.identity import identify_run, make_run_id
+from qlora_kit.training.output_lock import check_unused, hold_folder
+from qlora_kit.training.resumption import (
+    Resumption,
+    choose_checkpoint,
+    find_checkpoints,
+)
 from qlora_kit.training.run import Run, run_training
 from qlora_kit.training.validation import (
     check_output_folder,
@@ -55,6 +64,7 @@ def train_sft(
     plan: Any = None,
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
     resume_from_checkpoint: bool | str | os.PathLike[str] | None = None,
+    resume_with_changes: bool = False,
     **sft_config: Any,
 ) -> TrainResult:
     """Fine-tune the adapter with TRL's ``SFTTrainer`` and the classic script's settings.
@@ -83,23 +93,31 @@ def train_sft(
             a dictionary or :class:`~qlora_kit.engines.native.fast.plan.FastPlan` pins choices,
             for example ``{"checkpointing": "full", "weights": "nf4"}``.
         callbacks: ``TrainerCallback`` objects or classes.
-        resume_from_checkpoint: ``True`` for the last checkpoint in ``output_dir``, or a path.
+        resume_from_checkpoint: ``True`` for the last whole checkpoint in ``output_dir``, ``"auto"``
+            for the same where there is one and a new run where not, or a path. It must be of this
+            run: the same rows, template, base, adapter and settings, but for the number of steps
+            and whatever only concerns logging, saving and memory.
+        resume_with_changes: Go on from another run's checkpoint all the same, with the rows and
+            settings given here from its step on.
         **sft_config: Any field of TRL's ``SFTConfig``, by its own name.
 
     Returns:
         Losses per step, tokens, seconds, memory, versions and the manifest's path. After Ctrl-C,
-        the same for the steps that were done, with the checkpoint to resume from.
+        SIGTERM, SIGHUP or SIGUSR1 the same for the steps that were done, with the checkpoint to
+        resume from.
 
     Raises:
         ConfigError: When the model has no adapter to train or a setting cannot work;
             ``UnknownOptionError`` for unknown fields, with the nearest name.
         DataError: When rows are missing or malformed, or none has a token to train on.
-        TrainingError: When the device runs out of memory; nothing is changed silently.
+        TrainingError: When the device runs out of memory; nothing is changed silently. When
+            another training writes to ``output_dir``.
     """
     _check_model(model)
     fields = {**sft_config, "packing": packing}
     check_values(fields, has_eval=eval_dataset is not None)
     callbacks = _check_callbacks(callbacks)
+    _check_insisting(resume_with_changes, resume_from_checkpoint)
     settings = read_settings(fields, truncation, model.max_seq_length)
     options = settings.data
     folder = check_output_folder(output_dir)
@@ -107,7 +125,6 @@ def train_sft(
     optimizer = choose_optimizer(settings.optimizer, device)
     if optimizer.note:
         logger.info("Optimizer: %s.", optimizer.note)
-    resume = find_checkpoint(resume_from_checkpoint, folder, model)
     with quietly(model.engine):
         args = build_arguments(
             model,
@@ -117,29 +134,52 @@ def train_sft(
             optimizer=optimizer,
             has_eval=eval_dataset is not None,
         )
-    if resume is not None and 0 < args.max_steps <= resume.step:
+    new_id = make_run_id()
+    # One process of several that train together holds the folder for all.
+    with hold_folder(folder, new_id) if args.process_index == 0 else contextlib.nullcontext():
+        found = find_checkpoints(resume_from_checkpoint, folder, model)
+        data = prepare_training_data(model, train_dataset, formatter, options, args.seed)
+        eval_rows = _prepare_eval(model, eval_dataset, data, options)
+        is_flat = data.is_packed or options.padding_free
+        job = TrainJob(
+            args=args,
+            train_dataset=data.dataset,
+            eval_dataset=eval_rows,
+            collator=make_collator(model, options, is_flat=is_flat),
+            is_packed=is_flat,
+            callbacks=callbacks,
+            plan=plan,
+            chooses_checkpointing=(
+                "gradient_checkpointing" not in sft_config
+                and model.adapter.use_gradient_checkpointing == "auto"
+            ),
+        )
+        identity = identify_run(model, data.dataset, data.formatter, args)
+        resumption = choose_checkpoint(
+            found, resume_from_checkpoint, identity, new_id, takes_changes=resume_with_changes
+        )
+        _check_place(resumption, folder, args.max_steps)
+        return run_training(
+            model, Run(job, data, options, optimizer, device, folder, identity, resumption)
+        )
+
+
+def _check_place(resumption: Resumption, folder: Path, max_steps: int) -> None:
+    """Refuse a run that is over, and say of other runs' checkpoints in the way of a new one."""
+    resumed = resumption.checkpoint
+    if resumed is not None and 0 < max_steps <= resumed.step:
         raise ConfigError(
-            f"{resume.path} has done {resume.step} steps already, and ",
-            Setting("max_steps", args.max_steps, "train_sft"),
+            f"{resumed.path} has done {resumed.step} steps already, and ",
+            Setting("max_steps", max_steps, "train_sft"),
             ". Raise max_steps to go on.",
         )
-    data = prepare_training_data(model, train_dataset, formatter, options, args.seed)
-    eval_rows = _prepare_eval(model, eval_dataset, data, options)
-    is_flat = data.is_packed or options.padding_free
-    job = TrainJob(
-        args=args,
-        train_dataset=data.dataset,
-        eval_dataset=eval_rows,
-        collator=make_collator(model, options, is_flat=is_flat),
-        is_packed=is_flat,
-        callbacks=callbacks,
-        plan=plan,
-        chooses_checkpointing=(
-            "gradient_checkpointing" not in sft_config
-            and model.adapter.use_gradient_checkpointing == "auto"
-        ),
-    )
-    return run_training(model, Run(job, data, options, optimizer, device, folder, resume))
+    others = [one.path.name for one in list_checkpoints(folder) if one.run_id != resumption.run_id]
+    if others:
+        logger.warning(
+            "%s holds other runs' checkpoints (%s). They stay, but for those of steps that this "
+            "run saves as well: give another output_dir to keep them.",
+            folder, ", ".join(others[:5]),
+        )  # fmt: skip
 
 
 def check_training(
@@ -150,6 +190,7 @@ def check_training(
     plan: Any = None,
     callbacks: Any = None,
     resume_from_checkpoint: bool | str | os.PathLike[str] | None = None,
+    resume_with_changes: bool = False,
     **sft_config: Any,
 ) -> None:
     """Refuse settings that :func:`train_sft` would refuse whatever the model, before loading one.
@@ -161,6 +202,7 @@ def check_training(
         plan: Left to the engine, which comes with the model.
         callbacks: As for ``train_sft``.
         resume_from_checkpoint: As for ``train_sft``.
+        resume_with_changes: As for ``train_sft``.
         **sft_config: Any field of TRL's ``SFTConfig``, by its own name.
 
     Raises:
@@ -169,7 +211,29 @@ def check_training(
     _check_callbacks(callbacks)
     check_values(sft_config, has_eval=has_eval)
     read_settings(sft_config, truncation, longest=2)
-    find_checkpoint(resume_from_checkpoint, check_output_folder(output_dir), None)
+    folder = check_output_folder(output_dir)
+    _check_insisting(resume_with_changes, resume_from_checkpoint)
+    check_unused(folder)
+    find_checkpoints(resume_from_checkpoint, folder, None)
+
+
+def _check_insisting(takes_changes: object, resume: object) -> None:
+    if not isinstance(takes_changes, bool):
+        raise ConfigError(
+            Setting("resume_with_changes"),
+            f" must be True or False, got {takes_changes!r}.",
+            parameter="resume_with_changes",
+            value=takes_changes,
+        )
+    if takes_changes and not resume:
+        raise ConfigError(
+            Setting("resume_with_changes", True),
+            " is about a checkpoint: give ",
+            Setting("resume_from_checkpoint"),
+            " as well.",
+            parameter="resume_with_changes",
+            value=True,
+        )
 
 
 def _check_model(model: Any) -> None:

@@ -1,83 +1,67 @@
-"""Watching a run: a progress line, Ctrl-C, and what the trainer logs."""
+"""Watching a run: a progress line, and what becomes of its checkpoints."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import signal
-import threading
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback
 
 from qlora_kit.engines.base import Trainer
-from qlora_kit.training.resumption import CHECKPOINT_PREFIX
+from qlora_kit.manifest import MANIFEST_NAME
+from qlora_kit.training.checkpoint import CHECKPOINT_PREFIX, list_checkpoints
 
-__all__ = ["InterruptCallback", "LastSave", "ProgressLine", "replace_progress_callbacks"]
-
-logger = logging.getLogger(__name__)
-
-
-class InterruptCallback(TrainerCallback):
-    """Ctrl-C ends the run after the step in hand and saves a checkpoint; twice ends it at once.
-
-    Attributes:
-        was_requested: Whether Ctrl-C was pressed.
-    """
-
-    def __init__(self) -> None:
-        self.was_requested = False
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take over SIGINT while training runs; only the main thread can."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.getsignal(signal.SIGINT)
-        signal.signal(signal.SIGINT, self._on_signal)
-        try:
-            yield
-        finally:
-            # None: installed by something other than Python, which cannot be put back.
-            signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.was_requested:
-            raise KeyboardInterrupt
-        self.was_requested = True
-        logger.warning(
-            "Interrupted: finishing this step and saving a checkpoint. "
-            "Press Ctrl-C again to stop at once."
-        )
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.was_requested:
-            control.should_save = True
-            control.should_training_stop = True
+__all__ = ["CheckpointKeeper", "ProgressLine", "replace_progress_callbacks"]
 
 
-class LastSave(TrainerCallback):
-    """Which step this run saved last; what is to be done to each checkpoint.
+class CheckpointKeeper(TrainerCallback):
+    """Completes every checkpoint with its manifest, then deletes this run's oldest ones.
+
+    The trainer's own way of deleting takes whatever lies in the folder, and does so before the
+    new checkpoint is whole.
 
     Args:
         complete: Called with the folder of every checkpoint that was written.
+        run_id: The run, whose checkpoints alone are deleted.
+        limit: How many to keep; ``None`` for all. The best one is kept besides.
+        holding: Entered meanwhile, so that no signal interrupts it.
 
     Attributes:
         step: Optimizer steps done at the last checkpoint; ``None`` before the first.
     """
 
-    def __init__(self, complete: Callable[[Path], None]) -> None:
+    def __init__(
+        self,
+        complete: Callable[[Path], None],
+        run_id: str,
+        limit: int | None,
+        holding: Callable[[], contextlib.AbstractContextManager[None]],
+    ) -> None:
         self.step: int | None = None
-        self._complete = complete
+        self._complete, self._holding = complete, holding
+        self._run_id, self._limit = run_id, limit
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.step = state.global_step
-        if state.is_world_process_zero:
-            self._complete(Path(args.output_dir) / f"{CHECKPOINT_PREFIX}{self.step}")
+        with self._holding():
+            if state.is_world_process_zero:
+                folder = Path(args.output_dir)
+                saved = folder / f"{CHECKPOINT_PREFIX}{state.global_step}"
+                self._complete(saved)
+                self._delete_old(folder, {saved.name, Path(state.best_model_checkpoint or "").name})
+            self.step = state.global_step
+
+    def _delete_old(self, folder: Path, kept: set[str]) -> None:
+        if self._limit is None or self._limit <= 0:
+            return
+        own = [one.path for one in list_checkpoints(folder) if one.run_id == self._run_id]
+        # By time, as the trainer does: one of more steps may be from before a resumption.
+        own.sort(key=lambda path: (path / MANIFEST_NAME).stat().st_mtime_ns)
+        surplus = len(own) - max(self._limit, len(kept & {path.name for path in own}))
+        for path in [path for path in own if path.name not in kept][: max(0, surplus)]:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class ProgressLine(TrainerCallback):

@@ -6,8 +6,8 @@ This module watches a trainer and leaves the model as it was, but for what it le
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
-import functools
 import logging
 import math
 import time
@@ -30,14 +30,17 @@ from qlora_kit.manifest import MANIFEST_NAME, describe_model, to_jsonable, write
 from qlora_kit.messages import Setting
 from qlora_kit.results import TrainResult
 from qlora_kit.training.arguments import DataOptions, Optimizer
+from qlora_kit.training.checkpoint import CHECKPOINT_PREFIX, Checkpoint
 from qlora_kit.training.examples import TrainingData
+from qlora_kit.training.identity import RunIdentity
 from qlora_kit.training.memory import advise_on_memory, is_out_of_memory
-from qlora_kit.training.resumption import CHECKPOINT_PREFIX, Checkpoint
+from qlora_kit.training.resumption import Resumption
 
 if TYPE_CHECKING:
     import torch
 
-    from qlora_kit.training.callbacks import InterruptCallback, LastSave
+    from qlora_kit.training.callbacks import CheckpointKeeper
+    from qlora_kit.training.interrupts import InterruptCallback
 
 __all__ = ["Run", "run_training"]
 
@@ -57,7 +60,8 @@ class Run:
         optimizer: The optimizer, and why it is that one.
         device: Where it runs.
         folder: The output folder.
-        resume: The checkpoint to go on from.
+        identity: What makes it this run.
+        resumption: Its id, and what it goes on from.
     """
 
     job: TrainJob
@@ -66,7 +70,28 @@ class Run:
     optimizer: Optimizer
     device: torch.device
     folder: Path
-    resume: Checkpoint | None
+    identity: RunIdentity
+    resumption: Resumption
+
+    @property
+    def first_step(self) -> int:
+        """Steps done before this call."""
+        checkpoint = self.resumption.checkpoint
+        return 0 if checkpoint is None else checkpoint.step
+
+    def describe(self) -> dict[str, Any]:
+        """What a manifest says of the run itself."""
+        resumed = self.resumption.checkpoint
+        return {
+            "id": self.resumption.run_id,
+            "identity": self.identity,
+            "resumed_from": (
+                None
+                if resumed is None
+                else {"path": resumed.path, "step": resumed.step, "run": resumed.run_id}
+            ),
+            "changes": self.resumption.changes,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,20 +108,39 @@ def run_training(model: AdaptedModel, run: Run) -> TrainResult:
         ConfigError: When the trainer refuses the settings.
         TrainingError: When the device runs out of memory.
     """
+    from qlora_kit.training.interrupts import InterruptCallback
+
+    interrupts = InterruptCallback()
+    with interrupts.listening():
+        result, total_steps = _train(model, run, interrupts)
+        model.record.training = result
+        _say_what_was_done(result, total_steps)
+        if not result.was_interrupted:
+            interrupts.came_too_late()
+    return result
+
+
+def _train(model: AdaptedModel, run: Run, interrupts: InterruptCallback) -> tuple[TrainResult, int]:
+    """The result, written down, and the steps that were to be done."""
     from qlora_kit.training.callbacks import (
-        InterruptCallback,
-        LastSave,
+        CheckpointKeeper,
         ProgressLine,
         replace_progress_callbacks,
     )
 
-    interrupts, line = InterruptCallback(), ProgressLine()
-    saves = LastSave(functools.partial(write_checkpoint_manifest, model))
+    line = ProgressLine()
+    saves = CheckpointKeeper(
+        lambda folder: write_checkpoint_manifest(model, folder, run.describe()),
+        run.resumption.run_id,
+        run.job.args.save_total_limit,
+        interrupts.holding,
+    )
     device_module.reset_peak_memory(run.device)
     memory_before = device_module.measure_memory_gib(run.device)
     with _released_afterwards(model) as release:
-        trainer = _make_trainer(model, run.job)
+        trainer = _make_trainer(model, _without_limit(run.job))
         release.append(trainer)
+        trainer.while_saving = interrupts.holding
         replace_progress_callbacks(trainer, line)
         trainer.add_callback(interrupts)
         trainer.add_callback(saves)
@@ -106,10 +150,11 @@ def run_training(model: AdaptedModel, run: Run) -> TrainResult:
         if run.data.formatter is not None:
             _adopt_chat_template(model, run.data.formatter)
         started = time.perf_counter()
+        checkpoint = run.resumption.checkpoint
         try:
-            with interrupts.listening():
+            with interrupts.training():
                 trainer.train(
-                    resume_from_checkpoint=None if run.resume is None else str(run.resume.path)
+                    resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path)
                 )
         except KeyboardInterrupt:
             interrupts.was_requested = True
@@ -138,13 +183,23 @@ def run_training(model: AdaptedModel, run: Run) -> TrainResult:
     if trainer.is_world_process_zero():
         run.folder.mkdir(parents=True, exist_ok=True)
         write_manifest(run.folder, "training", _describe_run(model, run, result))
-    model.record.training = result
+    return result, trainer.state.max_steps
+
+
+def _without_limit(job: TrainJob) -> TrainJob:
+    """The job of a trainer that deletes no checkpoint; the keeper of checkpoints does."""
+    args = copy.copy(job.args)
+    args.save_total_limit = None
+    return dataclasses.replace(job, args=args)
+
+
+def _say_what_was_done(result: TrainResult, total_steps: int) -> None:
     if result.was_interrupted:
         end = "%s goes on from there." if result.checkpoint else "Nothing was saved.%s"
         resume = Setting("resume_from_checkpoint", str(result.checkpoint))
         logger.warning(
             f"Training was interrupted: %d of %d steps are done. {end}",
-            result.steps, trainer.state.max_steps, resume if result.checkpoint else "",
+            result.steps, total_steps, resume if result.checkpoint else "",
         )  # fmt: skip
     logger.info("%s", result)
     if not all(math.isfinite(loss) for loss in result.losses):
@@ -153,7 +208,6 @@ def run_training(model: AdaptedModel, run: Run) -> TrainResult:
             result.steps - len(result.losses)
             + next(i for i, loss in enumerate(result.losses, 1) if not math.isfinite(loss)),
         )  # fmt: skip
-    return result
 
 
 def _adopt_chat_template(model: AdaptedModel, formatter: Any) -> None:
@@ -212,7 +266,7 @@ def _released_afterwards(model: AdaptedModel) -> Iterator[list[Trainer]]:
 
 
 def _find_saved(
-    folder: Path, step: int, saves: LastSave, resumed: Checkpoint | None
+    folder: Path, step: int, saves: CheckpointKeeper, resumed: Checkpoint | None
 ) -> Path | None:
     """The checkpoint of the last step done; another run's in the same folder is not one."""
     saved = folder / f"{CHECKPOINT_PREFIX}{step}"
@@ -226,13 +280,13 @@ def _make_result(
     run: Run,
     trainer: Trainer,
     interrupts: InterruptCallback,
-    saves: LastSave,
+    saves: CheckpointKeeper,
     measured: _Measured,
     plan: str,
 ) -> TrainResult:
     steps = trainer.state.global_step
     begun = trainer.step_losses
-    first = 0 if run.resume is None else run.resume.step
+    first = run.first_step
     history = tuple(dict(entry) for entry in trainer.state.log_history)
     # A hard interrupt can leave a step that was begun and not finished.
     losses = tuple(begun[: max(0, steps - first)])
@@ -255,12 +309,13 @@ def _make_result(
         optimizer_note=run.optimizer.note,
         # Pressed in the last evaluation, it cut no step off. Until training begins max_steps is 0.
         was_interrupted=interrupts.was_requested and not 0 < trainer.state.max_steps <= steps,
-        checkpoint=_find_saved(run.folder, steps, saves, run.resume),
+        checkpoint=_find_saved(run.folder, steps, saves, run.resumption.checkpoint),
         output_dir=run.folder,
         manifest_path=run.folder / MANIFEST_NAME,
         versions=device_module.get_versions(),
         log_history=history,
         plan=plan,
+        run_id=run.resumption.run_id,
     )
 
 
@@ -268,6 +323,7 @@ def _describe_run(model: AdaptedModel, run: Run, result: TrainResult) -> dict[st
     args = run.job.args
     return {
         **describe_model(model),
+        "run": run.describe(),
         "data": run.data.summary,
         "data_options": dataclasses.asdict(run.options),
         "seeds": {"training": args.seed, "adapter": model.adapter.random_state},

@@ -1,0 +1,146 @@
+"""One training at a time in an output folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Final
+
+from qlora_kit.errors import TrainingError
+
+__all__ = ["check_unused", "hold_folder"]
+
+logger = logging.getLogger(__name__)
+
+LOCK_NAME: Final = ".qlora_kit_training.lock"
+
+# The system's locks are a process's own; these are its threads'.
+_held: set[Path] = set()
+_guard = threading.Lock()
+
+
+@contextlib.contextmanager
+def hold_folder(folder: Path, run_id: str) -> Iterator[None]:
+    """Keep other trainings out of a folder, which is made where there is none.
+
+    The system gives the lock up when the process ends, however it ends.
+
+    Args:
+        folder: The output folder.
+        run_id: The run, for whoever comes second.
+
+    Raises:
+        TrainingError: When another training that lives holds it; names its process.
+    """
+    was_there = folder.is_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder.resolve()
+    with _guard:
+        if place in _held:
+            raise TrainingError(_describe(folder, f"another thread of this process {os.getpid()}"))
+        _held.add(place)
+    try:
+        with _locked_file(folder, run_id):
+            yield
+    finally:
+        with _guard:
+            _held.discard(place)
+        if not was_there:
+            # Only where nothing was written.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def check_unused(folder: Path) -> None:
+    """Refuse a folder that another training holds, now.
+
+    Raises:
+        TrainingError: When one does; names its process.
+    """
+    if (folder / LOCK_NAME).is_file():
+        with hold_folder(folder, ""):
+            pass
+
+
+@contextlib.contextmanager
+def _locked_file(folder: Path, run_id: str) -> Iterator[None]:
+    path = folder / LOCK_NAME
+    try:
+        file = _open_locked(path)
+    except BlockingIOError as error:
+        raise TrainingError(_describe(folder, _read_holder(path))) from error
+    except OSError as error:
+        # Some network file systems have no locks.
+        logger.info("%s cannot be locked against a second training: %s", folder, error)
+        yield
+        return
+    try:
+        holder = {
+            "process": os.getpid(),
+            "host": platform.node(),
+            "run": run_id,
+            "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        file.truncate(0)
+        file.write(json.dumps(holder))
+        file.flush()
+        yield
+    finally:
+        # While it is locked: whoever waits for it then finds another file, or none.
+        with contextlib.suppress(OSError):
+            path.unlink()
+        file.close()
+
+
+def _open_locked(path: Path) -> IO[str]:
+    """The lock file, locked.
+
+    Raises:
+        BlockingIOError: When another process has it.
+        OSError: Where it cannot be locked at all.
+    """
+    try:
+        import fcntl
+    except ImportError as error:
+        raise OSError("this system has no fcntl") from error
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            # A process's own, not inherited by workers that outlive it, unlike flock's.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its holder may have removed it between opening and locking.
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                return file
+        except PermissionError as error:
+            file.close()
+            raise BlockingIOError(str(error)) from error
+        except OSError:
+            file.close()
+            raise
+        file.close()
+
+
+def _read_holder(path: Path) -> str:
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        return (
+            f"process {holder['process']} on {holder['host']} (run {holder['run']}, since "
+            f"{holder['since']})"
+        )
+    # It is being written, or its holder has just ended.
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def _describe(folder: Path, holder: str) -> str:
+    return (
+        f"output_dir={str(folder)!r} is in use: {holder} is training there. Wait for it to end, or "
+        "give another output_dir: both would write the same checkpoints."
+    )
