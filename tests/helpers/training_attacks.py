@@ -115,7 +115,9 @@ def kill_and_resume(base: Path, folder: Path, seconds: float) -> dict:
     return {"seconds": seconds, "checkpoints": whole, "again": again}
 
 
-def signal_and_resume(base: Path, folder: Path, name: str, delays: list[float]) -> dict:
+def signal_and_resume(
+    base: Path, folder: Path, name: str, delays: list[float], *, resumes: bool = True
+) -> dict:
     """A run with the default of no checkpoint at all, signalled as often as there are delays."""
     never = {"save_strategy": "no"}
     started = start(lambda: train(base, folder, pause=0.02, **never))
@@ -125,7 +127,9 @@ def signal_and_resume(base: Path, folder: Path, name: str, delays: list[float]) 
         with contextlib.suppress(ProcessLookupError):
             os.kill(started[0], getattr(signal, name))
     first = finish(started)
-    again = finish(start(lambda: train(base, folder, resume_from_checkpoint=True, **never)))
+    again = None
+    if resumes:
+        again = finish(start(lambda: train(base, folder, resume_from_checkpoint=True, **never)))
     return {"signal": name, "delays": delays, "first": first, "again": again}
 
 
@@ -152,9 +156,8 @@ def main(base: Path, folder: Path, kills: int, signals: int) -> None:
     _ = (peft, trl, attach_lora, load_quantized, train_sft)
     torch.set_num_threads(1)
     rng = random.Random(0)
-    reference = finish(start(lambda: train(base, folder / "reference")))
     begun = time.monotonic()
-    finish(start(lambda: train(base, folder / "timed")))
+    reference = finish(start(lambda: train(base, folder / "reference")))
     took = time.monotonic() - begun
     found = {"reference": reference, "took": took}
     found["killed"] = [
@@ -162,7 +165,9 @@ def main(base: Path, folder: Path, kills: int, signals: int) -> None:
         for n in range(kills)
     ]
     found["signalled"] = [
-        signal_and_resume(base, folder / f"signalled-{n}", SIGNALS[n % len(SIGNALS)], [0.0])
+        signal_and_resume(
+            base, folder / f"signalled-{n}", SIGNALS[n % 4], [0.0], resumes=signals > 1 or n == 1
+        )
         for n in range(max(signals, len(SIGNALS)))
     ]
     found["signalled_again"] = [

@@ -114,10 +114,12 @@ class InterruptCallback(TrainerCallback):
         if not self.was_requested:
             self.was_requested = True
             self._number = number
+            is_key = number == signal.SIGINT
             logger.warning(
-                "%s: finishing this step and saving a checkpoint. %s again stops at once.",
-                name, "Ctrl-C" if number == signal.SIGINT else name,
-            )  # fmt: skip
+                "Interrupted%s: finishing this step and saving a checkpoint. %s to stop at once.",
+                "" if is_key else f" by {name}",
+                "Press Ctrl-C again" if is_key else f"Send {name} again",
+            )
         elif self._holds:
             logger.warning("%s: what is being saved or updated is finished first.", name)
         else:
