@@ -547,7 +547,7 @@ def test_ctrl_c_in_the_last_evaluation_interrupts_no_training(
 @pytest.mark.parametrize(
     ("plan", "advice"),
     [
-        ({"micro_batch_tokens": 96}, r'plan=\{"micro_batch_tokens": 48, "checkpointing": "full"'),
+        ({"micro_batch_tokens": 96}, r'plan=\{.micro_batch_tokens.: 48, .checkpointing.: .full.'),
         (False, "Lower per_device_train_batch_size"),
     ],
 )
