@@ -547,7 +547,7 @@ def test_ctrl_c_in_the_last_evaluation_interrupts_no_training(
 @pytest.mark.parametrize(
     ("plan", "advice"),
     [
-        ({"micro_batch_tokens": 96}, r'plan=\{.micro_batch_tokens.: 48, .checkpointing.: .full.'),
+        ({"micro_batch_tokens": 96}, r"plan=\{.micro_batch_tokens.: 48, .checkpointing.: .full."),
         (False, "Lower per_device_train_batch_size"),
     ],
 )
@@ -666,7 +666,7 @@ def _running_out(event):
     [
         ("on_init_end", {}, "attach a smaller r", "per_device"),
         ("on_train_begin", {}, "attach a smaller r", "per_device"),
-        ("on_step_end", {"plan": {"weights": "cache"}}, '"weights": "nf4"', "per_device"),
+        ("on_step_end", {"plan": {"weights": "cache"}}, "'weights': 'nf4'", "per_device"),
         (
             "on_step_end",
             {"plan": False, "per_device_train_batch_size": 1, "gradient_checkpointing": True},
