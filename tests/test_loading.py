@@ -131,7 +131,7 @@ def test_an_adapter_trained_with_a_formatter_from_elsewhere_loads(tiny_llama, tm
     assert again.record.formatter is None
     assert "kind 'question' cannot be rebuilt" in caplog.text
     # The answers still end where it ended them.
-    assert again.base.stop_token_ids == (9, *model.base.stop_token_ids)
+    assert again.base.stop_token_ids == (*model.base.stop_token_ids, 9)
     assert list(generate_stream(again, "Say", max_new_tokens=2))
 
 

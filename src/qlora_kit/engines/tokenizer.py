@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from qlora_kit.engines.tokenizer_file import match_with_file
 from qlora_kit.errors import ModelNotFoundError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
 
     Raises:
         ModelNotFoundError: When the folder has no tokenizer that can be loaded.
+        UnsupportedModelError: When transformers cannot be brought to read it as its file says.
     """
     from transformers import AutoTokenizer
 
@@ -44,6 +46,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
             f"{folder} has no tokenizer that transformers can load ({error}). Copy tokenizer.json "
             "and tokenizer_config.json of the model into it."
         ) from error
+    if not trust_remote_code or type(tokenizer).__module__.startswith("transformers."):
+        tokenizer = match_with_file(tokenizer, folder)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = _choose_pad_token(tokenizer)

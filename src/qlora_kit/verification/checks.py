@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from qlora_kit.engines.tokenizer import load_tokenizer
 from qlora_kit.errors import QloraKitError
 from qlora_kit.handles import LoadedModel
 from qlora_kit.results import Check
@@ -249,14 +250,10 @@ def check_stops(model: LoadedModel, exported: Any) -> Check:
 
 def check_tokenizer(model: LoadedModel, folder: Path) -> Check:
     """Whether the tokenizer in the folder encodes, ends and formats chats like the live one."""
-    from transformers import AutoTokenizer
-
     try:
-        reloaded = AutoTokenizer.from_pretrained(
-            str(folder),
-            local_files_only=True,
-            trust_remote_code=model.config.trust_remote_code,
-        )
+        # As its file says, which is what the live one does: transformers alone may read the same
+        # file in another way, as it reads the base's.
+        reloaded = load_tokenizer(folder, trust_remote_code=model.config.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, QloraKitError) as error:
         return Check("tokenizer", False, f"it cannot be loaded: {error}")
     live = model.tokenizer
