@@ -1,6 +1,6 @@
 """What this machine computes on: device, dtype, memory and names.
 
-Everything here only looks; nothing is changed.
+Everything here only looks, but for one thing: a process takes its one card.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_kit import ranks
 from qlora_kit.config import DtypeName
 from qlora_kit.errors import ConfigError
 from qlora_kit.messages import Setting
@@ -45,13 +46,22 @@ _DTYPE_ALIASES = {
 
 
 def get_device() -> torch.device:
-    """The device models are put on: the first of CUDA/ROCm, XPU, MPS and CPU that exists."""
+    """The device models are put on: the first of CUDA/ROCm, XPU, MPS and CPU that exists.
+
+    Of several cards it is the current one, and of several processes each takes its own, which
+    becomes its current one.
+
+    Raises:
+        ConfigError: When a machine has more processes than cards.
+    """
     import torch
 
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    if hasattr(torch, "xpu") and torch.xpu.is_available():
-        return torch.device("xpu", 0)
+    for kind in ("cuda", "xpu"):
+        library = getattr(torch, kind, None)
+        if library is not None and library.is_available():
+            card = ranks.choose_card(library.device_count(), library.current_device())
+            library.set_device(card)
+            return torch.device(kind, card)
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")

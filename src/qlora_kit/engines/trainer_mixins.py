@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from qlora_kit.engines.rank_rows import ExactEvaluation, RankedRows
 from qlora_kit.values import IGNORED_LABEL
 
 __all__ = [
@@ -193,7 +194,9 @@ class TrlSteps:
         return None
 
 
-class TrainerBase(StepRecorder, PortableLoss, NoTelemetry, NoDraftCards, TrlSteps):
+class TrainerBase(
+    StepRecorder, RankedRows, ExactEvaluation, PortableLoss, NoTelemetry, NoDraftCards, TrlSteps
+):
     """What training asks of a trainer beside what transformers' ``Trainer`` has.
 
     For an engine's trainer: ``class MyTrainer(TrainerBase, SFTTrainer)``. TRL 1.15 rounds every

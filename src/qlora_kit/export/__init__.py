@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
-from qlora_kit import plugins
+from qlora_kit import plugins, ranks
 from qlora_kit.artifacts.destination import resolve_destination
 from qlora_kit.errors import ConfigError
 from qlora_kit.export.batch import Part, divide, export_several
@@ -114,8 +114,22 @@ def export_model(
             parameter="progress",
             value=progress,
         )
+    # Of several processes that train together one writes; the others get what it has or its error.
+    return ranks.share(
+        f"export {format} {path}",
+        lambda: _export(model, format, path, Settings(SharedMerge(), overwrite, verify, progress),
+                        options),
+    )  # fmt: skip
+
+
+def _export(
+    model: LoadedModel,
+    format: str | Sequence[str] | Mapping[str, Mapping[str, Any]],
+    path: str | os.PathLike[str] | None,
+    settings: Settings,
+    options: Mapping[str, Any],
+) -> Artifact | ExportResults:
     check_trained(model.model)
-    settings = Settings(SharedMerge(), overwrite, verify, progress)
     registry = plugins.get_registry()
     if not isinstance(format, str):
         parent = None if path is None else resolve_destination(path)

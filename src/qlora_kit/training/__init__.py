@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit import device as device_module
+from qlora_kit import ranks
 from qlora_kit.engines.base import TrainJob, quietly
 from qlora_kit.errors import ConfigError, DataError
 from qlora_kit.handles import AdaptedModel, LoadedModel
@@ -121,6 +122,7 @@ def train_sft(
     settings = read_settings(fields, truncation, model.max_seq_length)
     options = settings.data
     folder = check_output_folder(output_dir)
+    ranks.join()
     device = device_module.get_device()
     optimizer = choose_optimizer(settings.optimizer, device)
     if optimizer.note:

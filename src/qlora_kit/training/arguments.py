@@ -164,7 +164,7 @@ def build_arguments(
             advice=("Use ", Setting("loss_type", "nll", "train_sft"), "."),
         )
     try:
-        return SFTConfig(
+        args = SFTConfig(
             output_dir=str(output_dir),
             dataset_kwargs={"skip_prepare_dataset": True},
             remove_unused_columns=False,
@@ -173,6 +173,29 @@ def build_arguments(
         )
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"SFTConfig refuses these settings: {error}") from error
+    _take_one_card(args, device)
+    return args
+
+
+def _take_one_card(args: SFTConfig, device: torch.device) -> None:
+    """This process trains on the device that the model is on, and on no other.
+
+    transformers counts all cards that one process sees, and would spread batches over them; alone
+    it takes the first card, whichever is the current one.
+    """
+    import torch
+
+    if args.n_gpu > 1:
+        logger.info(
+            "%d cards are visible, and one process trains on one: %s. To train on all of them: "
+            "torchrun --nproc-per-node %d script.py.", args.n_gpu, device, args.n_gpu,
+        )  # fmt: skip
+        args._n_gpu = 1
+    if device.type == "cuda" and args.world_size == 1:
+        torch.cuda.set_device(device)
+        args.distributed_state.device = device
+    # torch.load takes no number of a CPU.
+    args.__dict__["_setup_devices"] = device
 
 
 def _device_defaults(model: AdaptedModel, device: torch.device) -> dict[str, Any]:
@@ -185,6 +208,8 @@ def _device_defaults(model: AdaptedModel, device: torch.device) -> dict[str, Any
         "fp16": model.base.compute_dtype == "float16" and device.type == "cuda",
         "use_cpu": device.type == "cpu",
         "dataloader_pin_memory": device.type == "cuda",
+        # Every adapter is in every step; looking for those that are not takes a walk each time.
+        "ddp_find_unused_parameters": False,
         "gradient_checkpointing": bool(checkpointing),
     }
 

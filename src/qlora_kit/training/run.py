@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit import device as device_module
+from qlora_kit import ranks
 from qlora_kit.artifacts.provenance import write_checkpoint_manifest
 from qlora_kit.engines.base import Trainer, TrainJob, make_trainer
 from qlora_kit.errors import (
@@ -127,6 +128,7 @@ def _train(model: AdaptedModel, run: Run, interrupts: InterruptCallback) -> tupl
         ProgressLine,
         replace_progress_callbacks,
     )
+    from qlora_kit.training.stopping import StopTogether
 
     line = ProgressLine()
     saves = CheckpointKeeper(
@@ -144,6 +146,8 @@ def _train(model: AdaptedModel, run: Run, interrupts: InterruptCallback) -> tupl
         replace_progress_callbacks(trainer, line)
         trainer.add_callback(interrupts)
         trainer.add_callback(saves)
+        if ranks.find_place().world > 1:
+            trainer.add_callback(StopTogether(interrupts))
         # Only now: exports take their stop token from it, and a refused run trained nothing.
         # Rows without a formatter leave none: an earlier one would ask for what was not learned.
         model.record.formatter = run.data.formatter
@@ -180,6 +184,8 @@ def _train(model: AdaptedModel, run: Run, interrupts: InterruptCallback) -> tupl
     peak = device_module.measure_peak_memory_gib(run.device)
     measured = _Measured(seconds, memory_before, max(peak, memory_before))
     result = _make_result(model, run, trainer, interrupts, saves, measured, plan)
+    # One run has one result: the main rank saw its checkpoints written.
+    result = ranks.share("training", lambda: result)
     if trainer.is_world_process_zero():
         run.folder.mkdir(parents=True, exist_ok=True)
         write_manifest(run.folder, "training", _describe_run(model, run, result))

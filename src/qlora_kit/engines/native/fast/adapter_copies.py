@@ -53,6 +53,25 @@ class AdapterCopies:
         tensors += [slot.up_grad for slot in self._slots]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """What gradients are gathered in."""
+        return self._down_grad.dtype
+
+    @property
+    def gradient_count(self) -> int:
+        """How many numbers the gathered gradients have."""
+        count: int = sum(slot.up_grad.numel() for slot in self._slots) + self._down_grad.numel()
+        return count
+
+    def place_gradients(self, buffer: Tensor) -> None:
+        """Gather gradients in a buffer of :attr:`gradient_count` numbers from now on."""
+        sizes = [self._down_grad.numel(), *(slot.up_grad.numel() for slot in self._slots)]
+        down, *up = buffer.split(sizes)
+        self._down_grad = down.view(self._down_grad.shape)
+        for slot, part in zip(self._slots, up, strict=True):
+            slot.up_grad = part.view(slot.up_grad.shape)
+
     def refresh(self) -> None:
         """Copy the parameters' present values, scaled and cast."""
         for slot in self._slots:

@@ -10,6 +10,7 @@ trained tokens divided by their number in the whole effective batch, as TRL's is
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
 
+from qlora_kit import ranks
 from qlora_kit.engines.native.fast.fused_model import FusedModel
 from qlora_kit.engines.native.fast.layout import Example, keep_rows, split_rows
 from qlora_kit.engines.native.fast.plan import FastPlan, resolve_plan
@@ -51,6 +53,12 @@ class FastStep(TrlSteps):
         # while the GPU waits.
         if hasattr(self.train_dataset, "with_format"):
             self.train_dataset = self.train_dataset.with_format("numpy")
+        if ranks.find_place().world > 1:
+            # DDP would broadcast the frozen base, and wait for gradients that autograd never makes.
+            accelerator = self.accelerator  # type: ignore[attr-defined]
+            accelerator.prepare_model = functools.partial(
+                accelerator.prepare_model, evaluation_mode=True
+            )
         self._asked = asked
         self._fast_metrics: dict[str, list[Any]] = {"train": [], "eval": []}
         self._parameter_count: int | None = None
@@ -149,10 +157,13 @@ class FastStep(TrlSteps):
                 model, inputs, prediction_loss_only, ignore_keys
             )
         examples = split_rows(inputs.rows)
+        if not examples:
+            return self._runner.zero, None, None
         if not self._runner.fused_model.is_planned:
             self._decide(examples)
         trained = max(1, sum(int((example.targets != IGNORED_LABEL).sum()) for example in examples))
         loss, stats = self._runner.evaluate(examples, trained)
+        self._trained_in_batch = trained
         self._note("eval", examples, stats, trained)
         return loss, None, None
 
@@ -175,12 +186,13 @@ class FastStep(TrlSteps):
                 hits, entropy = stats.tolist()
                 metrics["entropy"].append(entropy / trained)
                 metrics["mean_token_accuracy"].append(hits / trained)
-            metrics["num_tokens"] = [self._total_train_tokens]
+            metrics["num_tokens"] = [int(self._total_train_tokens)]
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _note(self, mode: str, examples: list[Example], stats: Any, trained: int) -> None:
         if mode == "train":
-            tokens = sum(len(example.input_ids) for example in examples)
+            assert self._runner is not None
+            tokens = self._runner.all_tokens
             self._total_train_tokens = getattr(self, "_total_train_tokens", 0) + tokens
         self._fast_metrics[mode].append((stats, trained))
 
@@ -231,6 +243,10 @@ class FastStep(TrlSteps):
 
 def _as_sample(examples: list[Example]) -> dict[str, Any]:
     """What other code may look at (token ids, and labels in place), and the examples."""
+    if not examples:
+        # A rank without rows still takes part in the step's sum.
+        empty = torch.empty(0, dtype=torch.long)
+        return {"input_ids": empty, "labels": empty, _EXAMPLES: examples}
     input_ids = np.concatenate([example.input_ids for example in examples])
     # In a row, the label of a token lies where the token lies. An example's last target is -100,
     # which becomes the label of the next one's first token.
@@ -244,7 +260,7 @@ def _as_sample(examples: list[Example]) -> dict[str, Any]:
 
 def _measure_rows(dataset: Any, rows: int, lengths: list[int]) -> tuple[int, int, int]:
     """Tokens of the longest example, and of the largest and the average effective batch."""
-    longest, step_tokens = max(lengths), sum(lengths)
+    longest, step_tokens = max(lengths, default=1), max(sum(lengths), 1)
     if not hasattr(dataset, "column_names") or "input_ids" not in (dataset.column_names or ()):
         return longest, step_tokens, step_tokens
     # As lists: a whole column of arrays takes five times as long.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from qlora_kit import ranks
 from qlora_kit.engines.native.fast.adapter_copies import AdapterCopies, make_adapter_copies
 from qlora_kit.engines.native.fast.attention import (
     AttentionKind,
@@ -34,6 +35,7 @@ from qlora_kit.engines.native.fast.loss import (
 from qlora_kit.engines.native.fast.peft_layers import GroupReader, read_group
 from qlora_kit.engines.native.fast.plan import FastPlan, MemoryModel, ResolvedPlan
 from qlora_kit.engines.native.fast.projection import dequantize
+from qlora_kit.engines.native.fast.rank_sum import RankSum
 
 __all__ = ["FusedModel"]
 
@@ -84,9 +86,24 @@ class FusedModel:
         self.adapter_copies: list[AdapterCopies]
         self.adapter_copies, self._copies_of = make_adapter_copies(fused, self.dtype)
         self.is_quantized = any(group.scales for group in fused)
+        self.rank_sum = self._make_rank_sum(model, fused)
         self._layers: list[LayerTensors] = []
         self._plan: ResolvedPlan | None = None
         self._softmax_call = self._choose_softmax(asked)
+
+    def _make_rank_sum(self, model: Any, fused: Sequence[GroupReader]) -> RankSum | None:
+        if ranks.join().world == 1:
+            return None
+        copied = {
+            id(tensor)
+            for group in fused for part in group.adapters if part is not None
+            for tensor in (part.down, part.up)
+        }  # fmt: skip
+        others = [
+            parameter for parameter in model.parameters()
+            if parameter.requires_grad and id(parameter) not in copied
+        ]  # fmt: skip
+        return RankSum(self.adapter_copies, others, self.device)
 
     @property
     def plan(self) -> ResolvedPlan:

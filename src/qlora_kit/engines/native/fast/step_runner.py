@@ -48,14 +48,17 @@ class StepRunner:
 
         Args:
             examples: The effective batch.
-            trained: Its trained tokens.
+            trained: Its trained tokens; of several ranks, this one's (at least 1).
             scaler: fp16's gradient scaler, if there is one.
 
         Returns:
-            The mean loss, and ``[hits, entropy]`` summed; both stay on the device.
+            The mean loss over all ranks, and ``[hits, entropy]`` summed over ``trained`` tokens;
+            both stay on the device.
         """
         fused_model, plan = self.fused_model, self.fused_model.plan
         batches = self._lay_out(examples)
+        rank_sum = fused_model.rank_sum
+        self.all_tokens: Tensor | int = sum(batch.tokens for batch in batches)
         if plan.uses_cuda_graphs and self._graphs is None:
             self._graphs = GraphPool(fused_model)
         fused_model.begin_step()
@@ -70,6 +73,11 @@ class StepRunner:
                 loss, part = self._run_plainly(batch.to(fused_model.device), trained, scaler)
             total += loss
             stats += part
+        if rank_sum is not None:
+            own = sum(batch.trained_tokens for batch in batches)
+            # Over all ranks from here on, the means of what were sums among them.
+            total, stats, self.all_tokens = rank_sum.add_up(own, self.all_tokens, total, stats)
+            stats *= trained
         fused_model.end_step()
         return total, stats
 

@@ -71,8 +71,6 @@ def _find_in_model(model: Any) -> str | None:
 
 
 def _find_in_settings(args: Any, dtype: torch.dtype) -> str | None:
-    if args.world_size > 1 or args.n_gpu > 1:
-        return "training is distributed"
     if args.deepspeed or args.fsdp:
         return "DeepSpeed or FSDP is in use"
     if args.loss_type not in (None, "nll", "chunked_nll"):

@@ -1,0 +1,261 @@
+"""Who this process is among several that train together, and what one does for all.
+
+The launcher says it in the environment: torchrun, ``accelerate launch`` and
+``torch.distributed.run`` in ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK``, Slurm's ``srun`` in its
+own variables. Everything here is free in a process that is alone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import logging
+import os
+import pickle
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, ClassVar, Final, NamedTuple, TypeVar
+
+from qlora_kit.errors import ConfigError, TrainingError
+
+__all__ = [
+    "Place", "any_true", "choose_card", "find_place", "is_main", "join", "leave", "share", "sum_up",
+    "wait_for_all",
+]  # fmt: skip
+
+logger = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
+
+#: A rank may wait for another one's export or tokenizing; the launcher ends the ranks of one that
+#: died, and its closed connection wakes whoever waits for it.
+_PATIENCE: Final = timedelta(hours=24)
+_TORCHRUN: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+# SLURM_NTASKS is also set in a batch script, which is one process; this one only under srun.
+_SLURM_TASKS: Final = "SLURM_STEP_NUM_TASKS"
+
+
+class Place(NamedTuple):
+    """A process's place in its group: ``world`` processes, of which this is the ``rank``-th."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+
+class _Group:
+    """What :func:`join` made: the connection over which ranks talk without their cards."""
+
+    control: Any = None
+    calls: ClassVar[Counter[str]] = Counter()
+
+
+def find_place() -> Place:
+    """This process's place, as its launcher says; alone where there is none.
+
+    Raises:
+        ConfigError: When the launcher's variables are not whole numbers.
+    """
+    environment = os.environ
+    names = _TORCHRUN
+    if any(name not in environment for name in names):
+        names = ("SLURM_PROCID", _SLURM_TASKS, "SLURM_LOCALID")
+    if any(name not in environment for name in names):
+        return Place()
+    try:
+        rank, world, local_rank = (int(environment[name]) for name in names)
+    except ValueError as error:
+        said = ", ".join(f"{name}={environment[name]!r}" for name in names)
+        raise ConfigError(f"The launcher's {said} are not whole numbers.") from error
+    return Place(rank, world, local_rank)
+
+
+def is_main() -> bool:
+    """Whether this process writes the files and speaks for all."""
+    return find_place().rank == 0
+
+
+def choose_card(count: int, current: int) -> int:
+    """The number of the one card that this process computes on.
+
+    Args:
+        count: Cards that this process sees.
+        current: The device library's current card.
+
+    Raises:
+        ConfigError: When there are more processes on this machine than cards.
+    """
+    place = find_place()
+    if place.world == 1:
+        return current
+    # Slurm and containers may show each process its own card only.
+    if place.local_rank >= count > 1:
+        raise ConfigError(
+            f"Process {place.local_rank} of this machine has no card: it has {count}, numbered "
+            f"from 0. Start {count} processes per machine."
+        )
+    return place.local_rank % count
+
+
+def join() -> Place:
+    """Meet the other processes; once, and only where there are others.
+
+    Non-main ranks log warnings and errors only from then on, unless the program has given the
+    logger ``qlora_kit`` a level.
+    """
+    place = find_place()
+    if place.world == 1 or _Group.control is not None:
+        return place
+    import torch
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        _tell_torch(place)
+        # accelerate looks for these very back ends afterwards, and takes what is there.
+        distributed.init_process_group(_choose_backend(torch), timeout=timedelta(minutes=30))
+        atexit.register(leave)
+    _Group.control = distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    package = logging.getLogger("qlora_kit")
+    if place.rank == 0:
+        logger.info("%d processes train together, each on one card.", place.world)
+    elif package.level == logging.NOTSET:
+        package.setLevel(logging.WARNING)
+    return place
+
+
+def leave() -> None:
+    """Part from the others, whose waiting for this process ends with an error."""
+    from torch import distributed
+
+    _Group.control = None
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def wait_for_all() -> None:
+    """Return when every rank has come this far."""
+    any_true(False)
+
+
+def any_true(mine: bool) -> bool:
+    """Whether any rank says so. Every rank must ask; no card is waited for."""
+    return bool(sum_up([float(mine)])[0])
+
+
+def sum_up(mine: Sequence[float]) -> list[float]:
+    """Sums over ranks, in float64. Every rank must ask, with equally many numbers.
+
+    Raises:
+        TrainingError: When another rank is gone.
+    """
+    if join().world == 1:
+        return list(mine)
+    import torch
+    from torch import distributed
+
+    numbers = torch.tensor(list(mine), dtype=torch.float64)
+    try:
+        distributed.all_reduce(numbers, group=_Group.control)
+    except RuntimeError as error:
+        raise TrainingError(
+            "Another rank has stopped, so this one cannot go on; its own message says why."
+        ) from error
+    return [float(number) for number in numbers]
+
+
+def share(name: str, make: Callable[[], Value]) -> Value:
+    """What ``make`` returns on the main rank, or the exception that it raises there.
+
+    The main rank waits for nobody, so that a script in which it alone comes here goes on.
+
+    Args:
+        name: Says what it is; calls of one name are told apart by their order.
+        make: Called on the main rank only. Its value must be picklable.
+    """
+    place = join()
+    if place.world == 1:
+        return make()
+    from torch.distributed import distributed_c10d
+
+    store = distributed_c10d._get_default_store()
+    _Group.calls[name] += 1
+    key = f"qlora_kit/{name}/{_Group.calls[name]}"
+    if place.rank == 0:
+        try:
+            value = make()
+        except BaseException as error:
+            store.set(key, _pickle(error))
+            raise
+        store.set(key, _pickle(value))
+        return value
+    answer = pickle.loads(_fetch(store, key))  # noqa: S301 - from this run's own main rank
+    if isinstance(answer, BaseException):
+        raise answer
+    result: Value = answer
+    return result
+
+
+def _fetch(store: Any, key: str) -> bytes:
+    started = time.monotonic()
+    # Short waits, so that Ctrl-C is heard between them.
+    for _ in itertools.count():
+        try:
+            store.wait([key], timedelta(seconds=2))
+            return bytes(store.get(key))
+        except RuntimeError as error:
+            if "imeout" not in str(error) and "timed out" not in str(error):
+                raise TrainingError(
+                    "The main rank has stopped before it had this rank's result ready; its own "
+                    "message says why."
+                ) from error
+            if time.monotonic() - started > _PATIENCE.total_seconds():
+                raise
+    raise AssertionError
+
+
+def _pickle(value: object) -> bytes:
+    try:
+        data = pickle.dumps(value)
+        # Errors with arguments of their own can be pickled, and not be made again.
+        pickle.loads(data)  # noqa: S301
+    except Exception as error:  # noqa: BLE001 - whatever a stranger's object does
+        if isinstance(value, BaseException):
+            return pickle.dumps(TrainingError(f"On the main rank: {type(value).__name__}: {value}"))
+        return pickle.dumps(
+            TrainingError(f"What the main rank made cannot be sent to the others: {error}")
+        )
+    return data
+
+
+def _tell_torch(place: Place) -> None:
+    """Say under srun what torchrun says: torch and accelerate read nothing else.
+
+    The one place where this library writes its process's environment.
+    """
+    if "RANK" in os.environ:
+        return
+    said = dict(zip(_TORCHRUN, map(str, (place.rank, place.world, place.local_rank)), strict=True))
+    nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_NODELIST", "localhost"))
+    said["MASTER_ADDR"] = _first_node(nodes)
+    # Jobs on one machine get ports of their own.
+    said["MASTER_PORT"] = str(20_000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20_000)
+    for name, value in said.items():
+        os.environ.setdefault(name, value)
+
+
+def _first_node(nodes: str) -> str:
+    """``node`` of ``node``, ``node,other``, ``node[3-7,9]``: ``node3`` in the last case."""
+    head, bracket, rest = nodes.partition("[")
+    if not bracket or "," in head:
+        return head.partition(",")[0]
+    return head + rest.replace("]", ",").replace("-", ",").partition(",")[0]
+
+
+def _choose_backend(torch: Any) -> str:
+    if torch.cuda.is_available():
+        return "cpu:gloo,cuda:nccl"
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        return "cpu:gloo,xpu:xccl"
+    return "gloo"

@@ -1,0 +1,70 @@
+"""Short runs through ``train_sft``, in as many processes as a launcher starts.
+
+    python train_on_ranks.py BASE FOLDER '{"name": {"plan": {"enabled": true}}}'
+
+Each rank writes ``FOLDER/NAME-RANK.pt``: losses, token counts and the adapter's weights. Names
+that end in ``!`` also export.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from checkpoints import randomize
+from qlora_kit import AlpacaFormatter, attach_lora, export_model, load_quantized, train_sft
+
+ROWS = [
+    {"instruction": "Say " * (1 + n % 3), "input": "", "output": "hello world " * (1 + n * 5 % 7)}
+    for n in range(21)
+]
+
+
+class StopOneRank(TrainerCallback):
+    """A signal to the last rank alone, in its second step."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1 and int(os.environ.get("RANK", "0")) == 1:
+            signal.raise_signal(signal.SIGINT)
+
+
+def main(base: str, folder: str, runs: dict[str, dict[str, object]]) -> None:
+    rank = os.environ.get("RANK", "0")
+    for name, settings in runs.items():
+        settings = dict(settings)
+        loaded_in_4bit = settings.pop("load_in_4bit", True)
+        stops, rows = settings.pop("stops", False), settings.pop("rows", len(ROWS))
+        evaluates = settings.pop("evaluates", False)
+        loaded = load_quantized(base, 128, "float32", loaded_in_4bit)
+        model = randomize(attach_lora(loaded, r=4, use_dora=settings.pop("use_dora", False)))
+        formatter = AlpacaFormatter(
+            model.tokenizer, "{instruction}{input}|{output}", response_only=True
+        )
+        result = train_sft(
+            model, formatter.load(ROWS[:rows]),
+            eval_dataset=formatter.load(ROWS[:7]) if evaluates else None,
+            output_dir=Path(folder) / settings.pop("output_dir", f"run-{name.strip('!')}"),
+            callbacks=[StopOneRank] if stops else None, disable_tqdm=True, report_to="none",
+            **{"optim": "adamw_torch", "learning_rate": 1e-3, "lr_scheduler_type": "constant",
+               "warmup_steps": 0, "max_steps": 6, "save_strategy": "no", **settings},
+        )  # fmt: skip
+        artifact = None
+        if name.endswith("!"):
+            artifact = export_model(model, "lora", Path(folder) / "exported")
+        weights = {n: p.detach().cpu() for n, p in model.model.named_parameters()
+                   if p.requires_grad}  # fmt: skip
+        found = {
+            "losses": result.losses, "tokens": (result.tokens_seen, result.trained_tokens),
+            "eval": result.eval_losses, "plan": result.plan, "steps": result.steps,
+            "interrupted": result.was_interrupted, "checkpoint": str(result.checkpoint),
+            "weights": weights, "exported": artifact and len(artifact.files),
+        }  # fmt: skip
+        torch.save(found, Path(folder) / f"{name.strip('!')}-{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
