@@ -159,7 +159,7 @@ def test_a_killed_rank_ends_the_others(tiny_llama: Path, tmp_path: Path) -> None
 
 
 def test_splits_by_tokens_longest_first() -> None:
-    assert split_by_tokens([9, 1, 1, 7, 1, 1], 2, None) == [[0, 2], [1, 3, 4, 5]]
+    assert split_by_tokens([9, 1, 1, 7, 1, 1], 2, None) == [[0, 4], [1, 2, 3, 5]]
     assert split_by_tokens([9, 1, 1, 1, 1, 1], 2, 3) == [[0, 4, 5], [1, 2, 3]]
     assert split_by_tokens([5], 3, None) == [[0], [], []]
 
