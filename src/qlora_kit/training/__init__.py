@@ -41,6 +41,7 @@ from qlora_kit.training.resumption import (
 )
 from qlora_kit.training.run import Run, run_training
 from qlora_kit.training.validation import (
+    check_evaluation,
     check_output_folder,
     check_values,
 )
@@ -58,6 +59,7 @@ def train_sft(
     train_dataset: Any,
     *,
     formatter: Any = None,
+    columns: Mapping[str, str] | None = None,
     output_dir: str | os.PathLike[str] = "outputs",
     eval_dataset: Any = None,
     packing: bool = False,
@@ -82,6 +84,7 @@ def train_sft(
             ``completion``, a ``text`` column, or ``input_ids`` (and ``labels``, and
             ``seq_lengths`` where ``pack_examples`` packed them) already.
         formatter: Overrides the formatter that the rows carry.
+        columns: Which column holds which role, where neither a formatter nor the rows say so.
         output_dir: Checkpoints and ``qlora_kit_manifest.json`` go here.
         eval_dataset: Held-out rows, or a dictionary of them; evaluated four times over the run
             unless ``eval_strategy`` or ``eval_steps`` says otherwise.
@@ -119,11 +122,19 @@ def train_sft(
     check_values(fields, has_eval=eval_dataset is not None)
     callbacks = _check_callbacks(callbacks)
     _check_insisting(resume_with_changes, resume_from_checkpoint)
+    check_evaluation(fields, eval_dataset, callbacks)
     settings = read_settings(fields, truncation, model.max_seq_length)
     options = settings.data
     folder = check_output_folder(output_dir)
     ranks.join()
     device = device_module.get_device()
+    if device.type == "cpu" and sft_config.get("activation_offloading"):
+        raise ConfigError(
+            "activation_offloading=True moves activations from a GPU to the CPU, and this run is "
+            "on the CPU. Leave it out.",
+            parameter="activation_offloading",
+            value=True,
+        )
     optimizer = choose_optimizer(settings.optimizer, device)
     if optimizer.note:
         logger.info("Optimizer: %s.", optimizer.note)
@@ -140,7 +151,7 @@ def train_sft(
     # One process of several that train together holds the folder for all.
     with hold_folder(folder, new_id) if args.process_index == 0 else contextlib.nullcontext():
         found = find_checkpoints(resume_from_checkpoint, folder, model)
-        data = prepare_training_data(model, train_dataset, formatter, options, args.seed)
+        data = prepare_training_data(model, train_dataset, formatter, options, args.seed, columns)
         eval_rows = _prepare_eval(model, eval_dataset, data, options)
         is_flat = data.is_packed or options.padding_free
         job = TrainJob(

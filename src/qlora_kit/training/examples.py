@@ -50,14 +50,19 @@ class TrainingData:
 
 
 def prepare_training_data(
-    model: AdaptedModel, rows: Any, formatter: Any, options: DataOptions, seed: int
+    model: AdaptedModel,
+    rows: Any,
+    formatter: Any,
+    options: DataOptions,
+    seed: int,
+    columns: Mapping[str, str] | None = None,
 ) -> TrainingData:
     """Encode, and pack or shuffle where asked.
 
     Raises:
         DataError: When rows are missing, malformed, or none of them has a token to train on.
     """
-    data = prepare_examples(model, rows, formatter, options)
+    data = prepare_examples(model, rows, formatter, options, columns)
     dataset = data.dataset
     if options.shuffle_dataset:
         dataset = dataset.shuffle(seed=seed)
@@ -73,7 +78,11 @@ def prepare_training_data(
 
 
 def prepare_examples(
-    model: AdaptedModel, rows: Any, formatter: Any, options: DataOptions
+    model: AdaptedModel,
+    rows: Any,
+    formatter: Any,
+    options: DataOptions,
+    named_columns: Mapping[str, str] | None = None,
 ) -> TrainingData:
     """Token ids and labels, one row an example.
 
@@ -85,7 +94,9 @@ def prepare_examples(
 
     if isinstance(rows, os.PathLike):
         rows = os.fspath(rows)
-    if rows is None or not hasattr(rows, "__len__"):
+    # A streaming dataset has no length, and read_source says what to do about it.
+    is_streaming = hasattr(rows, "features") and hasattr(rows, "column_names")
+    if rows is None or not (hasattr(rows, "__len__") or is_streaming):
         raise DataError(
             f"train_sft needs rows: formatter.load(...), a datasets.Dataset or a list of "
             f"dictionaries; got {type(rows).__name__}."
@@ -95,8 +106,15 @@ def prepare_examples(
             "formatter must be an AlpacaFormatter, a ChatFormatter or another Formatter; got "
             f"{type(formatter).__name__}."
         )
+    if named_columns is not None and (formatter is not None or isinstance(rows, Rows)):
+        raise ConfigError(
+            "columns was given beside a formatter, which has columns of its own: "
+            "AlpacaFormatter(tokenizer, columns=...)."
+        )
     if isinstance(rows, Rows):
         formatter = formatter or rows.formatter
+        if rows.unused:
+            logger.warning("%s", rows.describe_unused())
     # Token ids in a dataset stay in its Arrow tables; anything else is read once, here.
     elif formatter is None and "input_ids" not in _columns(rows):
         rows = read_source(rows)
@@ -111,7 +129,7 @@ def prepare_examples(
         return _describe("tokenized", encoded, formatter)
     is_chosen = formatter is None
     if formatter is None:
-        formatter = _choose_formatter(model, columns)
+        formatter = _choose_formatter(model, columns, named_columns)
     # Before rows are read: an end token that the model lacks makes all of it useless.
     model.find_end_token_id(formatter)
     if not isinstance(rows, Rows):
@@ -122,6 +140,7 @@ def prepare_examples(
         truncation=options.truncation,
         num_proc=options.dataset_num_proc,
     )
+    _check_vocabulary(model, encoded, formatter)
     # A rendered text says nothing about prompts, so nothing is remembered for generation.
     is_text = is_chosen and formatter.template_spec()["kind"] == "text"
     data = _describe(getattr(rows, "source", None), encoded, None if is_text else formatter)
@@ -130,13 +149,37 @@ def prepare_examples(
         summary={
             **data.summary,
             "rows": len(rows),
+            "unused": [str(unused) for unused in getattr(rows, "unused", ())],
             "fingerprint": getattr(rows, "fingerprint", None),
             "template_fingerprint": getattr(formatter, "fingerprint", None),
         },
     )
 
 
-def _choose_formatter(model: AdaptedModel, columns: set[str]) -> Any:
+def _check_vocabulary(model: AdaptedModel, encoded: EncodedExamples, formatter: Any) -> None:
+    """Refuse tokens that the model has no embedding for, which would fail in the middle of a step.
+
+    Raises:
+        ConfigError: With the token and how to give the model room for it.
+    """
+    import pyarrow.compute as pc
+
+    size = model.model.get_input_embeddings().num_embeddings
+    table = encoded.dataset.data.table if len(encoded) else None
+    ids = [] if table is None else [pc.max(pc.list_flatten(table["input_ids"])).as_py()]
+    for index in (*ids, model.tokenizer.pad_token_id):
+        if index is not None and index >= size:
+            name = model.tokenizer.convert_ids_to_tokens(index)
+            raise ConfigError(
+                f"The token {name!r} has the id {index}, and the model has embeddings for {size} "
+                "tokens only. Resize the checkpoint's embeddings with transformers first, or use "
+                "a token that the model knows."
+            )
+
+
+def _choose_formatter(
+    model: AdaptedModel, columns: set[str], named: Mapping[str, str] | None
+) -> Any:
     """The formatter that the columns ask for, where none was given."""
     from qlora_kit.data import plan_formatter
 
@@ -147,7 +190,7 @@ def _choose_formatter(model: AdaptedModel, columns: set[str]) -> Any:
             "'text' is not used. To train on it: %s.",
             " and ".join(beside), Call("TextFormatter", "dataset.select_columns(['text'])"),
         )  # fmt: skip
-    plan = plan_formatter(columns)
+    plan = plan_formatter(columns, columns=named)
     logger.info("No formatter was given; using %s(model.tokenizer).", plan.kind.__name__)
     formatter = plan.make(model.tokenizer)
     remembered = model.record.formatter

@@ -300,9 +300,11 @@ def _make_result(
         steps=steps,
         losses=losses,
         eval_losses=tuple(
-            (int(entry["step"]), float(entry["eval_loss"]))
+            (int(entry["step"]), float(value))
             for entry in history
-            if "eval_loss" in entry
+            for name, value in entry.items()
+            # With a dictionary of data sets, one for each: eval_NAME_loss.
+            if name.startswith("eval_") and name.endswith("loss")
         ),
         tokens_seen=trainer.tokens_seen,
         trained_tokens=trainer.trained_tokens,

@@ -17,6 +17,7 @@ from qlora_kit.values import is_finite_number, is_whole_number
 
 __all__ = [
     "REFUSED",
+    "check_evaluation",
     "check_names",
     "check_output_folder",
     "check_values",
@@ -35,17 +36,35 @@ REFUSED: Final[Mapping[str, str | Sequence[str | Setting | Call]]] = {
     "eos_token": ("Use ", Setting("eos_token", ..., "formatter", _ALPACA), "."),
     "pad_token": "Set model.tokenizer.pad_token before formatting; padding never carries loss.",
     "chat_template_path": (
-        "Use ", Setting("chat_template", ..., "formatter", "ChatFormatter(tokenizer, {})"), ".",
+        "Use ",
+        Setting("chat_template", ..., "formatter", "ChatFormatter(tokenizer, {})"),
+        ".",
     ),
     "model_init_kwargs": "The model is already loaded; give these to load_quantized.",
     "dataset_kwargs": "The data is tokenized by the formatter; TRL prepares nothing.",
     "dataset_text_field": (
-        "Name columns in the formatter: ", Setting("columns", ..., "formatter", _ALPACA), ".",
+        "Name columns in the formatter: ",
+        Setting("columns", ..., "formatter", _ALPACA),
+        ".",
     ),
     "remove_unused_columns": "The data holds only the columns that training uses.",
     "eval_packing": "Evaluation rows are never packed.",
     "trust_remote_code": "Give it to load_quantized.",
     "do_train": "train_sft trains.",
+}
+
+#: Names of other trainers' arguments, and what does the same here.
+_ELSEWHERE: Final[Mapping[str, str]] = {
+    "group_by_length": (
+        "Rows of one length need no grouping where they are packed or joined: packing=True, or "
+        "padding_free=True."
+    ),
+    "args": "Give SFTConfig's fields as keywords: train_sft(model, rows, max_steps=60).",
+    "data_collator": "The loss mask comes from the formatter: train_sft(..., formatter=...).",
+    "tokenizer": "The model has it: model.tokenizer.",
+    "processing_class": "The model has the tokenizer: model.tokenizer.",
+    "formatting_func": "Use a formatter: train_sft(..., formatter=...); docs/data.md shows one.",
+    "peft_config": "Attach the adapter first: attach_lora(model, r=16).",
 }  # fmt: skip
 
 _AT_LEAST_ONE: Final = (
@@ -67,7 +86,10 @@ def check_names(fields: Mapping[str, Any]) -> None:
     unknown = [name for name in fields if name not in known]
     if unknown:
         hints = "".join(
-            f" {name!r}:{did_you_mean(name, known) or ' nothing near.'}" for name in unknown
+            f" {name!r}: {_ELSEWHERE[name]}"
+            if name in _ELSEWHERE
+            else f" {name!r}:{did_you_mean(name, known) or ' nothing near.'}"
+            for name in unknown
         )
         raise UnknownOptionError(
             Call("train_sft", "train_sft and SFTConfig have"),
@@ -139,6 +161,58 @@ def check_values(fields: Mapping[str, Any], *, has_eval: bool) -> None:
             parameter="eval_strategy",
             value=value,
         )
+
+
+def check_evaluation(
+    fields: Mapping[str, Any], eval_dataset: Any, callbacks: Sequence[Any]
+) -> None:
+    """Refuse what asks for evaluations that will not happen, before data is encoded.
+
+    Args:
+        fields: ``SFTConfig`` fields by name.
+        eval_dataset: The rows to evaluate on, a dictionary of them, or ``None``.
+        callbacks: The run's callbacks.
+
+    Raises:
+        ConfigError: At the first of them.
+    """
+    for name in ("eval_on_start", "load_best_model_at_end"):
+        if eval_dataset is None and fields.get(name):
+            _refuse_without_rows(name, fields[name])
+    metric = fields.get("metric_for_best_model")
+    is_best = bool(fields.get("load_best_model_at_end"))
+    kinds = [one if isinstance(one, type) else type(one) for one in callbacks]
+    if any(kind.__name__ == "EarlyStoppingCallback" for kind in kinds):
+        if eval_dataset is None:
+            raise ConfigError(
+                "EarlyStoppingCallback needs rows to evaluate on: give eval_dataset.",
+                parameter="callbacks",
+            )
+        if metric is None and not is_best:
+            raise ConfigError(
+                "EarlyStoppingCallback needs to know what to watch: give "
+                "metric_for_best_model='eval_loss', and load_best_model_at_end=True to keep the "
+                "best weights.",
+                parameter="callbacks",
+            )
+    if isinstance(eval_dataset, Mapping) and (is_best or metric is not None):
+        names = [f"eval_{name}_loss" for name in eval_dataset]
+        if f"eval_{str(metric).removeprefix('eval_')}" not in names:
+            raise ConfigError(
+                f"eval_dataset is a dictionary, so there is no loss of all of it to choose the "
+                f"best step by: give metric_for_best_model={names[0] if names else ''!r}.",
+                parameter="metric_for_best_model",
+                value=metric,
+            )
+
+
+def _refuse_without_rows(name: str, value: Any) -> None:
+    raise ConfigError(
+        Setting(name, value, "train_sft"),
+        " needs rows to evaluate on: give eval_dataset.",
+        parameter=name,
+        value=value,
+    )
 
 
 def check_output_folder(output_dir: object) -> Path:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from qlora_kit.data.formatters.chat_template import ChatTemplate
-from qlora_kit.data.formatters.formatter_base import FormatterBase, check_tokenizer
+from qlora_kit.data.formatters.chat_template import ChatTemplate, find_training_template
+from qlora_kit.data.formatters.content_check import find_lost, say_lost
+from qlora_kit.data.formatters.formatter_base import FormatterBase, SpecialTokens, check_tokenizer
 from qlora_kit.data.formatters.messages import (
     KNOWN_ROLES,
-    check_tool_calls,
+    list_unread_keys,
     parse_message,
     parse_tools,
-    read_json_list,
+    read_json,
+    use_key_of_template,
 )
-from qlora_kit.data.sources.row_problems import BadRowPolicy
-from qlora_kit.data.sources.rows import Rows
+from qlora_kit.data.sources.row_problems import BadRowPolicy, check_text
+from qlora_kit.data.sources.rows import Rows, UnusedData, is_filled
 from qlora_kit.data.tokens.segments import Prompt, Segment
 from qlora_kit.data.tokens.text_tokenizer import TextTokenizer
 from qlora_kit.errors import DataError, did_you_mean
@@ -32,13 +36,21 @@ logger = logging.getLogger(__name__)
 
 #: Columns that hold a conversation, tried in this order when none is named.
 _COLUMNS: Final = ("messages", "conversations")
+#: How a template's source says that it looks for a name in a message.
+_PARSES: Final = (
+    r"""(?:split|startswith|endswith|replace|find)\(\s*['"]{0}['"]|['"]{0}['"]\s+in\b"""
+)
+#: What may stand beside it.
+_BESIDE: Final = ("tools", "functions", "system", "chat_template_kwargs")
 
 
 class ChatFormatter(FormatterBase):
     """Formats conversations with the model's chat template.
 
     Reads ``messages`` (``role``, ``content``) and ShareGPT's ``conversations`` (``from``,
-    ``value``), and ``tools`` beside them, a list or its JSON text. The tokens are those of
+    ``value``), and beside them ``tools`` (a list or its JSON text), ``system`` and
+    ``chat_template_kwargs``. A message with ``"weight": 0`` or ``"train": false`` is not learned.
+    What the template leaves out of a row refuses the row. The tokens are those of
     ``tokenizer.apply_chat_template``, cut where the assistant's turns begin and end; text of a
     message that looks like a special token stays text. With ``response_only`` loss falls on
     each assistant turn and the token that ends it:
@@ -48,7 +60,8 @@ class ChatFormatter(FormatterBase):
     Args:
         tokenizer: The model's tokenizer.
         response_only: Whether only the assistant's turns carry loss, or everything.
-        chat_template: A template (Jinja) in place of the tokenizer's own.
+        chat_template: A template (Jinja) in place of the tokenizer's own. ``"training"`` is TRL's
+            version of it, where TRL has one, which keeps the thoughts of earlier turns.
         eos_token: The token that ends an answer; by default the one that the template writes
             after an assistant's turn, else the tokenizer's end token.
         columns: Which column holds the conversation: ``{"messages": "dialogue"}``.
@@ -56,6 +69,8 @@ class ChatFormatter(FormatterBase):
         template_kwargs: Further variables of the template, such as ``{"enable_thinking": False}``.
         on_bad_rows: What to do about rows that cannot be used: ``"raise"`` or ``"skip"``.
         max_reported_rows: How many bad rows a message lists one by one.
+        special_tokens: Whether the name of a special token in a message stays ``"text"`` or becomes
+            the token (``"tokens"``).
 
     Raises:
         ConfigError: When there is no chat template, or an argument cannot work.
@@ -78,8 +93,12 @@ class ChatFormatter(FormatterBase):
         template_kwargs: Mapping[str, Any] | None = None,
         on_bad_rows: BadRowPolicy = "raise",
         max_reported_rows: int = 10,
+        special_tokens: SpecialTokens = "text",
     ) -> None:
         check_tokenizer(tokenizer)
+        self._is_training_template = chat_template == "training"
+        if self._is_training_template:
+            chat_template = find_training_template(tokenizer)
         self.system = system
         self.template_kwargs = dict(template_kwargs or {})
         self.template = ChatTemplate(TextTokenizer(tokenizer), chat_template, self.template_kwargs)
@@ -90,18 +109,23 @@ class ChatFormatter(FormatterBase):
             columns=columns,
             on_bad_rows=on_bad_rows,
             max_reported_rows=max_reported_rows,
+            special_tokens=special_tokens,
         )
+        #: Names of special tokens that the template looks for in messages, such as "<think>".
+        self._parsed_names: dict[str, bool] = {}
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Self:
         """The formatter whose ``template_spec()`` this was."""
-        return cls(
+        formatter = cls(
             tokenizer,
             chat_template=spec.get("chat_template"),
             system=spec.get("system"),
             template_kwargs=spec.get("template_kwargs"),
             **cls.read_common(spec),
         )
+        formatter._is_training_template = spec.get("name") == "training"
+        return formatter
 
     def _check_eos(self, eos_token: str | None) -> str:
         return super()._check_eos(eos_token or self.template.turn_end)
@@ -125,7 +149,7 @@ class ChatFormatter(FormatterBase):
             column = next((name for name in _COLUMNS if row.get(name) is not None), column)
         if column not in row:
             return {}, [f"{column!r} is missing"]
-        raw = read_json_list(row[column])
+        raw = read_json(row[column])
         if not isinstance(raw, Sequence) or isinstance(raw, str):
             return {}, [f"{column!r} is not a list of messages but {type(raw).__name__}"]
         if not raw:
@@ -141,21 +165,77 @@ class ChatFormatter(FormatterBase):
             found = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))
             reasons.append(f"no message is the assistant's, so nothing is learned (roles: {found})")
         parsed_row: dict[str, Any] = {"messages": messages}
-        if row.get("tools"):
-            parsed_row["tools"], reason = parse_tools(row["tools"])
-            reasons += [reason] if reason else []
+        if not reasons:
+            reasons += cls._read_beside(row, parsed_row)
         return parsed_row, reasons
+
+    @classmethod
+    def _read_beside(cls, row: Mapping[str, Any], parsed: dict[str, Any]) -> list[str]:
+        """What stands beside a conversation, into its row; and what is wrong with it."""
+        reasons: list[str] = []
+        tools = row.get("tools") or row.get("functions")
+        if is_filled(tools):
+            parsed["tools"], reason = parse_tools(tools)
+            reasons += [reason] if reason else []
+            if not row.get("tools") and parsed["tools"]:
+                # OpenAI's functions, before there were tools.
+                parsed["tools"] = [
+                    tool if "function" in tool else {"type": "function", "function": tool}
+                    for tool in parsed["tools"]
+                ]
+        system = row.get("system")
+        if is_filled(system):
+            reason = check_text(system)
+            first = parsed["messages"][0]
+            if reason:
+                reasons.append(f"'system' {reason}")
+            elif first["role"] != "system":
+                parsed["messages"].insert(0, {"role": "system", "content": system})
+            elif first["content"] != system:
+                reasons.append("has a 'system' column and another system message")
+        variables = read_json(row.get("chat_template_kwargs"))
+        if is_filled(variables):
+            if isinstance(variables, Mapping):
+                parsed["chat_template_kwargs"] = dict(variables)
+            else:
+                reasons.append("'chat_template_kwargs' is not an object")
+        return reasons
+
+    @classmethod
+    def list_used(
+        cls, present: Sequence[str], columns: Mapping[str, str] | None = None
+    ) -> set[str] | None:
+        """The conversation, and what is read beside it."""
+        own = cls.map_columns(columns)["messages"]
+        if not columns and own not in present:
+            own = next((name for name in _COLUMNS if name in present), own)
+        return {own, *_BESIDE} if cls._reads_as_known() else None
 
     def segments(self, row: Mapping[str, Any]) -> Sequence[Segment]:
         """The rendered conversation, cut where the assistant's turns begin and end."""
         mark, safe = self._protect({**row, "messages": self._complete(row["messages"])})
-        text, spans = self.template.render_spans(safe["messages"], safe.get("tools"))
-        check_tool_calls(safe["messages"], text)
+        messages, extras = safe["messages"], _find_extras(safe)
+        text, turns = self.template.render_spans(messages, extras)
+        self._check_content(messages, extras, text)
+        excluded = {n for n, message in enumerate(messages) if message.get("train") is False}
+        if excluded and any(turn.message is None for turn in turns):
+            raise DataError(
+                "the template's generation markers do not tell which message a turn is, so that "
+                "one with a weight of 0 cannot be left out; use a template without markers"
+            )
         segments: list[Segment] = []
         position = 0
-        for start, end in spans:
+        for start, end, number in turns:
             segments += self.text.split_special(text[position:start])
-            segments += self._end_turn(self.text.split_special(text[start:end], is_trained=True))
+            if number in excluded:
+                segments += [
+                    segment._replace(is_excluded=True)
+                    for segment in self.text.split_special(text[start:end])
+                ]
+            else:
+                segments += self._end_turn(
+                    self.text.split_special(text[start:end], is_trained=True)
+                )
             position = end
         segments += self.text.split_special(text[position:])
         # White space after the last turn would teach nothing and stand after the end.
@@ -172,6 +252,7 @@ class ChatFormatter(FormatterBase):
         input: str = "",
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Prompt:
         """The conversation so far, up to where the assistant answers.
 
@@ -179,6 +260,8 @@ class ChatFormatter(FormatterBase):
             messages: The messages, or the text of one user message.
             input: Text to put after that user message, separated by an empty line.
             tools: Tools the assistant may call, as the template expects them.
+            chat_template_kwargs: Variables of the template for this conversation, as the column
+                of that name has them for a row.
 
         Returns:
             Text that also carries its ``token_ids``.
@@ -195,20 +278,24 @@ class ChatFormatter(FormatterBase):
         reasons = [f"message {n} {reason}" for n, (_, reason) in enumerate(parsed, 1) if reason]
         if reasons or not parsed:
             raise DataError(f"No prompt can be made: {', '.join(reasons) or 'no messages'}.")
-        row: dict[str, Any] = {"messages": self._complete([message for message, _ in parsed])}
+        row: dict[str, Any] = {
+            "messages": self._complete([message for message, _ in parsed]),
+            "chat_template_kwargs": dict(chat_template_kwargs or {}),
+        }
         if tools is not None:
             row["tools"] = list(tools)
         mark, safe = self._protect(row)
         rendered = self.template.render(
-            safe["messages"], safe.get("tools"), add_generation_prompt=True
+            safe["messages"], _find_extras(safe), add_generation_prompt=True
         )
+        self._check_content(safe["messages"], _find_extras(safe), rendered)
         return self.make_prompt(self._unprotect(self.text.split_special(rendered), mark))
 
     def template_spec(self) -> dict[str, Any]:
         """The chat template and its tokens as JSON values."""
         stop = [self.eos_token, self.tokenizer.eos_token]
         return super().template_spec() | {
-            "name": "tokenizer" if self.template.is_tokenizers_own else "custom",
+            "name": self._name_template(),
             "chat_template": self.template.source,
             "template_kwargs": self.template_kwargs,
             "system": self.system,
@@ -216,7 +303,7 @@ class ChatFormatter(FormatterBase):
         }
 
     def review_rows(self, rows: Rows) -> None:
-        """Say when messages have roles that no template knows: they are seen and never learned."""
+        """Say which roles no template knows, what was replaced, and which keys nothing reads."""
         roles = Counter(message["role"] for row in rows for message in row["messages"])
         for role, count in roles.items():
             if role not in KNOWN_ROLES:
@@ -227,10 +314,68 @@ class ChatFormatter(FormatterBase):
                     role,
                     did_you_mean(role, KNOWN_ROLES),
                 )
+        if roles["developer"] and not self._knows_developers:
+            logger.warning(
+                "%s messages of %s have the role 'developer', for which the template has no place; "
+                "they are given as 'system'.",
+                f"{roles['developer']:,}",
+                rows.source,
+            )
+        self._review_keys(rows)
+
+    def _review_keys(self, rows: Rows) -> None:
+        """Name what stands in messages, and in rows' template variables, and is read by nothing."""
+        source = self.template.source
+        found: dict[str, list[Any]] = {}
+        for row in rows:
+            for message in row["messages"]:
+                for key in list_unread_keys(message, source):
+                    found.setdefault(f"the key {key!r} of messages", []).append(message[key])
+            for key, value in row.get("chat_template_kwargs", {}).items():
+                if not re.search(rf"\b{re.escape(key)}\b", source):
+                    found.setdefault(f"chat_template_kwargs[{key!r}]", []).append(value)
+        for what, values in found.items():
+            rows.note_unused(UnusedData(what, len(values), values[0]))
+
+    @property
+    def _knows_developers(self) -> bool:
+        return "developer" in self.template.source
+
+    def _name_template(self) -> str:
+        if self.template.is_tokenizers_own:
+            return "tokenizer"
+        # "custom" ones are taken over by the tokenizer; this one is for training alone.
+        return "training" if self._is_training_template else "custom"
+
+    def _check_content(
+        self, messages: Sequence[Mapping[str, Any]], extras: Mapping[str, Any], text: str
+    ) -> None:
+        """Refuse a conversation of which the template leaves something out."""
+        lost = find_lost(messages, text, lambda probed: self.template.render(probed, extras))
+        if lost is not None:
+            raise say_lost(lost, messages, self._advice_on_reasoning)
+
+    @cached_property
+    def _advice_on_reasoning(self) -> str:
+        trained = None if self._is_training_template else find_training_template(self.tokenizer, "")
+        if trained and trained != self.template.source:
+            return (
+                "ChatFormatter(tokenizer, chat_template='training') takes TRL's version of the "
+                "template, which keeps every thought"
+            )
+        return (
+            "use a template that has a place for it, leave the reasoning of earlier turns out of "
+            "the data, or make each turn a row of its own"
+        )
 
     def _complete(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The messages with the default system message in front, if they have none."""
-        own = [dict(message) for message in messages]
+        own = [use_key_of_template(message, self.template.source) for message in messages]
+        if not self._knows_developers:
+            own = [
+                {**message, "role": "system"} if message["role"] == "developer" else message
+                for message in own
+            ]
         if self.system is not None and own[0]["role"] != "system":
             own.insert(0, {"role": "system", "content": self.system})
         return own
@@ -245,11 +390,31 @@ class ChatFormatter(FormatterBase):
         if pattern is None or not any(pattern.search(text) for text in _find_texts(row)):
             return "", row
         text = "".join(_find_texts(row))
+        names = self._find_parsed_names(row, set(pattern.findall(text)))
         mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
         broken = _map_texts(
-            row, lambda text: pattern.sub(lambda name: name[0][0] + mark + name[0][1:], text)
+            row,
+            lambda text: pattern.sub(
+                lambda name: name[0] if name[0] in names else name[0][0] + mark + name[0][1:], text
+            ),
         )
         return mark, broken
+
+    def _find_parsed_names(self, row: Mapping[str, Any], present: set[str]) -> set[str]:
+        """The names among those present that the template takes messages apart at.
+
+        Qwen3's looks for "</think>" in an answer and writes the thought anew. Broken by a mark
+        it would not be found, and another conversation would be rendered. What stands in the
+        result then was written by the template.
+        """
+        unknown = {
+            name
+            for name in present - set(self._parsed_names)
+            if re.search(_PARSES.format(re.escape(name)), self.template.source)
+        }
+        for name in present - set(self._parsed_names):
+            self._parsed_names[name] = name in unknown
+        return {name for name in present if self._parsed_names[name]}
 
     def _unprotect(self, segments: list[Segment], mark: str) -> list[Segment]:
         if not mark:
@@ -267,6 +432,11 @@ class ChatFormatter(FormatterBase):
 def qlora_kit_register_formatters() -> list[type[ChatFormatter]]:
     """The built-in formatter of this module."""
     return [ChatFormatter]
+
+
+def _find_extras(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a template is given beside the messages."""
+    return {"tools": row.get("tools"), **row.get("chat_template_kwargs", {})}
 
 
 def _find_texts(value: Any) -> Iterator[str]:

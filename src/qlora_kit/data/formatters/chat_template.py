@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from qlora_kit.errors import ConfigError, DataError
 from qlora_kit.messages import Call, Setting
@@ -13,13 +14,31 @@ from qlora_kit.messages import Call, Setting
 if TYPE_CHECKING:
     from qlora_kit.data.tokens.text_tokenizer import TextTokenizer
 
-__all__ = ["ChatTemplate"]
+__all__ = ["ChatTemplate", "Turn", "find_training_template"]
 
 _MARKER: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE: Final = "qzx7"
 
 Span = tuple[int, int]
 Messages = Sequence[Mapping[str, Any]]
+#: What a template is given beside the messages: ``tools``, and further variables.
+Extras = Mapping[str, Any]
+_NONE: Final[Extras] = MappingProxyType({})
+
+
+class Turn(NamedTuple):
+    """A stretch of a rendered conversation that the assistant wrote.
+
+    Attributes:
+        start: Where it begins.
+        end: Where it ends, the token that ends the turn included.
+        message: Which message it is, counted from 0; ``None`` where the template's markers do not
+            tell.
+    """
+
+    start: int
+    end: int
+    message: int | None
 
 
 class ChatTemplate:
@@ -62,16 +81,16 @@ class ChatTemplate:
         self.has_markers = _MARKER.search(self.source) is not None
 
     def render(
-        self, messages: Messages, tools: Any = None, *, add_generation_prompt: bool = False
+        self, messages: Messages, extras: Extras = _NONE, *, add_generation_prompt: bool = False
     ) -> str:
         """The conversation as text.
 
         Raises:
             DataError: When the template refuses the conversation, with its reason.
         """
-        return self._render(messages, tools, add_generation_prompt=add_generation_prompt)[0]
+        return self._render(messages, extras, add_generation_prompt=add_generation_prompt)[0]
 
-    def render_spans(self, messages: Messages, tools: Any = None) -> tuple[str, list[Span]]:
+    def render_spans(self, messages: Messages, extras: Extras = _NONE) -> tuple[str, list[Turn]]:
         """The conversation as text, and the stretches of it that the assistant wrote.
 
         A stretch includes the token that ends the turn, where the template writes one.
@@ -80,19 +99,26 @@ class ChatTemplate:
             DataError: When the template refuses the conversation, or the assistant's part
                 cannot be told from the rest.
         """
-        text, marked = self._render(messages, tools, with_markers=self.has_markers)
+        text, marked = self._render(messages, extras, with_markers=self.has_markers)
         if self.has_markers:
             if not marked:
                 raise DataError("the template's generation markers enclose nothing")
-            return text, [(start, self._include_end(text, end)) for start, end in _join(marked)]
-        spans: list[Span] = []
+            stretches = _join(marked)
+            answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+            owners = answers if len(answers) == len(stretches) else [None] * len(stretches)
+            return text, [
+                Turn(start, self._include_end(text, end), owner)
+                for (start, end), owner in zip(stretches, owners, strict=True)
+            ]
+        spans: list[Turn] = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            start = self._find_start(text, messages, tools, index)
-            if spans and start < spans[-1][1]:
+            start = self._find_start(text, messages, extras, index)
+            if spans and start < spans[-1].end:
                 raise DataError(f"message {index + 1} begins before the turn in front of it ends")
-            spans.append((start, self._find_end(text, messages, tools, index, start)))
+            end = self._find_end(text, messages, extras, index, start)
+            spans.append(Turn(start, end, index))
         return text, spans
 
     @property
@@ -153,15 +179,17 @@ class ChatTemplate:
                 return end + len(ending)
         return end
 
-    def _find_start(self, text: str, messages: Messages, tools: Any, index: int) -> int:
+    def _find_start(self, text: str, messages: Messages, extras: Extras, index: int) -> int:
         """Where an answer begins: after the prompt it would be generated from."""
-        prompt = self.render(messages[:index], tools, add_generation_prompt=True)
+        if index == 0:
+            return self._find_first_start(text)
+        prompt = self.render(messages[:index], extras, add_generation_prompt=True)
         if text.startswith(prompt):
             return len(prompt)
         # A generation prompt may open what the history leaves out, such as "<think>". The
         # answer then begins where the two part, at the last line or special token before.
         shared = _shared_start(text, prompt)
-        before = self.render(messages[:index], tools)
+        before = self.render(messages[:index], extras)
         if not shared.startswith(before):
             raise DataError(
                 f"the template rewrites what comes before message {index + 1} once it is answered, "
@@ -172,7 +200,32 @@ class ChatTemplate:
         ends = [match.end() for match in pattern.finditer(shared)] if pattern else []
         return max(len(before), shared.rfind("\n") + 1, *ends, 0)
 
-    def _find_end(self, text: str, messages: Messages, tools: Any, index: int, start: int) -> int:
+    def _find_first_start(self, text: str) -> int:
+        """Where a conversation's first message begins, if that is the assistant's.
+
+        Templates cannot be asked for a prompt without messages. What they put in front of an
+        answer is what they add to a question to have it answered.
+        """
+        question = [{"role": "user", "content": "a"}]
+        asked = self.render(question, add_generation_prompt=True)
+        header = asked[len(_shared_start(asked, self.render(question))) :]
+        if header and (place := text.find(header)) >= 0:
+            return place + len(header)
+        # The prompt may open a thought after the header: as far as its last line or token.
+        pattern = self._text.special_pattern
+        ends = [match.end() for match in pattern.finditer(header)] if pattern else []
+        ends += [place + 1 for place, letter in enumerate(header) if letter == "\n"]
+        for end in sorted({end for end in ends if end < len(header)}, reverse=True):
+            if (place := text.find(header[:end])) >= 0:
+                return place + end
+        raise DataError(
+            "the conversation starts with the assistant, and the template does not say where its "
+            "words begin; put a user's message in front"
+        )
+
+    def _find_end(
+        self, text: str, messages: Messages, extras: Extras, index: int, start: int
+    ) -> int:
         is_last = index == len(messages) - 1
         between, last = self._turn_ends
         ending = last if is_last else between
@@ -182,11 +235,11 @@ class ChatTemplate:
             end = found + len(ending)
             # Where turns may end in several ways, this may be the end of a later message.
             if not is_last and (between != last or messages[index].get("tool_calls")):
-                self._check_before_next(text, messages, tools, index, end)
+                self._check_before_next(text, messages, extras, index, end)
             return end
         if is_last:
             return len(text)
-        until = self.render(messages[: index + 1], tools)
+        until = self.render(messages[: index + 1], extras)
         if not text.startswith(until):
             raise DataError(
                 f"the template does not say where message {index + 1} ends; use a template with "
@@ -195,11 +248,11 @@ class ChatTemplate:
         return len(until)
 
     def _check_before_next(
-        self, text: str, messages: Messages, tools: Any, index: int, end: int
+        self, text: str, messages: Messages, extras: Extras, index: int, end: int
     ) -> None:
         """Refuse an end that lies behind the beginning of the next message's content."""
         following = {**messages[index + 1], "content": _PROBE}
-        probed = self.render([*messages[: index + 1], following, *messages[index + 2 :]], tools)
+        probed = self.render([*messages[: index + 1], following, *messages[index + 2 :]], extras)
         place = probed.find(_PROBE)
         if place < end or probed[:place] != text[:place]:
             raise DataError(
@@ -210,7 +263,7 @@ class ChatTemplate:
     def _render(
         self,
         messages: Messages,
-        tools: Any,
+        extras: Extras,
         *,
         add_generation_prompt: bool = False,
         with_markers: bool = False,
@@ -219,11 +272,12 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         renderer: Any = render_jinja_template  # its annotation says str, it returns two lists
-        variables = {**self._text.tokenizer.special_tokens_map, **self._variables}
+        own = {name: value for name, value in extras.items() if name != "tools"}
+        variables = {**self._text.tokenizer.special_tokens_map, **self._variables, **own}
         try:
             texts, spans = renderer(
                 conversations=[list(messages)],
-                tools=tools,
+                tools=extras.get("tools"),
                 chat_template=self.source,
                 add_generation_prompt=add_generation_prompt,
                 return_assistant_tokens_mask=with_markers,
@@ -233,6 +287,31 @@ class ChatTemplate:
         except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
             raise DataError(f"the chat template refuses it ({error})") from error
         return texts[0], [(int(a), int(b)) for a, b in spans[0]] if with_markers else []
+
+
+def find_training_template(tokenizer: Any, default: str | None = None) -> str:
+    """TRL's version of the tokenizer's template for training, which keeps earlier thoughts.
+
+    Args:
+        tokenizer: The tokenizer.
+        default: What to return where TRL has none; raises if ``None``.
+
+    Raises:
+        ConfigError: When TRL has none for this template.
+    """
+    from trl.chat_template_utils import get_training_chat_template
+
+    try:
+        found: str | None = get_training_chat_template(tokenizer)
+    # Its own checks render conversations; a template may refuse those too.
+    except Exception as error:
+        if default is not None:
+            return default
+        raise ConfigError(
+            f"chat_template='training' is TRL's version of the tokenizer's template, and TRL has "
+            f"none ({error}). Give a template's text, or leave the argument out."
+        ) from error
+    return str(tokenizer.chat_template) if found is None else found
 
 
 def _join(spans: Sequence[Span]) -> list[Span]:

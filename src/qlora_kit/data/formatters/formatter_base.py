@@ -18,8 +18,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from qlora_kit.data.formatters.row_reader import RowReader
 from qlora_kit.data.sources.row_checks import RowSchema, load_rows
@@ -37,7 +38,11 @@ from qlora_kit.messages import Setting
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["FormatterBase", "check_tokenizer"]
+__all__ = ["FormatterBase", "SpecialTokens", "check_tokenizer"]
+
+logger = logging.getLogger(__name__)
+
+SpecialTokens = Literal["text", "tokens"]
 
 
 class FormatterBase(RowReader):
@@ -51,6 +56,8 @@ class FormatterBase(RowReader):
             for example ``{"instruction": "question", "output": "answer"}``.
         on_bad_rows: What :meth:`load` does about rows it cannot use: ``"raise"`` or ``"skip"``.
         max_reported_rows: How many bad rows a message lists one by one.
+        special_tokens: Whether the name of a special token in a row stays ``"text"`` or becomes
+            the token (``"tokens"``), as for tokens that were added to be learned.
 
     Raises:
         ConfigError: When an argument cannot work.
@@ -73,8 +80,12 @@ class FormatterBase(RowReader):
         columns: Mapping[str, str] | None = None,
         on_bad_rows: BadRowPolicy = "raise",
         max_reported_rows: int = 10,
+        special_tokens: SpecialTokens = "text",
     ) -> None:
         check_tokenizer(tokenizer)
+        if special_tokens not in ("text", "tokens"):
+            raise ConfigError(f"special_tokens must be 'text' or 'tokens', got {special_tokens!r}.")
+        self.special_tokens = special_tokens
         if not isinstance(max_reported_rows, int) or max_reported_rows < 1:
             raise ConfigError(
                 Setting("max_reported_rows", of="formatter"),
@@ -111,6 +122,7 @@ class FormatterBase(RowReader):
         return {
             "response_only": spec.get("response_only", False),
             "eos_token": spec.get("eos_token"),
+            **({"special_tokens": spec["special_tokens"]} if spec.get("special_tokens") else {}),
         }
 
     @classmethod
@@ -180,6 +192,7 @@ class FormatterBase(RowReader):
             "stop": [self.eos_token],
             "eos_token": self.eos_token,
             "response_only": self.response_only,
+            **({"special_tokens": "tokens"} if self.special_tokens == "tokens" else {}),
         }
 
     @classmethod
@@ -241,12 +254,19 @@ class FormatterBase(RowReader):
         rows = load_rows(
             source,
             split,
-            RowSchema(self.parse_row, self.find_missing_columns, self.columns),
+            RowSchema(
+                self.parse_row,
+                self.find_missing_columns,
+                self.columns,
+                lambda present: self.list_used(present, self._named_columns),
+            ),
             BadRows(policy, self.max_reported_rows),
             formatter=self,
             local_files_only=local_files_only,
         )
         self.review_rows(rows)
+        if rows.unused:
+            logger.warning("%s", rows.describe_unused())
         return rows
 
     def encode(
@@ -318,6 +338,7 @@ class FormatterBase(RowReader):
             end_id=self.eos_token_id if self.adds_eos else None,
             adds_bos=self.adds_bos,
             trains_all=not self.response_only,
+            reads_specials=self.special_tokens == "tokens",
             bad_rows=BadRows(self.on_bad_rows, self.max_reported_rows),
             fingerprint=lambda: self.fingerprint,
             # A subclass from elsewhere, or typed into a console, may run any code.
@@ -335,6 +356,7 @@ class FormatterBase(RowReader):
 
     def make_prompt(self, segments: Sequence[Segment]) -> Prompt:
         """A prompt from segments: their text, and the ids training puts there."""
+        segments = self._encoding.read_specials(segments)
         ids, _ = join_segments(self._encoding, [segments], is_open=True)[0]
         return Prompt("".join(segment.text for segment in segments), ids)
 

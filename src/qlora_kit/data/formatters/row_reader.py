@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from qlora_kit.data.sources.row_problems import check_text
@@ -22,6 +22,8 @@ class RowReader:
     roles: ClassVar[tuple[str, ...]] = ()
     #: Roles that may be missing, null or empty.
     optional_roles: ClassVar[tuple[str, ...]] = ()
+    #: Other usual names of a role's column, taken where the role's own is absent and unnamed.
+    aliases: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     @classmethod
     def map_columns(cls, columns: Mapping[str, str] | None) -> dict[str, str]:
@@ -63,6 +65,8 @@ class RowReader:
         mapped = cls.map_columns(columns)
         values: dict[str, Any] = {}
         reasons: list[str] = []
+        if cls.aliases:
+            mapped |= cls._find_aliases(row, columns)
         for role, column in mapped.items():
             value = row.get(column)
             if isinstance(value, float) and math.isnan(value):
@@ -89,4 +93,37 @@ class RowReader:
             columns: Which column holds which role, for those that were named.
         """
         mapped = cls.map_columns(columns)
-        return {role: mapped[role] for role in cls.roles if mapped[role] not in present}
+        found = {*present, *cls._find_aliases(present, columns)}
+        return {role: mapped[role] for role in cls.roles if mapped[role] not in found}
+
+    @classmethod
+    def list_used(
+        cls, present: Sequence[str], columns: Mapping[str, str] | None = None
+    ) -> set[str] | None:
+        """The columns that are read, of those present.
+
+        Returns ``None`` for a class that reads rows in a way of its own and does not say.
+        """
+        if not cls._reads_as_known():
+            return None
+        aliases = cls._find_aliases(present, columns)
+        return {*cls.map_columns(columns).values(), *aliases.values()}
+
+    @classmethod
+    def _find_aliases(
+        cls, present: Collection[str], columns: Mapping[str, str] | None
+    ) -> dict[str, str]:
+        """Roles whose column goes by another usual name here, with that name."""
+        return {
+            role: name
+            for role, names in cls.aliases.items()
+            if role not in present and role not in (columns or ())
+            for name in names[::-1]
+            if name in present
+        }
+
+    @classmethod
+    def _reads_as_known(cls) -> bool:
+        """Whether nobody else's code reads rows for this class."""
+        readers = (cls.read_row, getattr(cls, "parse_row", cls.read_row))
+        return all(str(reader.__module__).startswith("qlora_kit.data.") for reader in readers)

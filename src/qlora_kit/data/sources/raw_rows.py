@@ -74,7 +74,10 @@ def read_source(source: Any, split: str = "train", *, local_files_only: bool = T
             )
         return _read_dataset(source, "the datasets.Dataset")
     if hasattr(source, "to_dict") and hasattr(source, "columns"):
-        source = source.to_dict("records")
+        # pandas keeps lists as arrays where a table came from Parquet.
+        source = [drop_nulls_inside(_to_plain(row)) for row in source.to_dict("records")]
+    elif hasattr(source, "to_dicts") and hasattr(source, "columns"):
+        source = [drop_nulls_inside(row) for row in source.to_dicts()]
     if isinstance(source, Sequence) and not isinstance(source, bytes | bytearray):
         rows = [RawRow(Location(index), value) for index, value in enumerate(source)]
         return RawRows(f"a list of {len(rows):,}", rows)
@@ -82,6 +85,15 @@ def read_source(source: Any, split: str = "train", *, local_files_only: bool = T
         f"Rows cannot be read from {type(source).__name__}. Give a file, a folder, a hub dataset's "
         "name, a datasets.Dataset or a list of dictionaries."
     )
+
+
+def _to_plain(value: Any) -> Any:
+    """A value with lists and numbers of Python in place of NumPy's."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _to_plain(inner) for key, inner in value.items()}
+    return [_to_plain(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _read_named(name: str, split: str, *, local_files_only: bool) -> RawRows:

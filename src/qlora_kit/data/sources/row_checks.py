@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from qlora_kit.data.sources.raw_rows import RawRow, RawRows, read_source
 from qlora_kit.data.sources.row_problems import BadRows, Location, RowProblem, settle_problems
-from qlora_kit.data.sources.rows import RowRoles, Rows
+from qlora_kit.data.sources.rows import RowRoles, Rows, UnusedData, is_filled
 from qlora_kit.errors import DataError
 from qlora_kit.messages import Setting
 
@@ -24,11 +24,24 @@ class RowSchema(NamedTuple):
         parse: Reads a raw row.
         find_missing: Roles whose column is not among those present, with that column.
         columns: Which column holds which role.
+        list_used: The columns that are read, of those present; ``None`` where that is not known.
     """
 
     parse: RowParser
     find_missing: Callable[[Sequence[str]], Mapping[str, str]]
     columns: Mapping[str, str]
+    list_used: Callable[[Sequence[str]], set[str] | None]
+
+
+#: Columns that mean something no formatter here carries out, and what they mean.
+_REFUSED: Final = {
+    "chosen": "the better of two answers; give it as the answer itself",
+    "rejected": "the worse of two answers, which is not to be learned; leave the column out",
+    "images": "pictures, which a text model cannot learn",
+    "image": "a picture, which a text model cannot learn",
+    "videos": "films, which a text model cannot learn",
+    "audios": "sound, which a text model cannot learn",
+}
 
 
 def load_rows(
@@ -50,7 +63,35 @@ def load_rows(
         label, raw = read_source(source, split, local_files_only=local_files_only)
     check_columns(RawRows(label, raw), schema.find_missing, schema.columns)
     values, locations = parse_rows(RawRows(label, raw), schema.parse, bad_rows)
-    return Rows(values, formatter=formatter, source=label, locations=locations)
+    unused = _find_unused(RawRows(label, raw), schema)
+    return Rows(values, formatter=formatter, source=label, locations=locations, unused=unused)
+
+
+def _find_unused(source: RawRows, schema: RowSchema) -> list[UnusedData]:
+    """Columns that say something and are not read.
+
+    Raises:
+        DataError: When one is known to mean something that would be missing.
+    """
+    present = source.columns
+    used = schema.list_used(present)
+    unused = []
+    for name in present if used is None else [name for name in present if name not in used]:
+        if used is None and name not in _REFUSED:
+            continue
+        values = [
+            row.value[name]
+            for row in source.rows
+            if isinstance(row.value, Mapping) and is_filled(row.value.get(name))
+        ]
+        if values and name in _REFUSED and name not in schema.columns.values():
+            raise DataError(
+                f"{len(values):,} rows of {source.label} have a column {name!r}: {_REFUSED[name]}. "
+                "Remove the column if the rows make sense without it."
+            )
+        if values:
+            unused.append(UnusedData(f"the column {name!r}", len(values), values[0]))
+    return unused
 
 
 def parse_rows(

@@ -4,15 +4,44 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol, overload
+from typing import Any, NamedTuple, Protocol, overload
 
 from qlora_kit.data.sources.row_problems import Location
 from qlora_kit.errors import ConfigError, DataError
 from qlora_kit.values import is_number
 
-__all__ = ["RowRoles", "Rows"]
+__all__ = ["RowRoles", "Rows", "UnusedData", "is_filled"]
+
+
+class UnusedData(NamedTuple):
+    """What stands in rows and reaches no example.
+
+    Attributes:
+        what: Where it stands, in words.
+        times: How many rows or messages have it.
+        example: One of its values.
+    """
+
+    what: str
+    times: int
+    example: Any
+
+    def __str__(self) -> str:
+        shown = repr(self.example)
+        shown = shown if len(shown) < 50 else shown[:47] + "..."
+        return f"{self.what} ({self.times:,}, such as {shown})"
+
+
+def is_filled(value: Any) -> bool:
+    """Whether a column says anything in a row."""
+    return not (
+        value is None
+        or (isinstance(value, float) and math.isnan(value))
+        or (isinstance(value, str | list | tuple | dict) and not value)
+    )
 
 
 class RowRoles(Protocol):
@@ -35,6 +64,7 @@ class Rows(Sequence[dict[str, Any]]):
     Attributes:
         formatter: The formatter that read them.
         source: Where they came from, in words.
+        unused: What stands in them and reaches no example.
     """
 
     def __init__(
@@ -44,6 +74,7 @@ class Rows(Sequence[dict[str, Any]]):
         formatter: Any,
         source: str,
         locations: Sequence[Location] | None = None,
+        unused: Sequence[UnusedData] = (),
     ) -> None:
         self._values = list(values)
         self._locations = (
@@ -53,6 +84,7 @@ class Rows(Sequence[dict[str, Any]]):
         )
         self.formatter = formatter
         self.source = source
+        self.unused = tuple(unused)
 
     def __len__(self) -> int:
         return len(self._values)
@@ -81,6 +113,16 @@ class Rows(Sequence[dict[str, Any]]):
             digest.update(b"\n")
         return digest.hexdigest()[:16]
 
+    def note_unused(self, unused: UnusedData) -> None:
+        """Add something that reaches no example."""
+        self.unused += (unused,)
+
+    def describe_unused(self) -> str:
+        """All that reaches no example, in one sentence; empty where there is nothing."""
+        if not self.unused:
+            return ""
+        return f"Not used of {self.source}: {'; '.join(map(str, self.unused))}."
+
     def has_roles_of(self, formatter: RowRoles) -> bool:
         """Whether another formatter can take these rows as they are."""
         own: RowRoles = self.formatter
@@ -98,6 +140,7 @@ class Rows(Sequence[dict[str, Any]]):
             formatter=formatter or self.formatter,
             source=self.source,
             locations=[self._locations[index] for index in chosen],
+            unused=self.unused,
         )
 
     def split(self, fraction: float, seed: int = 3407) -> tuple[Rows, Rows]:

@@ -26,7 +26,7 @@ __all__ = ["find_cached", "make_key", "store"]
 logger = logging.getLogger(__name__)
 
 #: Part of every key: raise it when the same rows would be encoded differently.
-_FORMAT_VERSION: Final = "1"
+_FORMAT_VERSION: Final = "2"
 _REPORT: Final = "qlora_kit_report.json"
 
 

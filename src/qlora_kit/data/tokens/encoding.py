@@ -21,6 +21,7 @@ from qlora_kit.data.tokens.segment_ids import (
     join_segments,
     make_segments,
 )
+from qlora_kit.data.tokens.segments import Segment
 from qlora_kit.data.tokens.truncation import SHORTEN_ADVICE, check_limits, fit_examples
 from qlora_kit.errors import ConfigError, DataError
 from qlora_kit.values import IGNORED_LABEL
@@ -164,9 +165,37 @@ def _encode_batch(
         max_length=max_length,
         truncation=truncation,
     )
-    report = replace(fitted.report, rows=len(indices), unusable=len(problems))
+    spelled, names = _find_spelled(encoding, segments)
+    report = replace(
+        fitted.report,
+        rows=len(indices),
+        unusable=len(problems),
+        spelled_specials=spelled,
+        special_names=names,
+    )
     too_long = [(places[place], length) for place, length in fitted.too_long]
     return _Batch(fitted.table, report, too_long, problems)
+
+
+def _find_spelled(
+    encoding: RowEncoding, examples: Sequence[Sequence[Segment]]
+) -> tuple[int, tuple[str, ...]]:
+    """How many examples spell special tokens out as text, and which ones."""
+    pattern, starts = encoding.text.special_pattern, encoding.text.special_starts
+    count, names = 0, set[str]()
+    if pattern is None:
+        return 0, ()
+    for segments in examples:
+        # The letters first: most texts have none of them.
+        found = {
+            name
+            for segment in segments
+            if not segment.is_special and any(letter in segment.text for letter in starts)
+            for name in pattern.findall(segment.text)
+        }
+        count += bool(found)
+        names |= found
+    return count, tuple(sorted(names))[:10]
 
 
 def _make_dataset(batches: Sequence[_Batch]) -> Dataset:
@@ -206,3 +235,11 @@ def _check_outcome(
 
 def _log(report: EncodingReport) -> None:
     logger.log(logging.WARNING if report.has_losses else logging.INFO, "%s.", report)
+    if report.spelled_specials:
+        logger.warning(
+            "%s of %s rows spell out %s, which stays text: no token is learned for it. "
+            "special_tokens='tokens' makes such names the tokens.",
+            f"{report.spelled_specials:,}",
+            f"{report.rows:,}",
+            ", ".join(map(repr, report.special_names)),
+        )

@@ -12,7 +12,7 @@ __all__ = ["EncodingReport", "explain_emptiness"]
 
 _SUMMED: Final = (
     "rows", "examples", "truncated", "dropped", "without_trained_tokens", "unusable",
-    "tokens", "trained_tokens", "lost_tokens",
+    "tokens", "trained_tokens", "lost_tokens", "spelled_specials",
 )  # fmt: skip
 
 
@@ -33,6 +33,8 @@ class EncodingReport:
         longest: Longest row before truncation, in tokens.
         max_length: The limit, in tokens.
         truncation: What was done about longer rows.
+        spelled_specials: Rows whose text spells out special tokens.
+        special_names: Which ones, at most ten.
         seconds: Time it took.
         is_cached: Whether an earlier result was used.
     """
@@ -49,6 +51,8 @@ class EncodingReport:
     max_length: int
     truncation: str
     unusable: int = 0
+    spelled_specials: int = 0
+    special_names: tuple[str, ...] = ()
     seconds: float = 0.0
     is_cached: bool = False
 
@@ -94,6 +98,9 @@ class EncodingReport:
         sums = {name: sum(getattr(report, name) for report in reports) for name in _SUMMED}
         return cls(
             **sums,
+            special_names=tuple(sorted({n for report in reports for n in report.special_names}))[
+                :10
+            ],
             longest=max(report.longest for report in reports),
             max_length=reports[0].max_length,
             truncation=reports[0].truncation,

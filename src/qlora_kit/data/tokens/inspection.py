@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from qlora_kit.data.sources.row_problems import settle_problems
-from qlora_kit.data.sources.rows import Rows
+from qlora_kit.data.sources.rows import Rows, UnusedData
 from qlora_kit.data.tokens.segment_ids import RowEncoding, join_segments, make_segments
 from qlora_kit.errors import ConfigError, DataError
 from qlora_kit.messages import Setting
@@ -45,6 +45,8 @@ class DataReport:
         duplicates: Rows that repeat an earlier row exactly.
         repeated_prompts: Rows whose prompt an earlier row has with another answer.
         literal_specials: Rows whose text contains the name of a special token; it stays text.
+        unused: What stands in the rows and is in no example.
+        excluded: Rows with a turn that is kept from being learned.
     """
 
     source: str
@@ -60,6 +62,8 @@ class DataReport:
     duplicates: int
     repeated_prompts: int
     literal_specials: int
+    unused: tuple[UnusedData, ...] = ()
+    excluded: int = 0
 
     def __str__(self) -> str:
         def share(part: int) -> str:
@@ -87,6 +91,9 @@ class DataReport:
             lines.append(
                 ("special tokens", f"{share(self.literal_specials)} rows name one; it stays text")
             )
+        if self.excluded:
+            lines.append(("not to learn", f"{share(self.excluded)} of the rows exclude a turn"))
+        lines += [("not used", str(unused)) for unused in self.unused]
         width = max(len(name) for name, _ in lines)
         return "\n".join([self.source, *(f"  {name:<{width}}  {value}" for name, value in lines)])
 
@@ -103,7 +110,7 @@ def describe_rows(encoding: RowEncoding, rows: Rows, *, max_length: int) -> Data
             value=max_length,
         )
     lengths: list[int] = []
-    trained_tokens = without = literal = 0
+    trained_tokens = without = literal = excluded = 0
     seen: set[bytes] = set()
     prompts: set[bytes] = set()
     duplicates = repeated = 0
@@ -117,6 +124,7 @@ def describe_rows(encoding: RowEncoding, rows: Rows, *, max_length: int) -> Data
         ):
             lengths.append(len(ids))
             trained_tokens += sum(trained)
+            excluded += any(segment.is_excluded for segment in segments)
             without += not any(trained[:max_length])
             literal += pattern is not None and any(
                 pattern.search(s.text) for s in segments if not s.is_special
@@ -151,6 +159,8 @@ def describe_rows(encoding: RowEncoding, rows: Rows, *, max_length: int) -> Data
         duplicates=duplicates,
         repeated_prompts=repeated,
         literal_specials=literal,
+        unused=rows.unused,
+        excluded=excluded,
     )
 
 
@@ -178,6 +188,9 @@ def render_preview(encoding: RowEncoding, rows: Rows, *, n: int, color: bool | N
         header = f"── example {place + 1}: {len(ids)} tokens, {sum(trained)} trained "
         blocks.append(header + "─" * max(0, 72 - len(header)))
         blocks.append(_render(encoding, ids, trained, color=color))
+    if rows.unused:
+        blocks.append("── not in the examples " + "─" * 49)
+        blocks += [str(unused) for unused in rows.unused]
     return "\n".join(blocks)
 
 

@@ -26,6 +26,7 @@ class RowEncoding:
         end_id: The end token's id, appended to every example; ``None`` where segments have it.
         adds_bos: Whether the tokenizer's beginning token comes first.
         trains_all: Whether prompts carry loss too.
+        reads_specials: Whether the names of special tokens in rows are the tokens.
         bad_rows: What happens to rows of which nothing can be made.
         fingerprint: Digest of everything that decides which ids a row becomes.
         is_described: Whether the fingerprint says all about ``segments``; code from elsewhere may
@@ -37,9 +38,29 @@ class RowEncoding:
     end_id: int | None
     adds_bos: bool
     trains_all: bool
+    reads_specials: bool
     bad_rows: BadRows
     fingerprint: Callable[[], str]
     is_described: bool
+
+    def read_specials(self, segments: Sequence[Segment]) -> Sequence[Segment]:
+        """The segments with special tokens in their text cut out, where they are to be read."""
+        if not self.reads_specials:
+            return segments
+        read = [
+            piece._replace(is_excluded=segment.is_excluded)
+            for segment in segments
+            for piece in (
+                [segment]
+                if segment.is_special
+                else self.text.split_special(segment.text, is_trained=segment.is_trained)
+            )
+        ]
+        # An answer that brings its end token along gets no second one.
+        last = read[-1] if read and self.end_id is not None else None
+        if last and last.is_special and self.text.get_token_id(last.text) == self.end_id:
+            read.pop()
+        return read
 
 
 class SegmentedRows(NamedTuple):
@@ -61,7 +82,7 @@ def make_segments(encoding: RowEncoding, rows: Rows, indices: range) -> Segmente
     result = SegmentedRows([], [], [])
     for index in indices:
         try:
-            result.segments.append(encoding.segments(rows[index]))
+            result.segments.append(encoding.read_specials(encoding.segments(rows[index])))
         except DataError as error:
             result.problems.append(RowProblem(rows.get_location(index), str(error)))
         else:
@@ -118,7 +139,8 @@ def join_segments(
         for segment in segments:
             piece = [special[segment.text]] if segment.is_special else next(encoded)
             ids += piece
-            trained += [segment.is_trained or trains_all] * len(piece)
+            is_trained = segment.is_trained or (trains_all and not segment.is_excluded)
+            trained += [is_trained] * len(piece)
         if encoding.end_id is not None and not is_open:
             ids.append(encoding.end_id)
             trained.append(True)

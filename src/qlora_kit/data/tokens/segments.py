@@ -20,11 +20,13 @@ class Segment(NamedTuple):
         is_trained: Whether its tokens carry loss.
         is_special: Whether ``text`` is the name of one token, such as ``"<|im_end|>"``, and
             stands for that token.
+        is_excluded: Whether its tokens carry no loss even where whole examples are trained.
     """
 
     text: str
     is_trained: bool = False
     is_special: bool = False
+    is_excluded: bool = False
 
 
 class Prompt(str):

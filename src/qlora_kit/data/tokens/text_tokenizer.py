@@ -40,7 +40,7 @@ class TextTokenizer:
         """Keep one more token out of texts: for example an end token that is not special."""
         if token not in self.special_tokens:
             self._protected += (token,)
-            for name in ("special_tokens", "special_pattern", "_special_ids"):
+            for name in ("special_tokens", "special_pattern", "special_starts", "_special_ids"):
                 self.__dict__.pop(name, None)
 
     @property
@@ -81,6 +81,11 @@ class TextTokenizer:
         """Finds the names of special tokens in a text, the longest first."""
         names = sorted((name for name in self.special_tokens if name), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, names))) if names else None
+
+    @cached_property
+    def special_starts(self) -> str:
+        """The letters that names of special tokens begin with."""
+        return "".join(sorted({name[0] for name in self.special_tokens if name}))
 
     @cached_property
     def prefix_ids(self) -> list[int]:
