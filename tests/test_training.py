@@ -66,8 +66,13 @@ def test_the_result_says_how_steps_were_computed(model, alpaca_rows, tmp_path):
     assert fast.plan.startswith("micro-batches of up to ")
     manifest = json.loads(fast.manifest_path.read_text(encoding="utf-8"))
     assert manifest["result"]["plan"] == fast.plan
+    assert 0 < manifest["memory"]["predicted_gib"] < 1
+    taken = fast.peak_memory_gib - fast.memory_before_gib
+    assert manifest["memory"]["measured_gib"] == pytest.approx(taken)
     plain = _train(model, alpaca_rows, tmp_path, max_steps=1, plan=False)
     assert plain.plan == "TRL and peft"
+    manifest = json.loads(plain.manifest_path.read_text(encoding="utf-8"))
+    assert manifest["memory"]["predicted_gib"] is None
 
 
 def test_the_manifest_says_what_happened_and_holds_no_token(model, alpaca_rows, tmp_path):

@@ -181,6 +181,7 @@ def _train(model: AdaptedModel, run: Run, interrupts: InterruptCallback) -> tupl
         seconds = time.perf_counter() - started
         # Gone once the trainer is released.
         plan = str(trainer.fast_plan or "TRL and peft")
+        predicted = None if trainer.fast_plan is None else trainer.fast_plan.predicted_bytes
     peak = device_module.measure_peak_memory_gib(run.device)
     measured = _Measured(seconds, memory_before, max(peak, memory_before))
     result = _make_result(model, run, trainer, interrupts, saves, measured, plan)
@@ -188,7 +189,7 @@ def _train(model: AdaptedModel, run: Run, interrupts: InterruptCallback) -> tupl
     result = ranks.share("training", lambda: result)
     if trainer.is_world_process_zero():
         run.folder.mkdir(parents=True, exist_ok=True)
-        write_manifest(run.folder, "training", _describe_run(model, run, result))
+        write_manifest(run.folder, "training", _describe_run(model, run, result, predicted))
     return result, trainer.state.max_steps
 
 
@@ -327,13 +328,20 @@ def _make_result(
     )
 
 
-def _describe_run(model: AdaptedModel, run: Run, result: TrainResult) -> dict[str, Any]:
+def _describe_run(
+    model: AdaptedModel, run: Run, result: TrainResult, predicted_bytes: int | None
+) -> dict[str, Any]:
     args = run.job.args
     return {
         **describe_model(model),
         "run": run.describe(),
         "data": run.data.summary,
         "data_options": dataclasses.asdict(run.options),
+        # Beyond the loaded model: what the plan promised, and what was then taken.
+        "memory": {
+            "predicted_gib": None if predicted_bytes is None else predicted_bytes / 1024**3,
+            "measured_gib": result.peak_memory_gib - result.memory_before_gib,
+        },
         "seeds": {"training": args.seed, "adapter": model.adapter.random_state},
         # Sanitized: without tokens.
         "arguments": to_jsonable(args.to_sanitized_dict()),
