@@ -108,6 +108,23 @@ def attach_lora(
     targets = _resolve_targets(target_modules, model.model)
     if isinstance(modules_to_save, str):
         modules_to_save = (modules_to_save,)
+    if modules_to_save is not None and (
+        not isinstance(modules_to_save, Iterable)
+        or not all(isinstance(name, str) for name in modules_to_save)
+    ):
+        raise ConfigError(
+            Setting("modules_to_save", of="attach_lora"),
+            f" must be names of modules, such as ['lm_head'], got {modules_to_save!r}.",
+            parameter="modules_to_save",
+            value=modules_to_save,
+        )
+    if layers_to_transform is not None and not isinstance(layers_to_transform, int | Sequence):
+        raise ConfigError(
+            Setting("layers_to_transform", of="attach_lora"),
+            f" must be indices of layers, such as [0, 1], got {layers_to_transform!r}.",
+            parameter="layers_to_transform",
+            value=layers_to_transform,
+        )
     _check_names(modules_to_save or (), "modules_to_save", model.model)
     _check_layers(layers_to_transform, model.model)
     for pattern, parameter in ((rank_pattern, "rank_pattern"), (alpha_pattern, "alpha_pattern")):

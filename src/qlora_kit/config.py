@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 
 from qlora_kit.errors import ConfigError, did_you_mean
 from qlora_kit.messages import Setting
-from qlora_kit.values import is_number, is_whole_number
+from qlora_kit.values import is_finite_number, is_number, is_whole_number
 
 __all__ = [
     "ATTENTION_MODULES",
@@ -76,9 +76,22 @@ class LoadConfig:
                 parameter="max_seq_length",
                 value=self.max_seq_length,
             )
-        for name in ("load_in_4bit", "load_in_8bit", "local_files_only", "is_trainable"):
+        for name in ("load_in_4bit", "load_in_8bit", "local_files_only", "is_trainable",
+                     "trust_remote_code"):  # fmt: skip
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        for name in ("token", "revision", "cache_dir"):
+            value = getattr(self, name)
+            # A token is never shown; True would have huggingface_hub look for a stored one.
+            if value is not None and (
+                not isinstance(value, str) or not value.strip() or "\0" in value
+            ):
+                shown = f"a {type(value).__name__}" if name == "token" else repr(value)
+                raise ConfigError(
+                    Setting(name, of="load_quantized"),
+                    f" must be text that is not empty, or None; got {shown}.",
+                    parameter=name,
+                )
         if self.load_in_4bit and self.load_in_8bit:
             raise ConfigError(
                 "load_in_4bit and load_in_8bit are both True; choose one (",
@@ -115,7 +128,7 @@ class AdapterConfig:
                 parameter="r",
                 value=self.r,
             )
-        if not is_number(self.lora_alpha) or not self.lora_alpha > 0:
+        if not is_finite_number(self.lora_alpha) or not self.lora_alpha > 0:
             raise ConfigError(
                 Setting("lora_alpha", of="attach_lora"),
                 f" must be a number above 0, got {self.lora_alpha!r}.",
@@ -144,27 +157,43 @@ class AdapterConfig:
                 parameter="use_gradient_checkpointing",
                 value=self.use_gradient_checkpointing,
             )
-        if not is_whole_number(self.random_state):
+        if not is_whole_number(self.random_state, at_least=0) or self.random_state >= 2**63:
             raise ConfigError(
                 Setting("random_state", of="attach_lora"),
-                f" must be a whole number, got {self.random_state!r}.",
+                f" must be a whole number from 0 to 2**63, got {self.random_state!r}.",
                 parameter="random_state",
                 value=self.random_state,
             )
-        if isinstance(self.init_lora_weights, str) and not _STARTS.fullmatch(
-            self.init_lora_weights
+        for name in ("use_rslora", "use_dora"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(
+                    Setting(name, of="attach_lora"),
+                    f" must be True or False, got {getattr(self, name)!r}.",
+                    parameter=name,
+                    value=getattr(self, name),
+                )
+        if not isinstance(self.init_lora_weights, bool) and not (
+            isinstance(self.init_lora_weights, str) and _STARTS.fullmatch(self.init_lora_weights)
         ):
             raise ConfigError(
                 Setting("init_lora_weights", self.init_lora_weights, "attach_lora"),
                 " is none of True, False, 'gaussian', 'orthogonal', 'olora', 'pissa', "
-                f"'pissa_niter_N' and 'loftq'.{did_you_mean(self.init_lora_weights, _START_NAMES)}",
+                "'pissa_niter_N' (N up to 99) and 'loftq'."
+                f"{did_you_mean(str(self.init_lora_weights), _START_NAMES)}",
                 parameter="init_lora_weights",
                 value=self.init_lora_weights,
             )
         for name, pattern in (("rank", self.rank_pattern), ("alpha", self.alpha_pattern)):
+            if pattern is not None and not isinstance(pattern, Mapping):
+                raise ConfigError(
+                    Setting(f"{name}_pattern", of="attach_lora"),
+                    f" must be a mapping of module names to numbers, got {pattern!r}.",
+                    parameter=f"{name}_pattern",
+                    value=pattern,
+                )
             for key, value in (pattern or {}).items():
                 if (
-                    not is_number(value)
+                    not is_finite_number(value)
                     or value <= 0
                     or (name == "rank" and not is_whole_number(value))
                 ):
@@ -173,4 +202,4 @@ class AdapterConfig:
 
 # Those of peft's starts that need nothing but the weights; the others look at data first.
 _START_NAMES: Final = ("gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "loftq")
-_STARTS: Final = re.compile(r"gaussian|orthogonal|olora|pissa(_niter_\d+)?|loftq")
+_STARTS: Final = re.compile(r"gaussian|orthogonal|olora|pissa(_niter_[1-9]\d?)?|loftq")

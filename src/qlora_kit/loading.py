@@ -122,7 +122,7 @@ def load_quantized(
         local_files_only=local_files_only,
         token=token,
         revision=revision,
-        cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+        cache_dir=os.fspath(cache_dir) if isinstance(cache_dir, os.PathLike) else cache_dir,
         device_map=device_map,
         trust_remote_code=trust_remote_code,
         is_trainable=is_trainable,
@@ -224,7 +224,14 @@ def _find(name: str, config: LoadConfig) -> Path:
     """The local file or folder behind a name, downloading only if that was allowed."""
     if not name.strip():
         raise ConfigError("model_name is empty; give a folder, a .gguf file or a hub name.")
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:
+        raise ModelNotFoundError(
+            f"{name} names the home of a user that does not exist here. Give the whole path."
+        ) from error
+    if _exists(path) and not path.is_dir() and not path.is_file():
+        raise ModelNotFoundError(f"{path} is a device, and no model. Give a folder or a file.")
     if _exists(path):
         if path.is_file() and path.suffix != ".gguf":
             raise ModelNotFoundError(
@@ -284,7 +291,13 @@ def _check_checkpoint(folder: Path) -> None:
             "safetensors files into it."
         )
     for index in folder.glob("*.safetensors.index.json"):
-        shards = set(_read_json(index).get("weight_map", {}).values())
+        places = _read_json(index).get("weight_map", {})
+        if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
+            raise UnsupportedModelError(
+                f"{index} is damaged: its weight_map does not name a file for each tensor. Download "
+                "it again."
+            )
+        shards = set(places.values())
         missing = sorted(name for name in shards if not (folder / name).is_file())
         if missing:
             raise ModelNotFoundError(
@@ -296,7 +309,7 @@ def _check_checkpoint(folder: Path) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnsupportedModelError(
             f"{path} is damaged: it is not JSON ({error}). Download it again."
         ) from error
@@ -309,5 +322,5 @@ def _exists(path: str | Path) -> bool:
     try:
         return Path(path).expanduser().exists()
     # A name that no file system can hold: too long, or with a zero byte.
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):
         return False

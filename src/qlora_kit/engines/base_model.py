@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.boundaries import describe_cause, translate_errors
 from qlora_kit.config import DtypeName, LoadConfig
 from qlora_kit.device import choose_compute_dtype, get_device
 from qlora_kit.engines.peft_model import keep_random_states
@@ -23,6 +24,7 @@ from qlora_kit.engines.quantization import (
 )
 from qlora_kit.engines.tokenizer import load_tokenizer
 from qlora_kit.errors import UnsupportedModelError
+from qlora_kit.values import is_whole_number
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +38,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+#: No model has as many layers, or experts in a layer.
+_MOST_MODULES = 10_000
 
 # Where transformers reports which tensors it did not find.
 _LOADING_LOG = "transformers.modeling_utils"
@@ -121,6 +126,13 @@ def explain_load_errors(folder: Path) -> Iterator[None]:
         raise UnsupportedModelError(
             f"A weight file in {folder} is damaged or cut short ({error}). Download it again."
         ) from error
+    except (TypeError, AttributeError, IndexError, ArithmeticError, AssertionError) as error:
+        # What config.json, generation_config.json or a shard index says, taken at its word.
+        raise UnsupportedModelError(
+            f"transformers cannot build the model in {folder} from its config.json, "
+            f"generation_config.json and weight index: {describe_cause(error)} Compare them with "
+            "the model's own, or download them again."
+        ) from error
 
 
 def refuse_missing_tensors(folder: Path, missing: Collection[str]) -> None:
@@ -205,14 +217,24 @@ def _without_reports() -> Iterator[None]:
 def _read_model_config(folder: Path, config: LoadConfig) -> Any:
     from transformers import AutoConfig
 
-    try:
-        return AutoConfig.from_pretrained(
+    with translate_errors(
+        lambda error: UnsupportedModelError(
+            f"transformers does not know the model in {folder}, or its config.json is damaged: "
+            f"{describe_cause(error)} Download config.json again."
+        )
+    ):
+        model_config = AutoConfig.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=config.trust_remote_code
         )
-    except (ValueError, KeyError, OSError) as error:
-        raise UnsupportedModelError(
-            f"transformers does not know the model in {folder}: {error}"
-        ) from error
+    text_config = model_config.get_text_config()
+    for name in ("num_hidden_layers", "num_experts", "num_local_experts"):
+        count = getattr(text_config, name, None)
+        # Each is a module: a million of them are built for an hour before anything is found.
+        if count is not None and (not is_whole_number(count, at_least=0) or count > _MOST_MODULES):
+            raise UnsupportedModelError(
+                f"{folder / 'config.json'} is damaged: {name} is {count!r}. Download it again."
+            )
+    return model_config
 
 
 def _warn_beyond_positions(max_seq_length: int, model_config: Any) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import pickle
 import random
 import warnings
 from collections.abc import Iterator, Sequence
@@ -67,7 +68,10 @@ def attach_saved_adapter(loaded: LoadedModel, folder: Path, *, is_trainable: boo
             model = PeftModel.from_pretrained(
                 loaded.model, str(folder), is_trainable=is_trainable, local_files_only=True
             )
-    except (ValueError, TypeError, KeyError, RuntimeError, UserWarning, SafetensorError) as error:
+    except (
+        ValueError, TypeError, KeyError, RuntimeError, UserWarning, SafetensorError, OSError,
+        AttributeError, IndexError, ArithmeticError, EOFError, pickle.UnpicklingError,
+    ) as error:  # fmt: skip
         raise UnsupportedModelError(
             f"The adapter in {folder} does not fit {loaded.base.name_or_path}, or is damaged: "
             f"{error}"

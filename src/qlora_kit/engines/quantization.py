@@ -35,6 +35,11 @@ def read_stored_quantization(folder: Path) -> QuantizationName | None:
     stored = config.get("quantization_config")
     if not stored:
         return None
+    if not isinstance(stored, dict):
+        raise UnsupportedModelError(
+            f"{folder / 'config.json'} is damaged: its quantization_config is {stored!r}. Download "
+            "it again."
+        )
     method = stored.get("quant_method") or ("bitsandbytes" if stored.get("load_in_4bit") else None)
     if method != "bitsandbytes":
         raise UnsupportedModelError(

@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+from qlora_kit.boundaries import describe_cause
+from qlora_kit.data.formatters.loop_budget import LoopBudget
 from qlora_kit.engines.base import ready_to_generate
 from qlora_kit.errors import ConfigError
 from qlora_kit.generation.detokenization import TextAssembler
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 __all__ = ["generate_stream"]
 
 logger = logging.getLogger(__name__)
+
+#: Characters a token: ordinary text has about 4, and runs of spaces up to a hundred.
+_SURELY_BEYOND: Final = 128
 
 
 def generate_stream(
@@ -135,12 +140,24 @@ def _chunk(text: str, count: int, started: float, reason: FinishReason | None) -
     return TextChunk(text, count, count / seconds if seconds > 0 else 0.0, reason)
 
 
+def _check_length(model: LoadedModel, prompt: str) -> None:
+    """Refuse text that no tokenizer brings within what the model reads, without trying."""
+    positions = getattr(model.model.config.get_text_config(), "max_position_embeddings", None) or 0
+    most = max(model.max_seq_length, positions)
+    if len(prompt) > _SURELY_BEYOND * most:
+        raise ConfigError(
+            f"The prompt has {len(prompt):,} characters, and this model reads at most {most:,} "
+            "tokens. Shorten it."
+        )
+
+
 def _encode(model: LoadedModel, prompt: Any) -> list[int]:
     tokenizer: Any = model.tokenizer
     exact = getattr(prompt, "token_ids", None)
     if exact is not None:
         ids = [int(token) for token in exact]
     elif isinstance(prompt, str):
+        _check_length(model, prompt)
         ids = list(tokenizer(prompt)["input_ids"])
     elif not isinstance(prompt, Sequence) or not prompt:
         raise ConfigError(
@@ -157,11 +174,19 @@ def _encode(model: LoadedModel, prompt: Any) -> list[int]:
             raise ConfigError(
                 f"Chat messages are {{'role': ..., 'content': ...}} dictionaries, got {prompt!r}."
             )
-        ids = list(
-            tokenizer.apply_chat_template(
-                list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        )
+        try:
+            ids = list(
+                tokenizer.apply_chat_template(
+                    list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False,
+                    range=LoopBudget().make_range,
+                )
+            )  # fmt: skip
+        # A template computes whatever it likes.
+        except Exception as error:
+            raise ConfigError(
+                "The tokenizer's chat template refuses these messages: "
+                f"{describe_cause(error)} Give text, or formatter.prompt(...)."
+            ) from error
     else:
         ids = [part for part in prompt if isinstance(part, int)]
         if len(ids) != len(prompt):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from qlora_kit.errors import ConfigError, UnknownOptionError, did_you_mean
 from qlora_kit.handles import LoadedModel
 from qlora_kit.messages import Setting
-from qlora_kit.values import is_number, is_whole_number
+from qlora_kit.values import is_finite_number, is_whole_number
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -44,7 +44,7 @@ def check_sampling(
             value=max_new_tokens,
         )
     for name, value in {**filters, "repetition_penalty": repetition_penalty}.items():
-        if value is not None and not is_number(value):
+        if value is not None and not is_finite_number(value):
             raise ConfigError(f"{name} must be a number, got {value!r}.")
     for name in ("top_p", "min_p"):
         if filters[name] is not None and not 0 <= filters[name] <= 1:
@@ -72,10 +72,10 @@ def check_sampling(
             parameter="repetition_penalty",
             value=repetition_penalty,
         )
-    if seed is not None and not is_whole_number(seed):
+    if seed is not None and (not is_whole_number(seed, at_least=0) or seed >= 2**63):
         raise ConfigError(
             Setting("seed", of="generate_stream"),
-            f" must be a whole number, got {seed!r}.",
+            f" must be a whole number from 0 to 2**63, got {seed!r}.",
             parameter="seed",
             value=seed,
         )

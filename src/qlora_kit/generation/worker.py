@@ -8,7 +8,8 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.errors import ConfigError
+from qlora_kit.boundaries import describe_cause, is_foreign
+from qlora_kit.errors import ConfigError, EngineError, QloraKitError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -104,9 +105,18 @@ class Worker:
 
 
 def _translate(error: BaseException) -> BaseException:
-    """A ``ValueError`` of ``generate`` is about its settings; anything else stays as it is."""
-    if not isinstance(error, ValueError) or isinstance(error, ConfigError):
+    """What transformers trips over is about settings; what fails while computing is not."""
+    if isinstance(error, QloraKitError) or not is_foreign(error):
         return error
-    translated = ConfigError(f"transformers cannot generate with these settings: {error}")
+    translated: QloraKitError
+    if isinstance(error, RuntimeError | MemoryError):
+        translated = EngineError(
+            f"Generating failed: {describe_cause(error)} Where memory is short, ask for fewer "
+            "tokens or give a shorter prompt."
+        )
+    else:
+        translated = ConfigError(
+            f"transformers cannot generate with these settings: {describe_cause(error)}"
+        )
     translated.__cause__ = error
     return translated

@@ -286,6 +286,10 @@ def _prepare_eval(model: AdaptedModel, rows: Any, data: TrainingData, options: D
     if rows is None:
         return None
     if isinstance(rows, Mapping):
+        if not rows:
+            raise DataError(
+                Setting("eval_dataset"), " is an empty dictionary. Leave it out, or give it rows."
+            )
         return {name: _prepare_eval(model, part, data, options) for name, part in rows.items()}
     try:
         return prepare_examples(model, rows, data.formatter, options).dataset

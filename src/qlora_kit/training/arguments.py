@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from qlora_kit.boundaries import describe_cause
 from qlora_kit.config import SCRIPT_TRAINING_DEFAULTS
 from qlora_kit.data.tokens.truncation import check_limits
 from qlora_kit.engines.trainer_mixins import has_triton_loss
@@ -78,6 +79,21 @@ class TrainingSettings:
     data: DataOptions
     optimizer: Any
     trainer: Mapping[str, Any]
+
+
+class UnsavedToken(str):
+    """A token that ``training_args.bin``, which every checkpoint has, holds no copy of."""
+
+    __slots__ = ()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return type(None), ()
+
+    def __copy__(self) -> UnsavedToken:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> UnsavedToken:
+        return self
 
 
 def read_settings(fields: Mapping[str, Any], truncation: str, longest: int) -> TrainingSettings:
@@ -155,6 +171,8 @@ def build_arguments(
         merged.update(_evaluation_defaults({**merged, **fields}))
     merged.update(fields)
     merged["optim"] = optimizer.name
+    if merged.get("hub_token") is not None:
+        merged["hub_token"] = UnsavedToken(merged["hub_token"])
     if merged.get("loss_type", "nll") != "nll" and not has_triton_loss(device.type):
         raise ConfigError(
             Setting("loss_type", merged["loss_type"], "train_sft"),
@@ -171,8 +189,9 @@ def build_arguments(
             max_length=None,
             **merged,
         )
-    except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"SFTConfig refuses these settings: {error}") from error
+    # It runs accelerate's and fsdp's own parsers, which raise what their input makes them.
+    except Exception as error:
+        raise ConfigError(f"SFTConfig refuses these settings: {describe_cause(error)}") from error
     _take_one_card(args, device)
     return args
 

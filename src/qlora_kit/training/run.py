@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import errno
 import logging
 import math
 import time
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from qlora_kit import device as device_module
 from qlora_kit import ranks
 from qlora_kit.artifacts.provenance import write_checkpoint_manifest
+from qlora_kit.boundaries import describe_cause, is_foreign
 from qlora_kit.engines.base import Trainer, TrainJob, make_trainer
 from qlora_kit.errors import (
     ConfigError,
@@ -170,12 +172,18 @@ def _train(model: AdaptedModel, run: Run, interrupts: InterruptCallback) -> tupl
                 raise
             raise MissingDependencyError(f"{_MISSING}: {error}") from error
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if is_out_of_memory(error):
+                raise TrainingError(
+                    f"Out of memory: {str(error).splitlines()[0]} The batch was not changed.",
+                    advice=advise_on_memory(model, trainer),
+                ) from error
+            if isinstance(error, QloraKitError) or not is_foreign(error):
                 raise
-            raise TrainingError(
-                f"Out of memory: {str(error).splitlines()[0]} The batch was not changed.",
-                advice=advise_on_memory(model, trainer),
-            ) from error
+            raise _explain_failure(error, trainer, run.folder) from error
+        except Exception as error:
+            if isinstance(error, QloraKitError) or not is_foreign(error):
+                raise
+            raise _explain_failure(error, trainer, run.folder) from error
         finally:
             line.close()
         seconds = time.perf_counter() - started
@@ -215,6 +223,24 @@ def _say_what_was_done(result: TrainResult, total_steps: int) -> None:
             result.steps - len(result.losses)
             + next(i for i, loss in enumerate(result.losses, 1) if not math.isfinite(loss)),
         )  # fmt: skip
+
+
+def _explain_failure(error: Exception, trainer: Trainer, folder: Path) -> TrainingError:
+    """What the libraries raised in mid-run, with what is left of the run."""
+    step = trainer.state.global_step
+    # torch writes checkpoints through C++, whose error has no number.
+    is_full = getattr(error, "errno", None) == errno.ENOSPC or "PytorchStreamWriter" in str(error)
+    advice: tuple[str | Setting, ...] = (
+        f"The disk of {folder} is full: free some of it, or save less often. "
+        if is_full
+        else "Look at the setting that it is about. ",
+        "Where a checkpoint was saved, ",
+        Setting("resume_from_checkpoint", True),
+        " goes on from it.",
+    )
+    return TrainingError(
+        f"Training stopped after step {step}: {describe_cause(error)}", advice=advice
+    )
 
 
 def _adopt_chat_template(model: AdaptedModel, formatter: Any) -> None:

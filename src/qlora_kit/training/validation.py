@@ -13,6 +13,7 @@ from typing import Any, Final, NoReturn
 
 from qlora_kit.errors import ConfigError, UnknownOptionError, did_you_mean
 from qlora_kit.messages import Call, Setting
+from qlora_kit.training.field_checks import check_fields
 from qlora_kit.values import is_finite_number, is_whole_number
 
 __all__ = [
@@ -149,6 +150,7 @@ def check_values(fields: Mapping[str, Any], *, has_eval: bool) -> None:
             parameter="num_train_epochs",
             value=0,
         )
+    check_fields(fields)
     if (
         not has_eval
         and str(getattr(value := fields.get("eval_strategy", "no"), "value", value)) != "no"

@@ -8,6 +8,8 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from qlora_kit.boundaries import describe_cause
+from qlora_kit.data.formatters.loop_budget import LoopBudget
 from qlora_kit.errors import ConfigError, DataError
 from qlora_kit.messages import Call, Setting
 
@@ -76,6 +78,10 @@ class ChatTemplate:
                         ".",
                     ),
                 ) from error
+        if source is not None and not isinstance(source, str):
+            raise ConfigError(
+                f"chat_template must be a template's text, got {type(source).__name__}."
+            )
         self.source: str = source or own or ""
         self.is_tokenizers_own = self.source == own
         self.has_markers = _MARKER.search(self.source) is not None
@@ -268,7 +274,6 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         with_markers: bool = False,
     ) -> tuple[str, list[Span]]:
-        from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         renderer: Any = render_jinja_template  # its annotation says str, it returns two lists
@@ -281,11 +286,14 @@ class ChatTemplate:
                 chat_template=self.source,
                 add_generation_prompt=add_generation_prompt,
                 return_assistant_tokens_mask=with_markers,
+                range=LoopBudget().make_range,
                 **variables,
             )
-        # Templates index and call whatever they like; anything they trip over is the row's fault.
-        except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-            raise DataError(f"the chat template refuses it ({error})") from error
+        # Templates compute whatever they like; anything they trip over is between row and template.
+        except Exception as error:
+            raise DataError(
+                f"the chat template refuses it ({describe_cause(error).rstrip('.')})"
+            ) from error
         return texts[0], [(int(a), int(b)) for a, b in spans[0]] if with_markers else []
 
 

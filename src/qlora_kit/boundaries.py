@@ -1,0 +1,79 @@
+"""Where other libraries' exceptions become errors of this one.
+
+Each boundary (a checkpoint's files, an adapter, the trainer, the generating thread) says once
+what it tells its user. The cause stays chained, and a bug of this library stays what it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+from qlora_kit.errors import QloraKitError
+
+__all__ = ["describe_cause", "is_foreign", "translate_errors"]
+
+_PACKAGE: Final = __name__.partition(".")[0]
+_LIBRARIES: Final = tuple(
+    {str(Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "purelib", "platlib")}
+)
+
+
+@contextlib.contextmanager
+def translate_errors(make_error: Callable[[Exception], QloraKitError]) -> Iterator[None]:
+    """Raise what ``make_error`` makes of a library's exception, from that exception.
+
+    Errors of this library pass, and so do exceptions of its own lines and of its users' code.
+    """
+    try:
+        yield
+    except QloraKitError:
+        raise
+    except Exception as error:
+        if not is_foreign(error):
+            raise
+        raise make_error(error) from error
+
+
+def is_foreign(error: BaseException) -> bool:
+    """Whether a library raised this, the system did, or memory ran out.
+
+    Code that is neither a library's nor this package's is its user's, such as a callback that
+    the trainer calls: what that raises is not translated.
+    """
+    if isinstance(error, OSError | MemoryError | RecursionError):
+        return True
+    frames = list(traceback.walk_tb(error.__traceback__))
+    names = [frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in frames]
+    if not names or names[-1] == _PACKAGE:
+        # Compiled libraries have no frame of their own, but classes of their own.
+        return type(error).__module__.partition(".")[0] not in ("builtins", _PACKAGE)
+    inside = names[names.index(_PACKAGE) :] if _PACKAGE in names else names
+    files = [frame.f_code.co_filename for frame, _ in frames[-len(inside) :]]
+    return all(
+        name == _PACKAGE or file.startswith("<") or _is_library(file)
+        for name, file in zip(inside, files, strict=True)
+    )
+
+
+def describe_cause(error: BaseException, *, limit: int = 300) -> str:
+    """An exception in one line, its kind in front where its text says little.
+
+    Args:
+        error: What was raised.
+        limit: Most characters of it.
+    """
+    text = " ".join(str(error).split())
+    if not text or isinstance(error, KeyError | AttributeError | TypeError | IndexError):
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    text = text if len(text) <= limit else text[: limit - 3] + "..."
+    return text if text.endswith((".", "!", "?")) else text + "."
+
+
+def _is_library(file: str) -> bool:
+    path = str(Path(file).resolve())
+    return path.startswith(_LIBRARIES) or "site-packages" in path
