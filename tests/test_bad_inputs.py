@@ -42,7 +42,7 @@ def test_a_checkpoint_s_arguments_hold_no_token(tmp_path):
     import torch
     from trl import SFTConfig
 
-    arguments = SFTConfig(output_dir=str(tmp_path), hub_token=UnsavedToken("hf_secret"))
+    arguments = SFTConfig(str(tmp_path), use_cpu=True, hub_token=UnsavedToken("hf_secret"))
     assert arguments.hub_token == "hf_secret"
     torch.save(arguments, tmp_path / "training_args.bin")
     assert b"hf_secret" not in (tmp_path / "training_args.bin").read_bytes()

@@ -294,8 +294,8 @@ def _check_checkpoint(folder: Path) -> None:
         places = _read_json(index).get("weight_map", {})
         if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
             raise UnsupportedModelError(
-                f"{index} is damaged: its weight_map does not name a file for each tensor. Download "
-                "it again."
+                f"{index} is damaged: its weight_map does not name a file for each tensor. "
+                "Download it again."
             )
         shards = set(places.values())
         missing = sorted(name for name in shards if not (folder / name).is_file())
