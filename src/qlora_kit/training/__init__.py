@@ -147,7 +147,8 @@ def train_sft(
             optimizer=optimizer,
             has_eval=eval_dataset is not None,
         )
-    new_id = make_run_id()
+    # All ranks are one run.
+    new_id = ranks.share("run id", make_run_id)
     # One process of several that train together holds the folder for all.
     with hold_folder(folder, new_id) if args.process_index == 0 else contextlib.nullcontext():
         found = find_checkpoints(resume_from_checkpoint, folder, model)

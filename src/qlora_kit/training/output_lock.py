@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Final
 
+from qlora_kit import ranks
 from qlora_kit.errors import TrainingError
 
 __all__ = ["check_unused", "hold_folder"]
@@ -39,6 +40,10 @@ def hold_folder(folder: Path, run_id: str) -> Iterator[None]:
     Raises:
         TrainingError: When another training that lives holds it; names its process.
     """
+    if not ranks.is_main():
+        # The ranks of one training share its folder, and the main one writes there.
+        yield
+        return
     was_there = folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
     place = folder.resolve()
@@ -64,7 +69,7 @@ def check_unused(folder: Path) -> None:
     Raises:
         TrainingError: When one does; names its process.
     """
-    if (folder / LOCK_NAME).is_file():
+    if ranks.is_main() and (folder / LOCK_NAME).is_file():
         with hold_folder(folder, ""):
             pass
 
