@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from qlora_kit.data.formatters.alpaca_templates import AlpacaTemplate, resolve_template
+from qlora_kit.data.formatters.chat_messages import read_json
 from qlora_kit.data.formatters.formatter_base import FormatterBase, SpecialTokens
-from qlora_kit.data.formatters.messages import read_json
 from qlora_kit.data.sources.row_problems import BadRowPolicy, check_text
 from qlora_kit.data.sources.rows import Rows, is_filled
 from qlora_kit.data.tokens.segments import Prompt, Segment

@@ -9,10 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from qlora_kit.data.formatters.chat_template import ChatTemplate, find_training_template
-from qlora_kit.data.formatters.content_check import find_lost, say_lost
-from qlora_kit.data.formatters.formatter_base import FormatterBase, SpecialTokens, check_tokenizer
-from qlora_kit.data.formatters.messages import (
+from qlora_kit.data.formatters.chat_messages import (
     KNOWN_ROLES,
     list_unread_keys,
     parse_message,
@@ -20,6 +17,9 @@ from qlora_kit.data.formatters.messages import (
     read_json,
     use_key_of_template,
 )
+from qlora_kit.data.formatters.chat_template import ChatTemplate, find_training_template
+from qlora_kit.data.formatters.content_check import find_lost, say_lost
+from qlora_kit.data.formatters.formatter_base import FormatterBase, SpecialTokens, check_tokenizer
 from qlora_kit.data.sources.row_problems import BadRowPolicy, check_text
 from qlora_kit.data.sources.rows import Rows, UnusedData, is_filled
 from qlora_kit.data.tokens.segments import Prompt, Segment

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from qlora_kit.data.formatters.messages import REASONING_KEYS
+from qlora_kit.data.formatters.chat_messages import REASONING_KEYS
 from qlora_kit.errors import DataError
 from qlora_kit.values import is_whole_number
 
