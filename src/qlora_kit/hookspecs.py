@@ -82,7 +82,7 @@ class ExportRequest:
             into the folder that ``write`` is given.
         verify: ``False``, ``True`` or ``"full"``.
         progress: Called as ``progress(what, done, total)``; never required.
-        shared: What the exports of one call share, see ``weights/shared_merge.py``; may be ``None``.
+        shared: What the exports of one call share (``weights/shared_merge.py``); may be ``None``.
     """
 
     model: LoadedModel
