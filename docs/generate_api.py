@@ -40,11 +40,13 @@ from qlora_kit import AlpacaFormatter, attach_lora, export_model, load_quantized
 
 #: The page's order: what a script uses from top to bottom, then what comes back, then the edges.
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "The pipeline": ("load_quantized", "attach_lora", "train_sft", "generate_stream"),
+    "The pipeline": ("load_quantized", "attach_lora", "train_sft", "generate_stream",
+                     "generate_batch"),
     "Data": ("AlpacaFormatter", "ChatFormatter", "PromptCompletionFormatter", "FormatterBase",
              "Formatter", "Segment", "formatter_from_spec", "pack_examples"),
     "Exporting": ("export_model", "available_exporters", "describe_exporters", "get_exporter"),
-    "What comes back": ("LoadedModel", "AdaptedModel", "TrainResult", "TextChunk", "Artifact",
+    "What comes back": ("LoadedModel", "AdaptedModel", "TrainResult", "TextChunk", "Answer",
+                        "Artifact",
                         "ExportResults", "Verification", "Check"),
     "Writing an exporter": ("Exporter", "ExportRequest", "ExportEstimate", "nest_export",
                             "hookimpl", "hookspec"),

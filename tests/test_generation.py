@@ -6,7 +6,13 @@ import threading
 import pytest
 
 from forward import logits_of
-from qlora_kit import AlpacaFormatter, attach_lora, generate_stream, load_quantized
+from qlora_kit import (
+    AlpacaFormatter,
+    attach_lora,
+    generate_batch,
+    generate_stream,
+    load_quantized,
+)
 from qlora_kit.errors import ConfigError, UnknownOptionError
 
 
@@ -283,3 +289,34 @@ def test_hooks_and_gradients_are_as_before(model):
     stream.close()
     assert hooks() == before
     assert not _threads()
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_time": 60.0}])
+def test_a_batch_is_what_streams_answer(model, settings):
+    """With the decoder, and with what it leaves to ``generate``."""
+    prompts = [PROMPT, "One", [7, 8, 9], "Two and three", PROMPT[:20]]
+    whole = [_text(model, prompt, max_new_tokens=24) for prompt in prompts]
+    stop = whole[1][4:6]
+    answers = list(
+        generate_batch(model, prompts, at_once=2, max_new_tokens=24, stop=stop, **settings)
+    )
+    assert [answer.index for answer in answers] == list(range(len(prompts)))
+    for answer, text in zip(answers, whole, strict=True):
+        assert answer.text == (text[: text.index(stop)] if stop in text else text)
+        assert answer.finish_reason == ("stop" if stop in text else "length")
+    assert answers[1].finish_reason == "stop"
+
+
+def test_answers_come_as_they_end_when_asked(model):
+    long, short = PROMPT, "One"
+    stop = _text(model, short, max_new_tokens=24)[:8]
+    assert stop not in _text(model, long, max_new_tokens=24)
+    asked = {"max_new_tokens": 24, "stop": stop, "at_once": 2}
+    ended = [
+        answer.index for answer in generate_batch(model, [long, short], **asked, in_order=False)
+    ]
+    assert ended == [1, 0]
+    assert [answer.index for answer in generate_batch(model, [long, short], **asked)] == [0, 1]
+    assert list(generate_batch(model, [])) == []
+    with pytest.raises(ConfigError, match="at_once"):
+        generate_batch(model, [short], at_once=0)

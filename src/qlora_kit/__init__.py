@@ -15,6 +15,7 @@ __all__ = [
     "AdaptedModel",
     "AdapterConfig",
     "AlpacaFormatter",
+    "Answer",
     "Artifact",
     "ChatFormatter",
     "Check",
@@ -44,6 +45,7 @@ __all__ = [
     "errors",
     "export_model",
     "formatter_from_spec",
+    "generate_batch",
     "generate_stream",
     "get_exporter",
     "hookimpl",
@@ -75,6 +77,7 @@ _HOME_OF: Final = {
     "PromptCompletionFormatter": "data",
     "QloraKitError": "errors",
     "Segment": "data",
+    "Answer": "results",
     "TextChunk": "results",
     "TrainResult": "results",
     "Verification": "results",
@@ -86,6 +89,7 @@ _HOME_OF: Final = {
     "describe_exporters": "export",
     "export_model": "export",
     "formatter_from_spec": "data",
+    "generate_batch": "generation",
     "generate_stream": "generation",
     "get_exporter": "export",
     "hookimpl": "hookspecs",
@@ -120,12 +124,13 @@ if TYPE_CHECKING:
         get_exporter,
         nest_export,
     )
-    from qlora_kit.generation import generate_stream
+    from qlora_kit.generation import generate_batch, generate_stream
     from qlora_kit.handles import AdaptedModel, LoadedModel
     from qlora_kit.hookspecs import Exporter, ExportEstimate, ExportRequest, hookimpl, hookspec
     from qlora_kit.loading import load_quantized
     from qlora_kit.pipeline import Pipeline, PipelineResult, check_pipeline, run_pipeline
     from qlora_kit.results import (
+        Answer,
         Artifact,
         Check,
         ExportResults,

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from qlora_kit.errors import ExportError
 
 __all__ = [
+    "Answer",
     "Artifact",
     "ArtifactFile",
     "Check",
@@ -105,6 +106,23 @@ class TextChunk:
     token_count: int
     tokens_per_second: float
     finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer.
+
+    Attributes:
+        index: Which of the prompts it answers, counted from 0.
+        text: The answer.
+        token_count: Its tokens, the stop token included.
+        finish_reason: As in :class:`TextChunk`.
+    """
+
+    index: int
+    text: str
+    token_count: int
+    finish_reason: FinishReason
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,12 @@ from qlora_kit.errors import EngineError
 from qlora_kit.handles import AdaptedModel, LoadedModel
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback
+    from transformers import GenerationConfig, TrainerCallback
     from trl import SFTConfig
 
 __all__ = [
+    "DecodingEngine",
+    "DecodingSession",
     "Engine",
     "GenerativeModel",
     "QuietEngine",
@@ -41,6 +43,7 @@ __all__ = [
     "inference_mode",
     "make_adapted",
     "make_trainer",
+    "open_decoder",
     "quietly",
     "ready_to_generate",
     "settle_stop_tokens",
@@ -210,6 +213,47 @@ class Engine(Protocol):
         ...
 
 
+class DecodingSession(Protocol):
+    """Answers being written by an engine's own decoder."""
+
+    def answer(self, prompts: Iterator[Sequence[int]]) -> Iterator[tuple[int, int]]:
+        """Tokens as they come, each with the number of the prompt that it answers.
+
+        An answer ends with one of the configuration's end tokens, after ``max_new_tokens``, or
+        after :meth:`finish`. Prompts are taken as there is room for them.
+        """
+        ...
+
+    def finish(self, index: int) -> None:
+        """Write no more of an answer."""
+        ...
+
+
+@runtime_checkable
+class DecodingEngine(Engine, Protocol):
+    """An engine that has a way of its own to write answers, for the models it covers."""
+
+    def decode(
+        self,
+        model: LoadedModel,
+        config: GenerationConfig,
+        *,
+        seed: int | None,
+        most_tokens: int,
+        at_once: int,
+    ) -> AbstractContextManager[DecodingSession | str]:
+        """A session, or why this model or these settings are left to ``generate``.
+
+        Args:
+            model: In inference mode.
+            config: Complete.
+            seed: Makes sampling repeatable.
+            most_tokens: Tokens of the longest prompt together with its answer.
+            at_once: Answers that are wanted at the same time.
+        """
+        ...
+
+
 @runtime_checkable
 class QuietEngine(Engine, Protocol):
     """An engine that can keep what its libraries print off standard output."""
@@ -300,3 +344,26 @@ def ready_to_generate(model: LoadedModel) -> Iterator[GenerativeModel]:
                 "generate method. Yield the model itself, ready to generate."
             )
         yield ready
+
+
+def open_decoder(
+    model: LoadedModel,
+    config: GenerationConfig,
+    *,
+    seed: int | None,
+    most_tokens: int,
+    at_once: int = 1,
+) -> AbstractContextManager[DecodingSession | str]:
+    """The engine's own decoder at work, or why ``generate`` has to do.
+
+    Args:
+        model: In inference mode, see :func:`ready_to_generate`.
+        config: As for :meth:`DecodingEngine.decode`, like the others.
+        seed: The same.
+        most_tokens: The same.
+        at_once: The same.
+    """
+    engine: Engine = model.engine
+    if not isinstance(engine, DecodingEngine):
+        return nullcontext(f"engine {engine.name!r} has no decoder of its own")
+    return engine.decode(model, config, seed=seed, most_tokens=most_tokens, at_once=at_once)

@@ -1,30 +1,32 @@
 """Streaming an answer: text as it is produced, and an end that is named.
 
-transformers generates in a worker thread; this stage turns token ids into text, watches for
-stop strings and ends the worker when the consumer stops reading.
+The engine's decoder writes token ids, or transformers in a worker thread; this stage turns them
+into text, watches for stop strings and ends generation when the consumer stops reading.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.boundaries import describe_cause
 from qlora_kit.data.formatters.loop_budget import LoopBudget
 from qlora_kit.engines.base import ready_to_generate
 from qlora_kit.errors import ConfigError
+from qlora_kit.generation.batch import answer_all, put_in_order, show_progress
 from qlora_kit.generation.detokenization import TextAssembler
 from qlora_kit.generation.settings import check_sampling, make_config, read_stops
-from qlora_kit.generation.worker import Worker
+from qlora_kit.generation.tokens import open_tokens
 from qlora_kit.handles import LoadedModel
-from qlora_kit.results import FinishReason, TextChunk
+from qlora_kit.results import Answer, FinishReason, TextChunk
+from qlora_kit.values import is_whole_number
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-__all__ = ["generate_stream"]
+__all__ = ["generate_batch", "generate_stream"]
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +74,85 @@ def generate_stream(
     Raises:
         ConfigError: When an argument cannot work; before anything is computed.
     """
+    config, stops = _read_settings(
+        model,
+        "generate_stream",
+        max_new_tokens=max_new_tokens,
+        do_sample=do_sample,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=stop,
+        seed=seed,
+        **generation_config,
+    )
+    ids = _encode(model, prompt)
+    _mention_length(model, len(ids), max_new_tokens)
+    # The checks above run at the call, not when the first chunk is read.
+    return _stream(model, ids, config, stops, seed)
+
+
+def generate_batch(
+    model: LoadedModel,
+    prompts: Iterable[str | Sequence[int] | Sequence[Mapping[str, str]]],
+    *,
+    at_once: int = 64,
+    in_order: bool = True,
+    progress: bool = False,
+    seed: int | None = None,
+    **settings: Any,
+) -> Iterator[Answer]:
+    """Answer many prompts, several at a time.
+
+    A prompt is begun as soon as another one's answer ends. Models and settings that the engine's
+    decoder does not cover are answered one after the other.
+
+    Args:
+        model: A loaded or adapted model; left in the mode it was found in.
+        prompts: What ``generate_stream`` takes as ``prompt``, any number.
+        at_once: Most answers written at the same time; memory may allow fewer.
+        in_order: ``False`` for answers in the order in which they end.
+        progress: Whether to show a bar.
+        seed: Makes sampling repeatable, whatever else is written beside an answer.
+        **settings: Everything else that ``generate_stream`` takes.
+
+    Yields:
+        One :class:`~qlora_kit.results.Answer` for each prompt.
+
+    Raises:
+        ConfigError: When an argument cannot work; before anything is computed.
+    """
+    if not is_whole_number(at_once, at_least=1):
+        raise ConfigError(f"at_once must be at least 1, got {at_once!r}.")
+    config, stops = _read_settings(model, "generate_batch", seed=seed, **settings)
+    ids = [_encode(model, prompt) for prompt in prompts]
+    if ids:
+        _mention_length(model, max(map(len, ids)), config.max_new_tokens)
+    answers = answer_all(model, ids, config, stops, seed, at_once)
+    return show_progress(put_in_order(answers) if in_order else answers, len(ids), progress)
+
+
+def _read_settings(
+    model: LoadedModel,
+    caller: str,
+    *,
+    max_new_tokens: int = 256,
+    do_sample: bool | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    stop: str | Sequence[str] | None = None,
+    seed: int | None = None,
+    **generation_config: Any,
+) -> tuple[GenerationConfig, tuple[str, ...]]:
+    """The checked settings of a call, and its stop strings."""
     if not isinstance(model, LoadedModel):
         raise ConfigError(
-            f"generate_stream takes what load_quantized or attach_lora returned, "
+            f"{caller} takes what load_quantized or attach_lora returned, "
             f"got {type(model).__name__}."
         )
     filters = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
@@ -90,15 +168,15 @@ def generate_stream(
             "max_new_tokens": max_new_tokens,
         },
     )
-    stops = tuple(dict.fromkeys((*read_stops(stop), *model.stop_strings)))
-    ids = _encode(model, prompt)
-    if len(ids) + max_new_tokens > model.max_seq_length:
+    return config, tuple(dict.fromkeys((*read_stops(stop), *model.stop_strings)))
+
+
+def _mention_length(model: LoadedModel, length: int, max_new_tokens: int) -> None:
+    if length + max_new_tokens > model.max_seq_length:
         logger.info(
             "%d prompt tokens and up to %d new ones go beyond max_seq_length=%d.",
-            len(ids), max_new_tokens, model.max_seq_length,
+            length, max_new_tokens, model.max_seq_length,
         )  # fmt: skip
-    # The checks above run at the call, not when the first chunk is read.
-    return _stream(model, ids, config, stops, seed)
 
 
 def _stream(
@@ -108,31 +186,29 @@ def _stream(
     stops: tuple[str, ...],
     seed: int | None,
 ) -> Iterator[TextChunk]:
-    with ready_to_generate(model) as module:
-        worker = Worker(module, ids, config, seed)
+    started = time.perf_counter()
+    with (
+        ready_to_generate(model) as module,
+        open_tokens(model, module, ids, config, seed) as tokens,
+    ):
         text = TextAssembler(model.tokenizer, stops)
         ends = set(config.eos_token_id)
-        started = time.perf_counter()
-        worker.start()
-        try:
-            count = 0
-            reason: FinishReason = "length"
-            for token in worker.tokens():
-                count += 1
-                if token in ends:
-                    reason = "eos"
-                    break
-                piece, was_stopped = text.add(token)
-                if was_stopped:
-                    reason = "stop"
-                    yield _chunk(piece, count, started, reason)
-                    return
-                if piece:
-                    yield _chunk(piece, count, started, None)
-            rest, was_stopped = text.finish()
-            yield _chunk(rest, count, started, "stop" if was_stopped else reason)
-        finally:
-            worker.stop()
+        count = 0
+        reason: FinishReason = "length"
+        for token in tokens:
+            count += 1
+            if token in ends:
+                reason = "eos"
+                break
+            piece, was_stopped = text.add(token)
+            if was_stopped:
+                reason = "stop"
+                yield _chunk(piece, count, started, reason)
+                return
+            if piece:
+                yield _chunk(piece, count, started, None)
+        rest, was_stopped = text.finish()
+        yield _chunk(rest, count, started, "stop" if was_stopped else reason)
 
 
 def _chunk(text: str, count: int, started: float, reason: FinishReason | None) -> TextChunk:

@@ -14,7 +14,7 @@ from qlora_kit.errors import ConfigError, EngineError, QloraKitError
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-__all__ = ["Worker"]
+__all__ = ["Worker", "translate_error"]
 
 
 class Worker:
@@ -63,7 +63,7 @@ class Worker:
                 self._generate()
         # Not swallowed: raised again where the chunks are read.
         except BaseException as error:  # noqa: BLE001
-            self._queue.put(_translate(error))
+            self._queue.put(translate_error(error))
         finally:
             self._queue.put(self._END)
 
@@ -104,7 +104,7 @@ class Worker:
         )
 
 
-def _translate(error: BaseException) -> BaseException:
+def translate_error(error: BaseException) -> BaseException:
     """What transformers trips over is about settings; what fails while computing is not."""
     if isinstance(error, QloraKitError) or not is_foreign(error):
         return error

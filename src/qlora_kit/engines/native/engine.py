@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import AdapterConfig, LoadConfig
 from qlora_kit.device import to_torch_dtype
-from qlora_kit.engines.base import GenerativeModel, Trainer, TrainJob
+from qlora_kit.engines.base import DecodingSession, GenerativeModel, Trainer, TrainJob
 from qlora_kit.engines.base_model import (
     explain_load_errors,
     open_checkpoint,
@@ -28,6 +28,9 @@ from qlora_kit.engines.peft_model import (
 from qlora_kit.engines.quantization import make_quantization_config, set_compute_dtype
 from qlora_kit.errors import ConfigError
 from qlora_kit.handles import AdaptedModel, BaseInfo, LoadedModel
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 __all__ = ["NativeEngine"]
 
@@ -77,6 +80,9 @@ class NativeEngine:
         import torch
         from peft import get_peft_model
 
+        from qlora_kit.engines.native.fast.decoders import release_decoder
+
+        release_decoder(loaded.model)
         use_loftq = loftq.is_requested(config)
         if use_loftq:
             loftq.check(loaded.base, config)
@@ -134,6 +140,24 @@ class NativeEngine:
 
         with inference_mode(model.model, model.tokenizer), rounding_once(model.model):
             yield model.model
+
+    @contextlib.contextmanager
+    def decode(
+        self,
+        model: LoadedModel,
+        config: GenerationConfig,
+        *,
+        seed: int | None,
+        most_tokens: int,
+        at_once: int,
+    ) -> Iterator[DecodingSession | str]:
+        """The decoder beside the training step, for the models that step computes."""
+        from qlora_kit.engines.native.fast.decoders import open_session
+
+        with open_session(
+            model.model, config, seed=seed, most_tokens=most_tokens, at_once=at_once
+        ) as session:
+            yield session
 
 
 def _make_lora_config(config: AdapterConfig, *, use_loftq: bool) -> Any:

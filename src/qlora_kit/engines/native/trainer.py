@@ -10,6 +10,7 @@ from typing import Any
 from trl import SFTTrainer
 
 from qlora_kit.engines.native.bitsandbytes_optimizers import without_waiting
+from qlora_kit.engines.native.fast.decoders import begin_training, end_training
 from qlora_kit.engines.native.fast.fast_step import FastStep
 from qlora_kit.engines.native.fast.plan import FastPlan, parse_plan
 from qlora_kit.engines.native.fast.support import find_obstacle
@@ -54,6 +55,8 @@ class NativeTrainer(TrainerBase, FastStep, SFTTrainer):
             args.gradient_checkpointing = False
             args.logging_nan_inf_filter = False
         super().__init__(model=model, args=args, **kwargs)
+        self._decoded_model = model
+        begin_training(model)
         if is_fast:
             self.start_fast(model, asked)
 
@@ -68,6 +71,7 @@ class NativeTrainer(TrainerBase, FastStep, SFTTrainer):
     def release(self) -> None:
         """Take the trainer off the model, and free what training allocated."""
         self.stop_fast()
+        end_training(self._decoded_model)
         super().release()
 
 

@@ -15,7 +15,15 @@ from torch import Tensor
 from qlora_kit.engines.native.fast.attention import attend
 from qlora_kit.engines.native.fast.projection import project
 
-__all__ = ["LayerShape", "LayerTensors", "Modules", "Projections", "decoder_layer"]
+__all__ = [
+    "LayerShape",
+    "LayerTensors",
+    "Modules",
+    "Projections",
+    "decoder_layer",
+    "rms_norm",
+    "rotate",
+]
 
 
 class Projections(NamedTuple):
@@ -89,19 +97,19 @@ def decoder_layer(
     """
     tokens = hidden.shape[0]
     q_size, kv_size = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    x = _rms_norm(hidden, layer.input_norm, shape.epsilon)
+    x = rms_norm(hidden, layer.input_norm, shape.epsilon)
     q, k, v = _apply(x, layer.qkv).split([q_size, kv_size, kv_size], dim=1)
     # (T, heads * D) -> (T, heads, D): examples lie end to end, there is no batch dimension.
     q = q.reshape(tokens, shape.heads, shape.head_dim)
     k = k.reshape(tokens, shape.kv_heads, shape.head_dim)
     v = v.reshape(tokens, shape.kv_heads, shape.head_dim)
     if layer.q_norm is not None and layer.k_norm is not None:
-        q = _rms_norm(q, layer.q_norm, shape.epsilon)
-        k = _rms_norm(k, layer.k_norm, shape.epsilon)
-    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        q = rms_norm(q, layer.q_norm, shape.epsilon)
+        k = rms_norm(k, layer.k_norm, shape.epsilon)
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     attended = attend(q, k, v, bounds, longest, mask).reshape(tokens, q_size)
     hidden = hidden + _apply(attended, layer.out)
-    x = _rms_norm(hidden, layer.post_norm, shape.epsilon)
+    x = rms_norm(hidden, layer.post_norm, shape.epsilon)
     both = _apply(x, layer.gate_up)
     if shape.gated is not None:
         return hidden + _apply(shape.gated(both), layer.down)
@@ -115,14 +123,16 @@ def _apply(x: Tensor, group: Projections | Modules) -> Tensor:
     return project(x, *group)
 
 
-def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Root-mean-square normalization over the last dimension."""
     # Rounded to the weight's dtype before the weight is applied, as transformers does.
     wide = x if x.dtype == torch.float64 else x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
     return weight * wide.to(x.dtype)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of ``x``, shape ``(T, H, D)``, by ``cos`` and ``sin``, shape ``(T, D)``."""
     # RoPE (Su et al., arXiv:2104.09864) as transformers lays it out: dimension i turns with
     # i + D/2, not with its neighbour; cos and sin, (T, D), repeat their first half.
     half = x.shape[-1] // 2

@@ -71,19 +71,22 @@ class _Frozen:
     quant_type: str
 
 
-def read_group(modules: Sequence[Any], dtype: torch.dtype) -> GroupReader | str:
+def read_group(
+    modules: Sequence[Any], dtype: torch.dtype, *, trains: bool = True
+) -> GroupReader | str:
     """What a group of projections holds.
 
     Args:
         modules: peft or plain linear modules that read the same input.
         dtype: The dtype the layer computes in.
+        trains: As in :func:`read_adapter`.
 
     Returns:
         The group, or why it cannot be fused.
     """
     frozen, adapters, biases = [], [], []
     for module in modules:
-        adapter = read_adapter(module)
+        adapter = read_adapter(module, trains=trains)
         if isinstance(adapter, str):
             return adapter
         base = module.base_layer if hasattr(module, "base_layer") else module
@@ -164,14 +167,22 @@ def _read_weight(base: Any, dtype: torch.dtype) -> _Frozen | str:
     )
 
 
-def read_adapter(module: Any) -> AdapterPart | str | None:
-    """A module's one active adapter, why it cannot be fused, or ``None`` where there is none."""
+def read_adapter(module: Any, *, trains: bool = True) -> AdapterPart | str | None:
+    """A module's one active adapter, why it cannot be fused, or ``None`` where there is none.
+
+    Args:
+        module: A peft or plain module.
+        trains: Whether gradients are wanted. Otherwise dropout does nothing, and a disabled
+            adapter is none.
+    """
     if not hasattr(module, "base_layer"):
         return None
     if not hasattr(module, "lora_A"):
         return f"{type(module).__name__} wrappers"
-    if module.disable_adapters or module.merged:
+    if module.merged or (trains and module.disable_adapters):
         return "disabled or merged adapters"
+    if module.disable_adapters:
+        return None
     active = [name for name in module.active_adapters if name in module.lora_A]
     if not active:
         return None
@@ -181,7 +192,7 @@ def read_adapter(module: Any) -> AdapterPart | str | None:
     if name in module.lora_variant:
         return f"{type(module.lora_variant[name]).__name__}"
     dropout = module.lora_dropout[name]
-    if getattr(dropout, "p", 0.0) > 0:
+    if trains and getattr(dropout, "p", 0.0) > 0:
         return f"lora_dropout={dropout.p}"
     if module.lora_bias.get(name) or getattr(module, "fan_in_fan_out", False):
         return "adapter biases or transposed weights"

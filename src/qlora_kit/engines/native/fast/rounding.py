@@ -3,8 +3,7 @@
 peft adds the adapter's product to a base product that is rounded to 16 bits already, and loses
 most of an update below half a step of that rounding. While a model is read, its adapted
 projections compute as in training (:mod:`projection`); weights, parameters and classes stay
-as they are, and what the fused step leaves to peft's own modules is left to them here as well,
-and so are single tokens on a GPU.
+as they are, and what the fused step leaves to peft's own modules is left to them here as well.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from qlora_kit.engines.native.fast.peft_layers import (
     read_adapter,
     read_group,
 )
-from qlora_kit.engines.native.fast.projection import project
+from qlora_kit.engines.native.fast.projection import dequantize, project
 from qlora_kit.engines.readers import Readers
 
-__all__ = ["rounding_once"]
+__all__ = ["is_rounding", "rounding_once"]
 
 #: In wider dtypes the order of additions does not matter, and peft's is kept.
 _NARROW: Final = (torch.bfloat16, torch.float16)
@@ -57,7 +56,7 @@ def _replace_forwards(model: Any, earlier: list[Any] | None) -> list[Any]:
 def _put_back(replaced: list[Any]) -> None:
     for module in replaced:
         # Something else may have replaced it since.
-        if _is_ours(module.__dict__.get("forward")):
+        if is_rounding(module.__dict__.get("forward")):
             del module.forward
 
 
@@ -78,7 +77,8 @@ def _find_modules(model: Any) -> Iterator[tuple[Any, torch.dtype]]:
                 yield module, dtype
 
 
-def _is_ours(forward: Any) -> bool:
+def is_rounding(forward: Any) -> bool:
+    """Whether a module's ``forward`` is the one that :func:`rounding_once` gives it."""
     return isinstance(forward, functools.partial) and forward.func is _forward
 
 
@@ -90,11 +90,10 @@ def _forward(
         adapter = read_adapter(module)
         if isinstance(adapter, AdapterPart):
             rows = x.reshape(-1, x.shape[-1])
-            if rows.shape[0] > 1:
-                return _compute_rows(base, rows, adapter).reshape(*x.shape[:-1], -1)
-            # A GPU's kernels for one row round before they add, whatever they are asked for.
-            if x.device.type == "cpu":
-                return _compute_row(base, rows, adapter).reshape(*x.shape[:-1], -1)
+            compute = _compute_row if rows.shape[0] == 1 else _compute_rows
+            if x.device.type != "cpu":
+                compute = _compute_product
+            return compute(base, rows, adapter).reshape(*x.shape[:-1], -1)
     out: Tensor = type(module).forward(module, x, *args, **kwargs)
     return out
 
@@ -107,6 +106,23 @@ def _compute_rows(base: Any, x: Tensor, adapter: AdapterPart) -> Tensor:
         x, group.weights, group.scales, group.rows, group.blocksize, group.quant_type,
         group.bias, adapter.down.to(x.dtype), (adapter.up * adapter.scaling).to(x.dtype),
     )  # fmt: skip
+
+
+def _compute_product(base: Any, x: Tensor, adapter: AdapterPart) -> Tensor:
+    """Any number of tokens on a GPU, ``[x, down @ x] @ [W | up].T``, shape ``(T, N)``.
+
+    Some of a GPU's kernels round a product before they add to it, for one row and for small
+    matrices; a single sum leaves them no choice.
+    """
+    group = read_group([base], x.dtype)
+    assert not isinstance(group, str)
+    weight = dequantize(
+        group.weights, group.scales, group.rows, group.columns, group.blocksize,
+        group.quant_type, x.dtype,
+    )  # fmt: skip
+    low = x @ adapter.down.to(x.dtype).T
+    whole = torch.cat((weight, (adapter.up * adapter.scaling).to(x.dtype)), dim=1)
+    return torch.nn.functional.linear(torch.cat((x, low), dim=1), whole, group.bias)
 
 
 def _compute_row(base: Any, x: Tensor, adapter: AdapterPart) -> Tensor:

@@ -1,0 +1,280 @@
+"""Answers one token at a time: the layers of :mod:`layer` with a cache of keys and values.
+
+Prompts run through the training step's operations, all of a call laid end to end. A step computes
+one token of every answer: on CUDA with Triton through the kernels of :mod:`decoding_kernels`,
+elsewhere through torch's own operations in the order of :mod:`layer`. On CUDA it is captured as a
+CUDA graph by :mod:`decoding_session`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qlora_kit.engines.native.fast.attention import attend, choose_attention, make_block_mask
+from qlora_kit.engines.native.fast.compilation import find_compile_obstacle
+from qlora_kit.engines.native.fast.decoding_support import find_decoding_obstacle
+from qlora_kit.engines.native.fast.decoding_weights import DecodingWeights, measure_cached_bytes
+from qlora_kit.engines.native.fast.kv_cache import KeyValueCache
+from qlora_kit.engines.native.fast.layer import rms_norm, rotate
+from qlora_kit.engines.native.fast.peft_layers import GroupReader, read_group
+
+__all__ = ["Decoder", "DecoderLayer", "read_model"]
+
+logger = logging.getLogger(__name__)
+
+_MEMBERS = {
+    "qkv": ("self_attn", ("q_proj", "k_proj", "v_proj")),
+    "out": ("self_attn", ("o_proj",)),
+    "gate_up": ("mlp", ("gate_proj", "up_proj")),
+    "down": ("mlp", ("down_proj",)),
+}
+
+#: Share of the free memory that a second, dequantized copy of the weights may take.
+_CACHED_SHARE = 0.25
+
+
+class DecoderLayer(NamedTuple):
+    """What a layer reads besides its input; norms have shape ``(H,)`` or ``(D,)``."""
+
+    input_norm: Tensor
+    post_norm: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    qkv: DecodingWeights
+    out: DecodingWeights
+    gate_up: DecodingWeights
+    down: DecodingWeights
+
+    def groups(self) -> tuple[DecodingWeights, ...]:
+        return self.qkv, self.out, self.gate_up, self.down
+
+
+def read_model(model: Any) -> list[dict[str, GroupReader]] | str:
+    """The groups of every layer, or why the decoder does not cover the model."""
+    obstacle = find_decoding_obstacle(model)
+    if obstacle is not None:
+        return obstacle
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    dtype = base.get_input_embeddings().weight.dtype
+    layers = []
+    for layer in base.model.layers:
+        groups: dict[str, GroupReader] = {}
+        for name, (owner, members) in _MEMBERS.items():
+            modules = [getattr(getattr(layer, owner), member) for member in members]
+            group = read_group(modules, dtype, trains=False)
+            if isinstance(group, str):
+                return group
+            groups[name] = group
+        layers.append(groups)
+    return layers
+
+
+class Decoder:
+    """A model's tensors, ready to write answers.
+
+    Args:
+        model: A transformers or peft model; it is read, never changed.
+        readers: What :func:`read_model` found.
+    """
+
+    def __init__(self, model: Any, readers: Sequence[dict[str, GroupReader]]) -> None:
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        #: transformers' model, whose methods make score processors.
+        self.base = base
+        body, config = base.model, base.config
+        self._embedding: Tensor = base.get_input_embeddings().weight.detach()
+        self._head: Tensor = base.get_output_embeddings().weight.detach()
+        self._final_norm: Tensor = body.norm.weight.detach()
+        self._rotary = body.rotary_emb
+        self.dtype, self.device = self._embedding.dtype, self._embedding.device
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim: int = body.layers[0].self_attn.head_dim
+        self.epsilon: float = config.rms_norm_eps
+        self._attention = choose_attention(self.device, self.dtype, self.head_dim)
+        self.layers = [
+            DecoderLayer(*_read_norms(layer), **{
+                name: DecodingWeights(group, self.dtype) for name, group in groups.items()
+            })
+            for layer, groups in zip(body.layers, readers, strict=True)
+        ]  # fmt: skip
+        self.kernels: Any = self._choose_kernels()
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether dequantized weights are kept."""
+        return self.layers[0].qkv.whole is not None
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the base is in 4 bits."""
+        return any(group.group.scales for layer in self.layers for group in layer.groups())
+
+    def refresh(self) -> None:
+        """Take the adapters' present values."""
+        for layer in self.layers:
+            for group in layer.groups():
+                group.refresh()
+
+    def choose_weights(self, free_bytes: int) -> None:
+        """Keep dequantized weights where memory is plentiful.
+
+        Measured on an H100 (2026-11-27, one row, layers of a 4B model): the products of a layer
+        take 80 microseconds from 16 bits and 170 from 4 bits, which Triton unpacks more slowly
+        than the card could read four times as much.
+
+        Args:
+            free_bytes: Free memory of the device.
+        """
+        if self.is_cached:
+            return
+        needed = sum(
+            measure_cached_bytes(group.group, self.dtype)
+            for layer in self.layers for group in layer.groups()
+        )  # fmt: skip
+        if needed > _CACHED_SHARE * free_bytes:
+            logger.info(
+                "Decoding reads the weights as they are stored: a 16-bit copy would take "
+                "%.1f GiB, and %.1f GiB are free.", needed / 2**30, free_bytes / 2**30,
+            )  # fmt: skip
+            return
+        for layer in self.layers:
+            for group in layer.groups():
+                group.cache()
+        logger.info(
+            "Decoding keeps a copy of the weights in %s: %.2f GiB.", self.dtype, needed / 2**30
+        )
+
+    def make_cache(self, slots: int, capacity: int) -> KeyValueCache:
+        """An empty cache."""
+        return KeyValueCache(
+            len(self.layers), slots, self.kv_heads, capacity, self.head_dim, self.dtype, self.device
+        )
+
+    def make_rotation(self, capacity: int) -> tuple[Tensor, Tensor]:
+        """Rotary cosines and sines of every position, shape ``(C, D)``."""
+        positions = torch.arange(capacity, device=self.device)[None]
+        cos, sin = self._rotary(self._embedding, positions)
+        return cos[0].contiguous(), sin[0].contiguous()
+
+    def read_prompts(
+        self, cache: KeyValueCache, slots: Sequence[int], prompts: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """Fill slots with prompts.
+
+        Args:
+            cache: Where keys and values go.
+            slots: One per prompt.
+            prompts: Their token ids.
+
+        Returns:
+            The logits after each prompt, shape ``(prompts, V)``.
+        """
+        lengths = [len(prompt) for prompt in prompts]
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        ids = torch.tensor([token for prompt in prompts for token in prompt])
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        bounds = ends.to(torch.int32).to(self.device)
+        longest = torch.tensor(max(lengths), dtype=torch.int32)
+        spans = list(zip(slots, ends[:-1].tolist(), ends[1:].tolist(), strict=True))
+        hidden = self._embedding[ids.to(self.device)]
+        cos, sin = self._rotary(hidden, positions.to(self.device)[None])
+        mask = make_block_mask(bounds, len(ids)) if self._attention == "mask" else None
+        for index, layer in enumerate(self.layers):
+            q, k, v = self._project_qkv(hidden, cos[0], sin[0], layer)
+            for slot, start, end in spans:
+                cache.write_prompt(index, slot, k[start:end], v[start:end])
+            attended = attend(q, k, v, bounds, longest, mask)
+            hidden = self._finish_layer(hidden, attended, layer)
+        last = hidden[(ends[1:] - 1).to(self.device)]
+        return self._read_logits(last)
+
+    def step(
+        self, cache: KeyValueCache, tokens: Tensor, positions: Tensor, rotation: Any, longest: int
+    ) -> Tensor:
+        """One more token of each of the first ``B`` slots.
+
+        Args:
+            cache: The slots.
+            tokens: The tokens so far last, int64, shape ``(B,)``.
+            positions: Their positions, int64, shape ``(B,)``.
+            rotation: From :meth:`make_rotation`.
+            longest: No position is at or beyond this.
+
+        Returns:
+            Logits, shape ``(B, V)``.
+        """
+        hidden = self._embedding[tokens]
+        if self.kernels is not None:
+            hidden = self.kernels.run_layers(self, cache, hidden, positions, rotation)
+            return self._read_logits(hidden)
+        cos, sin = rotation[0][positions], rotation[1][positions]
+        mask = None
+        if len(tokens) > 1 or longest == cache.capacity:
+            reach = torch.arange(longest, device=self.device)
+            mask = (reach <= positions[:, None])[:, None, None]  # (B, 1, 1, L)
+        for index, layer in enumerate(self.layers):
+            q, k, v = self._project_qkv(hidden, cos, sin, layer)
+            cache.write_tokens(index, positions, k, v)
+            # The query heads of one key head are queries of one sequence: (B, G, heads / G, D).
+            attended = torch.nn.functional.scaled_dot_product_attention(
+                q.unflatten(1, (self.kv_heads, -1)),
+                cache.keys[index][: len(tokens), :, :longest],
+                cache.values[index][: len(tokens), :, :longest],
+                attn_mask=mask,
+            )
+            hidden = self._finish_layer(hidden, attended, layer)
+        return self._read_logits(hidden)
+
+    def _project_qkv(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, layer: DecoderLayer
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x = self._norm(hidden, layer.input_norm)
+        qkv = layer.qkv.apply(x).unflatten(1, (-1, self.head_dim))
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q = rms_norm(q, layer.q_norm, self.epsilon)
+            k = rms_norm(k, layer.k_norm, self.epsilon)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def _finish_layer(self, hidden: Tensor, attended: Tensor, layer: DecoderLayer) -> Tensor:
+        hidden = hidden + layer.out.apply(attended.reshape(len(hidden), -1))
+        both = layer.gate_up.apply(self._norm(hidden, layer.post_norm))
+        if self.kernels is not None:
+            return hidden + layer.down.apply(self.kernels.gate(both))
+        gate, up = both.chunk(2, dim=1)
+        return hidden + layer.down.apply(torch.nn.functional.silu(gate) * up)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self.kernels is not None:
+            normed: Tensor = self.kernels.norm(x, weight, self.epsilon)
+            return normed
+        return rms_norm(x, weight, self.epsilon)
+
+    def _read_logits(self, hidden: Tensor) -> Tensor:
+        return torch.nn.functional.linear(self._norm(hidden, self._final_norm), self._head)
+
+    def _choose_kernels(self) -> Any:
+        if self.device.type != "cuda" or self.dtype == torch.float64:
+            return None
+        obstacle = find_compile_obstacle(self.device)
+        if obstacle is not None:
+            logger.info("Decoding without kernels of its own: %s.", obstacle)
+            return None
+        from qlora_kit.engines.native.fast import decoding_kernels
+
+        return decoding_kernels
+
+
+def _read_norms(layer: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    attention = layer.self_attn
+    return (
+        layer.input_layernorm.weight.detach(),
+        layer.post_attention_layernorm.weight.detach(),
+        attention.q_norm.weight.detach() if hasattr(attention, "q_norm") else None,
+        attention.k_norm.weight.detach() if hasattr(attention, "k_norm") else None,
+    )

@@ -1,0 +1,157 @@
+"""Finding a model's decoder, or making one; and what memory it may keep."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+import torch
+
+from qlora_kit.engines.native.fast.decoder import Decoder, read_model
+from qlora_kit.engines.native.fast.decoding_session import DecodingSession, Slots
+from qlora_kit.engines.native.fast.decoding_support import find_settings_obstacle
+from qlora_kit.engines.native.fast.kv_cache import measure_slot_bytes
+from qlora_kit.engines.native.fast.peft_layers import GroupReader
+
+__all__ = ["begin_training", "end_training", "open_session", "release_decoder"]
+
+logger = logging.getLogger(__name__)
+
+#: Capacities are rounded up to this, so that prompts of similar length share memory and graphs.
+_CAPACITY_STEP: Final = 256
+
+#: Share of the free memory that keys and values of several answers may take.
+_CACHE_SHARE: Final = 0.4
+
+
+class _Kept:
+    """A decoder, what it was read from, and slots that nobody uses."""
+
+    def __init__(self, decoder: Decoder, signature: object) -> None:
+        self.decoder, self.signature = decoder, signature
+        self.idle: Slots | None = None
+
+
+_kept: Final[weakref.WeakKeyDictionary[Any, _Kept]] = weakref.WeakKeyDictionary()
+_training: Final[weakref.WeakSet[Any]] = weakref.WeakSet()
+_lock: Final = threading.RLock()
+
+
+def release_decoder(model: Any) -> None:
+    """Free what decoding keeps of a model: copies of weights, caches, graphs."""
+    with _lock:
+        _kept.pop(model, None)
+
+
+def begin_training(model: Any) -> None:
+    """From now on nothing is kept between answers, nor weights copied."""
+    with _lock:
+        _training.add(model)
+        release_decoder(model)
+
+
+def end_training(model: Any) -> None:
+    """Training no longer needs the memory."""
+    with _lock:
+        _training.discard(model)
+
+
+@contextlib.contextmanager
+def open_session(
+    model: Any, config: Any, *, seed: int | None, most_tokens: int, at_once: int
+) -> Iterator[DecodingSession | str]:
+    """A decoder at work.
+
+    Args:
+        model: A transformers or peft model in inference mode.
+        config: A complete ``GenerationConfig``.
+        seed: See :class:`DecodingSession`.
+        most_tokens: Tokens of the longest prompt with its answer.
+        at_once: Answers that are wanted at the same time; memory may allow fewer.
+
+    Yields:
+        The session, or why the decoder does not cover the model or the settings.
+    """
+    obstacle = find_settings_obstacle(config)
+    readers = obstacle or read_model(model)
+    if isinstance(readers, str):
+        yield readers
+        return
+    with _lock:
+        kept = _find(model, readers)
+        slots = _take_slots(kept, most_tokens, at_once, copies=model not in _training)
+    try:
+        yield DecodingSession(slots, config, seed)
+    finally:
+        with _lock:
+            if _kept.get(model) is kept:
+                kept.idle = slots
+                if model in _training:
+                    release_decoder(model)
+
+
+def _find(model: Any, readers: list[dict[str, GroupReader]]) -> _Kept:
+    signature = _sign(readers)
+    kept = _kept.get(model)
+    if kept is None or kept.signature != signature:
+        kept = _kept[model] = _Kept(Decoder(model, readers), signature)
+    else:
+        kept.decoder.refresh()
+    return kept
+
+
+def _sign(readers: Sequence[dict[str, GroupReader]]) -> object:
+    """What must be the same for a decoder to be used again; adapters' values are read anew."""
+    return tuple(
+        (
+            *((weight.data_ptr(), weight._version) for weight in group.weights),
+            *(
+                None if part is None else (part.up.data_ptr(), part.down.data_ptr(), part.scaling)
+                for part in group.adapters
+            ),
+        )
+        for layer in readers
+        for group in layer.values()
+    )
+
+
+def _take_slots(kept: _Kept, most_tokens: int, at_once: int, *, copies: bool) -> Slots:
+    decoder = kept.decoder
+    if copies:
+        decoder.choose_weights(_free_bytes(decoder.device))
+    capacity = -(-most_tokens // _CAPACITY_STEP) * _CAPACITY_STEP
+    each = measure_slot_bytes(
+        len(decoder.layers), decoder.kv_heads, decoder.head_dim, capacity, decoder.dtype
+    )
+    slots, kept.idle = kept.idle, None
+    if (
+        slots is not None
+        and slots.capacity >= capacity
+        and slots.capacity <= 4 * capacity
+        and slots.count == at_once
+        and slots.was_cached == decoder.is_cached
+    ):
+        return slots
+    del slots  # its memory is free from here on
+    fitting = int(_CACHE_SHARE * _free_bytes(decoder.device)) // each
+    count = max(1, min(at_once, fitting))
+    if at_once > 1:
+        logger.info(
+            "%d answers at a time, %d tokens each: %.2f GiB of keys and values.",
+            count, capacity, count * each / 2**30,
+        )  # fmt: skip
+    return Slots(decoder, count, capacity)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + idle)
+    import psutil
+
+    return int(psutil.virtual_memory().available)

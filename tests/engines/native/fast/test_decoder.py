@@ -1,0 +1,193 @@
+"""The decoder writes what transformers' ``generate`` writes, one answer or several at a time."""
+
+import contextlib
+
+import pytest
+import torch
+
+from checkpoints import make_checkpoint, randomize
+from qlora_kit.device import get_device
+from qlora_kit.engines.native.fast import decoders
+from qlora_kit.engines.native.fast.decoders import open_session, release_decoder
+from qlora_kit.generation.settings import make_config
+
+PROMPTS = [[5, 6, 7, 8, 9], [11, 12], list(range(100, 130))]
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3", "qwen2", "mistral"])
+def family(request, tmp_path_factory):
+    from qlora_kit import attach_lora, load_quantized
+
+    folder = make_checkpoint(tmp_path_factory.mktemp("decoder") / request.param, request.param)
+    loaded = load_quantized(folder, 256, "float32", engine="native")
+    return randomize(attach_lora(loaded, r=4), std=0.05)
+
+
+def _config(model, **fields):
+    fields = {"max_new_tokens": 12, "eos_token_id": [10**6], "do_sample": False, **fields}
+    return make_config(model, fields)
+
+
+def _generate(model, config, prompt):
+    device = model.model.device
+    ids = torch.tensor([prompt], device=device)
+    out = model.model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+def _decode(model, config, prompts=PROMPTS, at_once=1, seed=None):
+    answers = [[] for _ in prompts]
+    with open_session(model.model, config, seed=seed, most_tokens=64, at_once=at_once) as session:
+        assert not isinstance(session, str), session
+        for index, token in session.answer(iter(prompts)):
+            answers[index].append(token)
+    return answers
+
+
+def test_greedy_answers_are_transformers_own(family):
+    for extra in ({}, {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}):
+        config = _config(family, **extra)
+        with family.engine.inference(family):
+            expected = [_generate(family, config, prompt) for prompt in PROMPTS]
+            for at_once in (1, 2, 4):
+                assert _decode(family, config, at_once=at_once) == expected
+
+
+def test_each_answer_ends_for_itself(make_adapted):
+    adapted = make_adapted()
+    config = _config(adapted)
+    with adapted.engine.inference(adapted):
+        whole = _decode(adapted, config)
+        end = whole[0][4]
+        config.eos_token_id = [end]
+        cut = _decode(adapted, config, at_once=2)
+    for answer, full in zip(cut, whole, strict=True):
+        expected = full[: full.index(end) + 1] if end in full else full
+        assert answer == expected
+
+
+def test_sampling_repeats_whatever_is_written_beside_it(make_adapted):
+    adapted = make_adapted()
+    config = _config(adapted, do_sample=True, temperature=1.5)
+    with adapted.engine.inference(adapted):
+        state = torch.get_rng_state()
+        alone = _decode(adapted, config, seed=3)
+        assert _decode(adapted, config, seed=3, at_once=3) == alone
+        assert _decode(adapted, config, seed=4) != alone
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_adapters_are_read_as_they_are_now(make_adapted):
+    model = make_adapted()
+    config = _config(model)
+    with model.engine.inference(model):
+        before = _decode(model, config)
+        randomize(model, std=0.3)
+        after = _decode(model, config)
+        assert after == [_generate(model, config, prompt) for prompt in PROMPTS]
+        assert after != before
+        with model.model.disable_adapter():
+            plain = _decode(model, config)
+            assert plain == [_generate(model, config, prompt) for prompt in PROMPTS]
+        assert plain != after
+
+
+def test_dropout_does_nothing_while_answering(make_adapted):
+    model = make_adapted(lora_dropout=0.5)
+    config = _config(model)
+    with model.engine.inference(model):
+        assert _decode(model, config) == [_generate(model, config, p) for p in PROMPTS]
+
+
+def test_nothing_is_kept_while_the_model_trains(make_adapted):
+    model = make_adapted()
+    decoders.begin_training(model.model)
+    with model.engine.inference(model):
+        _decode(model, _config(model))
+    assert model.model not in decoders._kept
+    decoders.end_training(model.model)
+    with model.engine.inference(model):
+        _decode(model, _config(model))
+    assert model.model in decoders._kept
+    release_decoder(model.model)
+    assert model.model not in decoders._kept
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [({"max_time": 3.0}, "max_time"), ({"guidance_scale": 2.0}, "guidance_scale")],
+)
+def test_settings_it_does_not_honour_are_named(make_adapted, fields, said):
+    adapted = make_adapted()
+    config = _config(adapted, **fields)
+    with open_session(adapted.model, config, seed=None, most_tokens=64, at_once=1) as session:
+        assert isinstance(session, str)
+        assert said in session
+
+
+def test_models_it_does_not_cover_are_named(make_adapted):
+    for options, said in (({"use_dora": True}, "Dora"), ({"modules_to_save": ["lm_head"]}, "head")):
+        model = make_adapted(**options)
+        with open_session(
+            model.model, _config(model), seed=None, most_tokens=64, at_once=1
+        ) as session:
+            assert isinstance(session, str)
+            assert said in session
+
+
+def test_a_hook_is_not_passed_by(make_adapted):
+    model = make_adapted()
+    handle = model.model.get_input_embeddings().register_forward_hook(lambda *_: None)
+    with (
+        contextlib.closing(_closing(handle)),
+        open_session(model.model, _config(model), seed=None, most_tokens=64, at_once=1) as session,
+    ):
+        assert "hook" in session
+
+
+def _closing(handle):
+    handle.close = handle.remove
+    return handle
+
+
+@pytest.mark.parametrize("load_in_4bit", [True, False])
+def test_16_bit_answers_are_near_float32s(make_adapted, load_in_4bit):
+    """Logits of a step: one rounding per projection, on every device."""
+    import math
+
+    from qlora_kit.engines.native.fast.decoder import Decoder, read_model
+
+    if load_in_4bit and get_device().type == "cuda":
+        pytest.skip("the two models are quantized from different roundings there")
+    logits = {}
+    for dtype in ("float32", "bfloat16"):
+        model = make_adapted("qwen3", dtype=dtype, load_in_4bit=load_in_4bit).model
+        decoder = Decoder(model, read_model(model))
+        cache, rotation = decoder.make_cache(2, 64), decoder.make_rotation(64)
+        with torch.no_grad():
+            decoder.read_prompts(cache, [0], [PROMPTS[2]])
+            token = torch.tensor([7], device=decoder.device)
+            at = torch.tensor([30], device=decoder.device)
+            logits[dtype] = decoder.step(cache, token, at, rotation, 31).float().cpu()
+    distance = (logits["bfloat16"] - logits["float32"]).norm() / logits["float32"].norm()
+    assert math.isfinite(distance)
+    assert distance < 0.02
+
+
+@pytest.mark.skipif(get_device().type != "cuda", reason="needs a CUDA GPU")
+@pytest.mark.parametrize("load_in_4bit", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_replayed_graphs_write_the_plain_steps_tokens(make_adapted, kind, load_in_4bit):
+    model = make_adapted(kind, dtype="bfloat16", load_in_4bit=load_in_4bit)
+    config = _config(model, max_new_tokens=40)
+    with model.engine.inference(model):
+        for at_once in (1, 4):
+            graphed = _decode(model, config, at_once=at_once)
+            slots = decoders._kept[model.model].idle
+            assert slots._graphs
+            slots._can_capture, slots._graphs = False, {}
+            plain = _decode(model, config, at_once=at_once)
+            assert graphed == plain
+            release_decoder(model.model)
