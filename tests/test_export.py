@@ -369,7 +369,7 @@ def test_the_command_line_shows_failures_in_its_exit_status(
     shown = capsys.readouterr()
     assert shown.out.startswith(f"merged_16bit: {tmp_path / 'out' / 'merged_16bit'}, ")
     assert shown.err.splitlines()[-1].startswith(
-        "lora FAILED: UnsupportedModelError: Format 'lora'"
+        "lora FAILED: UnsupportedModelError: This model has no adapter to write. Train one with "
     )
     assert main(["export", str(tiny_llama), "merged_16bit", str(tmp_path / "one")]) == 0
     # A wrong name is said before the model is loaded.
