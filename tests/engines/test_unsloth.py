@@ -101,7 +101,7 @@ def test_standard_output_is_left_to_the_program(run):
         assert any("no GPU found" in text for text in said)
         assert any("LlamaForCausalLM on" in text for text in said)
         assert sum("optim = 'adamw_8bit' needs a GPU" in text for text in said) == 6
-        assert sum("optim = 'adamw_apex_fused' needs a GPU" in text for text in said) == 1
+        assert sum("optim = 'lion_8bit' needs a GPU" in text for text in said) == 1
 
 
 def test_the_base_is_the_one_native_loads(run, tiny_llama):

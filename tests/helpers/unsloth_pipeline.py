@@ -150,7 +150,7 @@ def run_pipeline(model, folder):
     ids = [5, 6, 7, 8, 9, 40, 41, 300]
     seen["trained_logits"] = read_logits(model, ids)
     # unsloth speaks of an optimizer that its CPU backend replaces, before the plan is refused.
-    options = {"output_dir": "x", "plan": {"enabled": True}, "optim": "adamw_apex_fused"}
+    options = {"output_dir": "x", "plan": {"enabled": True}, "optim": "lion_8bit"}
     seen["plan_refused"] = say_refusal(
         train_sft, model, formatter.load(rows), max_steps=1, **options
     )

@@ -118,8 +118,7 @@ def check_formatter(
         ContractError: Lists every promise that was broken, and what was seen.
     """
     if rows is None:
-        roles = (*getattr(kind, "roles", ()), *getattr(kind, "optional_roles", ()))
-        rows = [{role: f"The {role} of row {n} is a sentence." for role in roles} for n in (1, 2)]
+        rows = [_make_row(kind, number) for number in (1, 2)]
     contract = FormatterContract(
         kind, rows, dict(options or {}), prompt, tokenizer or make_tiny_tokenizer()
     )
@@ -145,3 +144,13 @@ def _scratch_folder() -> Iterator[Path]:
         finally:
             os.chdir(before)
             tempfile.tempdir = temporary
+
+
+def _make_row(kind: Any, number: int) -> dict[str, str]:
+    """A sentence for every role that takes one; optional roles may hold lists or numbers."""
+    row = {role: f"The {role} of row {number} is a sentence." for role in getattr(kind, "roles", ())}
+    for role in getattr(kind, "optional_roles", ()):
+        longer = {**row, role: f"The {role} of row {number} is a sentence."}
+        if not kind.read_row(longer)[1]:
+            row = longer
+    return row
