@@ -147,12 +147,6 @@ def _scratch_folder() -> Iterator[Path]:
 
 
 def _make_row(kind: Any, number: int) -> dict[str, str]:
-    """A sentence for every role that takes one; optional roles may hold lists or numbers."""
-    row = {
-        role: f"The {role} of row {number} is a sentence." for role in getattr(kind, "roles", ())
-    }
-    for role in getattr(kind, "optional_roles", ()):
-        longer = {**row, role: f"The {role} of row {number} is a sentence."}
-        if not kind.read_row(longer)[1]:
-            row = longer
-    return row
+    """A sentence for every role that must be filled; optional ones may hold lists or numbers."""
+    roles = getattr(kind, "roles", ())
+    return {role: f"The {role} of row {number} is a sentence." for role in roles}
