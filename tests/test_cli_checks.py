@@ -213,6 +213,13 @@ def test_errors_carry_the_parameter_its_value_and_the_advice(folder):
     assert ConfigError("no parameter").value is UNSET
 
 
+#: What makes a setting of a message, and its arguments in order.
+_ARGUMENTS = {
+    "Setting": ("name", "value", "of", "inside"),
+    "invalid_value": ("name", "expected", "value", "of"),
+}
+
+
 def test_every_setting_that_messages_name_exists():
     """An argument that an error advises is one that the function it belongs to has."""
     from transformers import GenerationConfig
@@ -237,13 +244,15 @@ def test_every_setting_that_messages_name_exists():
     found = []
     for path in Path(qlora_kit.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.Call) or getattr(node.func, "id", "") != "Setting":
+            order = _ARGUMENTS.get(getattr(getattr(node, "func", None), "id", ""))
+            if order is None:
                 continue
             given = {k.arg: k.value for k in node.keywords}
-            given |= dict(zip(("name", "value", "of", "inside"), node.args, strict=False))
-            owner = given["of"].value if "of" in given else "train_sft"
-            if isinstance(given["name"], ast.Constant):
-                found.append((path.name, owner, given["name"].value))
+            given |= dict(zip(order, node.args, strict=False))
+            owner = given.get("of", ast.Constant("train_sft"))
+            # What a loop or a function takes as a name is not known here.
+            if isinstance(given["name"], ast.Constant) and isinstance(owner, ast.Constant):
+                found.append((path.name, owner.value, given["name"].value))
     assert len(found) > 100
     assert [entry for entry in found if entry[2] not in known[entry[1]]] == []
 

@@ -17,8 +17,8 @@ from qlora_kit.config import (
     TARGET_PRESETS,
     AdapterConfig,
 )
-from qlora_kit.engines.base import check_handle
-from qlora_kit.errors import ConfigError, did_you_mean
+from qlora_kit.engines.contract import check_handle
+from qlora_kit.errors import ConfigError, did_you_mean, invalid_value
 from qlora_kit.handles import AdaptedModel, LoadedModel
 from qlora_kit.messages import Setting
 from qlora_kit.script_arguments import ADAPTER_ARGUMENTS, refuse_unknown
@@ -112,29 +112,29 @@ def attach_lora(
         not isinstance(modules_to_save, Iterable)
         or not all(isinstance(name, str) for name in modules_to_save)
     ):
-        raise ConfigError(
-            Setting("modules_to_save", of="attach_lora"),
-            f" must be names of modules, such as ['lm_head'], got {modules_to_save!r}.",
-            parameter="modules_to_save",
-            value=modules_to_save,
+        raise invalid_value(
+            "modules_to_save",
+            "must be names of modules, such as ['lm_head']",
+            modules_to_save,
+            "attach_lora",
         )
     if layers_to_transform is not None and not isinstance(layers_to_transform, int | Sequence):
-        raise ConfigError(
-            Setting("layers_to_transform", of="attach_lora"),
-            f" must be indices of layers, such as [0, 1], got {layers_to_transform!r}.",
-            parameter="layers_to_transform",
-            value=layers_to_transform,
+        raise invalid_value(
+            "layers_to_transform",
+            "must be indices of layers, such as [0, 1]",
+            layers_to_transform,
+            "attach_lora",
         )
     _check_names(modules_to_save or (), "modules_to_save", model.model)
     _check_layers(layers_to_transform, model.model)
     for pattern, parameter in ((rank_pattern, "rank_pattern"), (alpha_pattern, "alpha_pattern")):
         _check_pattern(pattern, parameter, targets)
     if loftq_config is not None and not isinstance(loftq_config, Mapping):
-        raise ConfigError(
-            Setting("loftq_config", of="attach_lora"),
-            f" must be a dictionary such as {{'loftq_bits': 4}}, got {loftq_config!r}.",
-            parameter="loftq_config",
-            value=loftq_config,
+        raise invalid_value(
+            "loftq_config",
+            "must be a dictionary such as {'loftq_bits': 4}",
+            loftq_config,
+            "attach_lora",
         )
     config = AdapterConfig(
         r=r,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from qlora_kit.errors import ConfigError, did_you_mean
+from qlora_kit.errors import ConfigError, did_you_mean, invalid_value
 from qlora_kit.messages import Setting
 from qlora_kit.values import is_finite_number, is_number, is_whole_number
 
@@ -63,11 +63,11 @@ class LoadConfig:
 
     def __post_init__(self) -> None:
         if not is_whole_number(self.max_seq_length):
-            raise ConfigError(
-                Setting("max_seq_length", of="load_quantized"),
-                f" must be a whole number of tokens, got {self.max_seq_length!r}.",
-                parameter="max_seq_length",
-                value=self.max_seq_length,
+            raise invalid_value(
+                "max_seq_length",
+                "must be a whole number of tokens",
+                self.max_seq_length,
+                "load_quantized",
             )
         if self.max_seq_length < 1:
             raise ConfigError(
@@ -122,55 +122,42 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         if not is_whole_number(self.r) or self.r < 1:
-            raise ConfigError(
-                Setting("r", of="attach_lora"),
-                f" is the LoRA rank, a whole number of at least 1; got {self.r!r}.",
-                parameter="r",
-                value=self.r,
+            raise invalid_value(
+                "r", "is the LoRA rank, a whole number of at least 1", self.r, "attach_lora"
             )
         if not is_finite_number(self.lora_alpha) or not self.lora_alpha > 0:
-            raise ConfigError(
-                Setting("lora_alpha", of="attach_lora"),
-                f" must be a number above 0, got {self.lora_alpha!r}.",
-                parameter="lora_alpha",
-                value=self.lora_alpha,
+            raise invalid_value(
+                "lora_alpha", "must be a number above 0", self.lora_alpha, "attach_lora"
             )
         if not is_number(self.lora_dropout) or not 0.0 <= self.lora_dropout < 1.0:
-            raise ConfigError(
-                Setting("lora_dropout", of="attach_lora"),
-                f" is a probability from 0 up to (not including) 1, got {self.lora_dropout!r}.",
-                parameter="lora_dropout",
-                value=self.lora_dropout,
+            raise invalid_value(
+                "lora_dropout",
+                "is a probability from 0 up to (not including) 1",
+                self.lora_dropout,
+                "attach_lora",
             )
         if self.bias not in ("none", "all", "lora_only"):
-            raise ConfigError(
-                Setting("bias", of="attach_lora"),
-                f" must be 'none', 'all' or 'lora_only', got {self.bias!r}.",
-                parameter="bias",
-                value=self.bias,
+            raise invalid_value(
+                "bias", "must be 'none', 'all' or 'lora_only'", self.bias, "attach_lora"
             )
         if self.use_gradient_checkpointing not in (True, False, "auto", "unsloth"):
-            raise ConfigError(
-                Setting("use_gradient_checkpointing", of="attach_lora"),
-                " must be True, False, 'auto' or 'unsloth', got "
-                f"{self.use_gradient_checkpointing!r}.",
-                parameter="use_gradient_checkpointing",
-                value=self.use_gradient_checkpointing,
+            raise invalid_value(
+                "use_gradient_checkpointing",
+                "must be True, False, 'auto' or 'unsloth'",
+                self.use_gradient_checkpointing,
+                "attach_lora",
             )
         if not is_whole_number(self.random_state, at_least=0) or self.random_state >= 2**63:
-            raise ConfigError(
-                Setting("random_state", of="attach_lora"),
-                f" must be a whole number from 0 to 2**63, got {self.random_state!r}.",
-                parameter="random_state",
-                value=self.random_state,
+            raise invalid_value(
+                "random_state",
+                "must be a whole number from 0 to 2**63",
+                self.random_state,
+                "attach_lora",
             )
         for name in ("use_rslora", "use_dora"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(
-                    Setting(name, of="attach_lora"),
-                    f" must be True or False, got {getattr(self, name)!r}.",
-                    parameter=name,
-                    value=getattr(self, name),
+                raise invalid_value(
+                    name, "must be True or False", getattr(self, name), "attach_lora"
                 )
         if not isinstance(self.init_lora_weights, bool) and not (
             isinstance(self.init_lora_weights, str) and _STARTS.fullmatch(self.init_lora_weights)

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 
 from qlora_kit import ranks
 from qlora_kit.config import DtypeName
-from qlora_kit.errors import ConfigError
-from qlora_kit.messages import Setting
+from qlora_kit.errors import invalid_value
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +23,7 @@ __all__ = [
     "get_device",
     "get_device_name",
     "get_versions",
+    "measure_free_bytes",
     "measure_memory_gib",
     "measure_peak_memory_gib",
     "reset_peak_memory",
@@ -84,12 +84,11 @@ def choose_compute_dtype(dtype: object, device: torch.device) -> DtypeName:
         return "float32" if device.type == "cpu" else "float16"
     name = str(dtype).removeprefix("torch.").lower()
     if name not in _DTYPE_ALIASES:
-        raise ConfigError(
-            Setting("dtype", of="load_quantized"),
-            " must be None, 'bfloat16', 'float16' or 'float32' (or the torch dtype); got "
-            f"{dtype!r}.",
-            parameter="dtype",
-            value=dtype,
+        raise invalid_value(
+            "dtype",
+            "must be None, 'bfloat16', 'float16' or 'float32' (or the torch dtype)",
+            dtype,
+            "load_quantized",
         )
     return _DTYPE_ALIASES[name]  # type: ignore[return-value]
 
@@ -116,6 +115,18 @@ def get_device_name(device: torch.device) -> str:
             if line.startswith("model name"):
                 return f"{line.partition(':')[2].strip()} (CPU, {torch.get_num_threads()} threads)"
     return f"{platform.processor() or platform.machine()} ({device.type})"
+
+
+def measure_free_bytes(device: torch.device) -> int:
+    """Bytes that can be allocated on a device now: free ones, and those torch holds idle."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + idle)
+    return int(psutil.virtual_memory().available)
 
 
 def reset_peak_memory(device: torch.device) -> None:

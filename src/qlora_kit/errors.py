@@ -27,7 +27,7 @@ import difflib
 from collections.abc import Callable, Iterable
 from typing import Any, Self
 
-from qlora_kit.messages import UNSET, Call, Setting, join_pieces
+from qlora_kit.messages import UNSET, Call, Owner, Setting, join_pieces
 
 __all__ = [
     "ConfigError",
@@ -47,6 +47,7 @@ __all__ = [
     "UnsupportedModelError",
     "VerificationError",
     "did_you_mean",
+    "invalid_value",
 ]
 
 
@@ -162,6 +163,20 @@ class DiskSpaceError(ExportError, OSError):
 
 class VerificationError(ExportError, ValueError):
     """What was written does not match the model it came from."""
+
+
+def invalid_value(name: str, expected: str, value: object, of: Owner = "train_sft") -> ConfigError:
+    """The error for an argument that is not what it must be.
+
+    Args:
+        name: The argument.
+        expected: What it must be, such as ``"must be at least 1"``.
+        value: What was given.
+        of: The function it is an argument of.
+    """
+    return ConfigError(
+        Setting(name, of=of), f" {expected}, got {value!r}.", parameter=name, value=value
+    )
 
 
 def did_you_mean(name: str, known: Iterable[str], *, limit: int = 3) -> str:

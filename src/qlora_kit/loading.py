@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.artifacts.provenance import find_manifest, restore_adapter_config, restore_formatter
 from qlora_kit.config import LoadConfig
-from qlora_kit.engines.base import check_handle
+from qlora_kit.engines.contract import check_handle
 from qlora_kit.engines.selection import resolve_engine
 from qlora_kit.errors import (
     ConfigError,

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_kit.engines.base import Engine, find_missing
+from qlora_kit.engines.base import Engine
+from qlora_kit.engines.contract import find_missing
 from qlora_kit.errors import ConfigError, MissingDependencyError, did_you_mean
 from qlora_kit.messages import Setting
 

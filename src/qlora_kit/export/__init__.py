@@ -14,7 +14,7 @@ from typing import Any, overload
 
 from qlora_kit import plugins, ranks
 from qlora_kit.artifacts.destination import resolve_destination
-from qlora_kit.errors import ConfigError
+from qlora_kit.errors import ConfigError, invalid_value
 from qlora_kit.export.batch import Part, divide, export_several
 from qlora_kit.export.job import ExportJob, Progress, Settings, Verify
 from qlora_kit.export.nested import NestedExport, nest_export
@@ -22,7 +22,6 @@ from qlora_kit.export.request import check_request
 from qlora_kit.handles import LoadedModel
 from qlora_kit.hookspecs import Exporter
 from qlora_kit.manifest import to_jsonable
-from qlora_kit.messages import Setting
 from qlora_kit.options import describe_option_fields
 from qlora_kit.results import Artifact, ExportResults
 from qlora_kit.weights.live import check_trained
@@ -108,11 +107,8 @@ def export_model(
     _check_verify(verify)
     _check_overwrite(overwrite)
     if progress is not None and not callable(progress):
-        raise ConfigError(
-            Setting("progress", of="export_model"),
-            f" must be a function of (what, done, total), got {progress!r}.",
-            parameter="progress",
-            value=progress,
+        raise invalid_value(
+            "progress", "must be a function of (what, done, total)", progress, "export_model"
         )
     # Of several processes that train together one writes; the others get what it has or its error.
     return ranks.share(
@@ -237,23 +233,13 @@ def get_exporter(name: str) -> Exporter:
 
 def _check_verify(verify: object) -> None:
     if verify not in (True, False, "full"):
-        raise ConfigError(
-            Setting("verify", of="export_model"),
-            f" must be True, False or 'full', got {verify!r}.",
-            parameter="verify",
-            value=verify,
-        )
+        raise invalid_value("verify", "must be True, False or 'full'", verify, "export_model")
 
 
 def _check_overwrite(overwrite: object) -> None:
     # Any other value would be taken for true, and a folder replaced that was to be kept.
     if not isinstance(overwrite, bool):
-        raise ConfigError(
-            Setting("overwrite", of="export_model"),
-            f" must be True or False, got {overwrite!r}.",
-            parameter="overwrite",
-            value=overwrite,
-        )
+        raise invalid_value("overwrite", "must be True or False", overwrite, "export_model")
 
 
 def _find_missing(exporter: Exporter) -> list[str]:

@@ -11,11 +11,16 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora_kit.errors import ConfigError, QloraKitError, UnknownOptionError, did_you_mean
+from qlora_kit.errors import (
+    ConfigError,
+    QloraKitError,
+    UnknownOptionError,
+    did_you_mean,
+    invalid_value,
+)
 from qlora_kit.export.job import ExportJob, Settings
 from qlora_kit.handles import LoadedModel
 from qlora_kit.hookspecs import Exporter
-from qlora_kit.messages import Setting
 from qlora_kit.options import collects_unknown
 from qlora_kit.plugins import ExporterRegistry
 from qlora_kit.results import Artifact, ExportResults
@@ -123,11 +128,11 @@ def _read_formats(formats: object) -> dict[str, dict[str, Any]]:
             )
         return {name: dict(own) for name, own in formats.items()}
     if not isinstance(formats, Sequence):
-        raise ConfigError(
-            Setting("format", of="export_model"),
-            f" must be a name, a list of names, or a mapping of names to options; got {formats!r}.",
-            parameter="format",
-            value=formats,
+        raise invalid_value(
+            "format",
+            "must be a name, a list of names, or a mapping of names to options",
+            formats,
+            "export_model",
         )
     return {name: {} for name in formats}
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.boundaries import describe_cause
 from qlora_kit.data.formatters.loop_budget import LoopBudget
-from qlora_kit.engines.base import ready_to_generate
+from qlora_kit.engines.contract import ready_to_generate
 from qlora_kit.errors import ConfigError
 from qlora_kit.generation.batch import answer_all, put_in_order, show_progress
 from qlora_kit.generation.detokenization import TextAssembler

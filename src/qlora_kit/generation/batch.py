@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from qlora_kit.engines.base import open_decoder, ready_to_generate
+from qlora_kit.engines.contract import open_decoder, ready_to_generate
 from qlora_kit.generation.detokenization import TextAssembler
 from qlora_kit.generation.tokens import open_tokens
 from qlora_kit.generation.worker import translate_error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from qlora_kit.errors import ConfigError, UnknownOptionError, did_you_mean
+from qlora_kit.errors import ConfigError, UnknownOptionError, did_you_mean, invalid_value
 from qlora_kit.handles import LoadedModel
 from qlora_kit.messages import Setting
 from qlora_kit.values import is_finite_number, is_whole_number
@@ -37,11 +37,8 @@ def check_sampling(
         ConfigError: At the first of them.
     """
     if not is_whole_number(max_new_tokens, at_least=1):
-        raise ConfigError(
-            Setting("max_new_tokens", of="generate_stream"),
-            f" must be at least 1, got {max_new_tokens!r}.",
-            parameter="max_new_tokens",
-            value=max_new_tokens,
+        raise invalid_value(
+            "max_new_tokens", "must be at least 1", max_new_tokens, "generate_stream"
         )
     for name, value in {**filters, "repetition_penalty": repetition_penalty}.items():
         if value is not None and not is_finite_number(value):
@@ -66,18 +63,12 @@ def check_sampling(
             value=filters["top_k"],
         )
     if repetition_penalty is not None and repetition_penalty <= 0:
-        raise ConfigError(
-            Setting("repetition_penalty", of="generate_stream"),
-            f" must be above 0, got {repetition_penalty!r}.",
-            parameter="repetition_penalty",
-            value=repetition_penalty,
+        raise invalid_value(
+            "repetition_penalty", "must be above 0", repetition_penalty, "generate_stream"
         )
     if seed is not None and (not is_whole_number(seed, at_least=0) or seed >= 2**63):
-        raise ConfigError(
-            Setting("seed", of="generate_stream"),
-            f" must be a whole number from 0 to 2**63, got {seed!r}.",
-            parameter="seed",
-            value=seed,
+        raise invalid_value(
+            "seed", "must be a whole number from 0 to 2**63", seed, "generate_stream"
         )
 
 
@@ -89,12 +80,7 @@ def read_stops(stop: Any) -> tuple[str, ...]:
     """
     given = () if stop is None else (stop,) if isinstance(stop, str) else stop
     if not isinstance(given, Sequence) or any(not isinstance(s, str) or not s for s in given):
-        raise ConfigError(
-            Setting("stop", of="generate_stream"),
-            f" must be non-empty strings, got {stop!r}.",
-            parameter="stop",
-            value=stop,
-        )
+        raise invalid_value("stop", "must be non-empty strings", stop, "generate_stream")
     return tuple(given)
 
 
@@ -154,11 +140,6 @@ def _stop_token_ids(model: LoadedModel, given: Any) -> list[int]:
     if given is not None:
         ids = [given] if isinstance(given, int) else list(given)
         if not ids or not all(is_whole_number(token) for token in ids):
-            raise ConfigError(
-                Setting("eos_token_id", of="generate_stream"),
-                f" must be token ids, got {given!r}.",
-                parameter="eos_token_id",
-                value=given,
-            )
+            raise invalid_value("eos_token_id", "must be token ids", given, "generate_stream")
         return ids
     return list(model.stop_token_ids)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.engines.base import open_decoder
+from qlora_kit.engines.contract import open_decoder
 from qlora_kit.generation.worker import Worker, translate_error
 from qlora_kit.handles import LoadedModel
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit import device as device_module
 from qlora_kit import ranks
-from qlora_kit.engines.base import TrainJob, quietly
-from qlora_kit.errors import ConfigError, DataError
+from qlora_kit.engines.base import TrainJob
+from qlora_kit.engines.contract import quietly
+from qlora_kit.errors import ConfigError, DataError, invalid_value
 from qlora_kit.handles import AdaptedModel, LoadedModel
 from qlora_kit.messages import Setting
 from qlora_kit.results import TrainResult
@@ -233,12 +234,7 @@ def check_training(
 
 def _check_insisting(takes_changes: object, resume: object) -> None:
     if not isinstance(takes_changes, bool):
-        raise ConfigError(
-            Setting("resume_with_changes"),
-            f" must be True or False, got {takes_changes!r}.",
-            parameter="resume_with_changes",
-            value=takes_changes,
-        )
+        raise invalid_value("resume_with_changes", "must be True or False", takes_changes)
     if takes_changes and not resume:
         raise ConfigError(
             Setting("resume_with_changes", True),

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlora_kit.errors import ConfigError
+from qlora_kit.errors import ConfigError, invalid_value
 from qlora_kit.handles import AdaptedModel
 from qlora_kit.manifest import MANIFEST_NAME
 from qlora_kit.messages import Setting
@@ -58,12 +58,7 @@ def find_checkpoints(
     if asked is None or asked is False:
         return []
     if asked is not True and not isinstance(asked, str | os.PathLike):
-        raise ConfigError(
-            Setting("resume_from_checkpoint"),
-            f" must be True or a path, or 'auto'; got {asked!r}.",
-            parameter="resume_from_checkpoint",
-            value=asked,
-        )
+        raise invalid_value("resume_from_checkpoint", "must be True or a path, or 'auto'", asked)
     if asked is not True and asked != "auto":
         return [_take_one(Path(asked).expanduser(), folder, model)]
     found = list_checkpoints(folder)

@@ -20,7 +20,8 @@ from qlora_kit import device as device_module
 from qlora_kit import ranks
 from qlora_kit.artifacts.provenance import write_checkpoint_manifest
 from qlora_kit.boundaries import describe_cause, is_foreign
-from qlora_kit.engines.base import Trainer, TrainJob, make_trainer
+from qlora_kit.engines.base import Trainer, TrainJob
+from qlora_kit.engines.contract import make_trainer
 from qlora_kit.errors import (
     ConfigError,
     MissingDependencyError,

@@ -9,9 +9,9 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
-from qlora_kit.errors import ConfigError, UnknownOptionError, did_you_mean
+from qlora_kit.errors import ConfigError, UnknownOptionError, did_you_mean, invalid_value
 from qlora_kit.messages import Call, Setting
 from qlora_kit.training.field_checks import check_fields
 from qlora_kit.values import is_finite_number, is_whole_number
@@ -125,24 +125,19 @@ def check_values(fields: Mapping[str, Any], *, has_eval: bool) -> None:
     """
     for name in _AT_LEAST_ONE:
         if name in fields and not is_whole_number(fields[name], at_least=1):
-            _refuse(name, "a whole number of at least 1", fields[name])
+            raise invalid_value(name, "must be a whole number of at least 1", fields[name])
     for name in ("seed", "data_seed"):
         if fields.get(name) is not None and not is_whole_number(fields[name], at_least=0):
-            _refuse(name, "a whole number of at least 0", fields[name])
+            raise invalid_value(name, "must be a whole number of at least 0", fields[name])
     for name in ("packing", "padding_free", "shuffle_dataset"):
         if name in fields and not isinstance(fields[name], bool):
-            _refuse(name, "True or False", fields[name])
+            raise invalid_value(name, "must be True or False", fields[name])
     steps = fields.get("max_steps", -1)
     if steps != -1 and not is_whole_number(steps, at_least=1):
-        raise ConfigError(
-            Setting("max_steps", of="train_sft"),
-            f" must be at least 1, or -1 to count epochs instead; got {steps!r}.",
-            parameter="max_steps",
-            value=steps,
-        )
+        raise invalid_value("max_steps", "must be at least 1, or -1 to count epochs instead", steps)
     for name in ("num_train_epochs", "learning_rate", "max_grad_norm", "weight_decay"):
         if name in fields and not is_finite_number(fields[name], at_least=0):
-            _refuse(name, "a number of at least 0", fields[name])
+            raise invalid_value(name, "must be a number of at least 0", fields[name])
     if fields.get("num_train_epochs") == 0:
         raise ConfigError(
             Setting("num_train_epochs", 0, "train_sft"),
@@ -224,12 +219,7 @@ def check_output_folder(output_dir: object) -> Path:
         ConfigError: When it is a file, or lies where nothing can be written.
     """
     if not isinstance(output_dir, str | os.PathLike) or not os.fspath(output_dir):
-        raise ConfigError(
-            Setting("output_dir", of="train_sft"),
-            f" must be the path of a folder, got {output_dir!r}.",
-            parameter="output_dir",
-            value=output_dir,
-        )
+        raise invalid_value("output_dir", "must be the path of a folder", output_dir)
     folder = Path(output_dir).expanduser()
     existing = folder
     while not existing.exists() and existing != existing.parent:
@@ -249,9 +239,3 @@ def check_output_folder(output_dir: object) -> Path:
             value=str(folder),
         )
     return folder
-
-
-def _refuse(name: str, expected: str, value: object) -> NoReturn:
-    raise ConfigError(
-        Setting(name), f" must be {expected}, got {value!r}.", parameter=name, value=value
-    )

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from qlora_kit.device import to_torch_dtype
+from qlora_kit.device import measure_free_bytes, to_torch_dtype
 from qlora_kit.engines.peft_model import keep_weights_unpacked
 from qlora_kit.engines.quantization import set_compute_dtype
 from qlora_kit.handles import LoadedModel
@@ -134,7 +134,7 @@ def verify_quantized(
         lambda: _compare_reloaded(model, folder, KL_LIMIT_4BIT),
         verify,
         # A quarter of the model in size, and the user is told what quantizing again cost.
-        lambda size: size <= _measure_free_memory(model) / 2,
+        lambda size: size <= measure_free_bytes(_device_of(get_hf_model(model.model))) / 2,
     )
     if not any(check.name == "logits" for check in verification.checks):
         note = "not measured: too little memory for a second model; verify='full' does it"
@@ -341,24 +341,16 @@ def _comparable(value: Any) -> Any:
 
 
 def _is_cheap(size: int, model: LoadedModel) -> bool:
-    cheap = size <= _CHEAP_BYTES and size <= _measure_free_memory(model) * _MEMORY_SHARE
+    cheap = (
+        size <= _CHEAP_BYTES
+        and size <= measure_free_bytes(_device_of(get_hf_model(model.model))) * _MEMORY_SHARE
+    )
     if not cheap:
         logger.info(
             "Not reloading %.1f GiB to compare logits; %s does.",
             size / 1024**3, Setting("verify", "full", "export_model"),
         )  # fmt: skip
     return cheap
-
-
-def _measure_free_memory(model: LoadedModel) -> int:
-    """Bytes free on the live model's device."""
-    import psutil
-    import torch
-
-    device = _device_of(get_hf_model(model.model))
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def _device_of(model: Any) -> torch.device:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Literal, get_args
 
-from qlora_kit.errors import ConfigError, ModelNotFoundError
+from qlora_kit.errors import ModelNotFoundError, invalid_value
 from qlora_kit.handles import LoadedModel
-from qlora_kit.messages import Setting
 
 if TYPE_CHECKING:
     import torch
@@ -34,11 +33,8 @@ def choose_merge_base(model: LoadedModel, asked: str) -> MergeBase:
     if asked in _BASES:
         return asked  # type: ignore[return-value]
     if asked != "auto":
-        raise ConfigError(
-            Setting("base", of="export_model"),
-            f" must be 'auto', 'original' or 'dequantized', got {asked!r}.",
-            parameter="base",
-            value=asked,
+        raise invalid_value(
+            "base", "must be 'auto', 'original' or 'dequantized'", asked, "export_model"
         )
     return "dequantized" if model.base.is_prequantized or is_loftq(model) else "original"
 

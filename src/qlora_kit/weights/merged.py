@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, get_args
 
-from qlora_kit.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
+from qlora_kit.errors import ConfigError, ModelNotFoundError, UnsupportedModelError, invalid_value
 from qlora_kit.handles import LoadedModel
 from qlora_kit.messages import Setting
 from qlora_kit.weights.dequantize import dequantize
@@ -59,12 +59,7 @@ class MergedWeights:
         dtype: torch.dtype | None = None,
     ) -> None:
         if base not in get_args(MergeBase):
-            raise ConfigError(
-                Setting("base", of="export_model"),
-                f" must be 'original' or 'dequantized', got {base!r}.",
-                parameter="base",
-                value=base,
-            )
+            raise invalid_value("base", "must be 'original' or 'dequantized'", base, "export_model")
         self.model = model
         self.base: MergeBase = base
         self.dtype = dtype

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from qlora_kit.data.tokens.truncation import flatten_lists
-from qlora_kit.errors import ConfigError, DataError
+from qlora_kit.errors import ConfigError, DataError, invalid_value
 from qlora_kit.messages import Setting
 from qlora_kit.values import IGNORED_LABEL, is_whole_number
 
@@ -116,12 +116,7 @@ def plan_packs(
             f"strategy must be {' or '.join(map(repr, _STRATEGIES))}, got {strategy!r}."
         )
     if not is_whole_number(max_length, at_least=1):
-        raise ConfigError(
-            Setting("max_length", of="train_sft"),
-            f" must be at least 1 token, got {max_length!r}.",
-            parameter="max_length",
-            value=max_length,
-        )
+        raise invalid_value("max_length", "must be at least 1 token", max_length)
     if not lengths:
         raise DataError("There are no examples to pack.")
     longest = max(lengths)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -13,15 +13,15 @@ from qlora_kit.data.formatters.chat_messages import (
     KNOWN_ROLES,
     list_unread_keys,
     parse_message,
-    parse_tools,
-    read_json,
     use_key_of_template,
 )
+from qlora_kit.data.formatters.chat_rows import read_conversation
 from qlora_kit.data.formatters.chat_template import ChatTemplate, find_training_template
 from qlora_kit.data.formatters.content_check import find_lost, say_lost
 from qlora_kit.data.formatters.formatter_base import FormatterBase, SpecialTokens, check_tokenizer
-from qlora_kit.data.sources.row_problems import BadRowPolicy, check_text
-from qlora_kit.data.sources.rows import Rows, UnusedData, is_filled
+from qlora_kit.data.formatters.special_names import break_names, mend_names
+from qlora_kit.data.sources.row_problems import BadRowPolicy
+from qlora_kit.data.sources.rows import Rows, UnusedData
 from qlora_kit.data.tokens.segments import Prompt, Segment
 from qlora_kit.data.tokens.text_tokenizer import TextTokenizer
 from qlora_kit.errors import DataError, did_you_mean
@@ -147,59 +147,7 @@ class ChatFormatter(FormatterBase):
         column = cls.map_columns(columns)["messages"]
         if not columns:
             column = next((name for name in _COLUMNS if row.get(name) is not None), column)
-        if column not in row:
-            return {}, [f"{column!r} is missing"]
-        raw = read_json(row[column])
-        if not isinstance(raw, Sequence) or isinstance(raw, str):
-            return {}, [f"{column!r} is not a list of messages but {type(raw).__name__}"]
-        if not raw:
-            return {}, [f"{column!r} is empty"]
-        messages: list[dict[str, Any]] = []
-        reasons: list[str] = []
-        for number, message in enumerate(raw, start=1):
-            parsed, reason = parse_message(message)
-            if reason:
-                reasons.append(f"message {number} {reason}")
-            messages.append(parsed)
-        if not reasons and not any(message["role"] == "assistant" for message in messages):
-            found = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))
-            reasons.append(f"no message is the assistant's, so nothing is learned (roles: {found})")
-        parsed_row: dict[str, Any] = {"messages": messages}
-        if not reasons:
-            reasons += cls._read_beside(row, parsed_row)
-        return parsed_row, reasons
-
-    @classmethod
-    def _read_beside(cls, row: Mapping[str, Any], parsed: dict[str, Any]) -> list[str]:
-        """What stands beside a conversation, into its row; and what is wrong with it."""
-        reasons: list[str] = []
-        tools = row.get("tools") or row.get("functions")
-        if is_filled(tools):
-            parsed["tools"], reason = parse_tools(tools)
-            reasons += [reason] if reason else []
-            if not row.get("tools") and parsed["tools"]:
-                # OpenAI's functions, before there were tools.
-                parsed["tools"] = [
-                    tool if "function" in tool else {"type": "function", "function": tool}
-                    for tool in parsed["tools"]
-                ]
-        system = row.get("system")
-        if is_filled(system):
-            reason = check_text(system)
-            first = parsed["messages"][0]
-            if reason:
-                reasons.append(f"'system' {reason}")
-            elif first["role"] != "system":
-                parsed["messages"].insert(0, {"role": "system", "content": system})
-            elif first["content"] != system:
-                reasons.append("has a 'system' column and another system message")
-        variables = read_json(row.get("chat_template_kwargs"))
-        if is_filled(variables):
-            if isinstance(variables, Mapping):
-                parsed["chat_template_kwargs"] = dict(variables)
-            else:
-                reasons.append("'chat_template_kwargs' is not an object")
-        return reasons
+        return read_conversation(row, column)
 
     @classmethod
     def list_used(
@@ -244,7 +192,7 @@ class ChatFormatter(FormatterBase):
         if segments and segments[-1].is_trained and not segments[-1].is_special:
             # The template never says that an answer is over; the end token does, once.
             segments.append(Segment(self.eos_token, is_trained=True, is_special=True))
-        return self._unprotect(segments, mark)
+        return mend_names(segments, mark)
 
     def prompt(
         self,
@@ -289,7 +237,7 @@ class ChatFormatter(FormatterBase):
             safe["messages"], _find_extras(safe), add_generation_prompt=True
         )
         self._check_content(safe["messages"], _find_extras(safe), rendered)
-        return self.make_prompt(self._unprotect(self.text.split_special(rendered), mark))
+        return self.make_prompt(mend_names(self.text.split_special(rendered), mark))
 
     def template_spec(self) -> dict[str, Any]:
         """The chat template and its tokens as JSON values."""
@@ -381,45 +329,21 @@ class ChatFormatter(FormatterBase):
         return own
 
     def _protect(self, row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        """Break the names of special tokens in messages by a mark that is removed later.
-
-        The template is then free to move, trim or escape the text, and whatever special
-        token stands in the result was written by the template.
-        """
+        """A row that the template can render without taking its text for special tokens."""
         pattern = self.text.special_pattern
-        if pattern is None or not any(pattern.search(text) for text in _find_texts(row)):
-            return "", row
-        text = "".join(_find_texts(row))
-        names = self._find_parsed_names(row, set(pattern.findall(text)))
-        mark = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
-        broken = _map_texts(
-            row,
-            lambda text: pattern.sub(
-                lambda name: name[0] if name[0] in names else name[0][0] + mark + name[0][1:], text
-            ),
-        )
-        return mark, broken
+        return ("", row) if pattern is None else break_names(row, pattern, self._find_parsed_names)
 
-    def _find_parsed_names(self, row: Mapping[str, Any], present: set[str]) -> set[str]:
+    def _find_parsed_names(self, present: set[str]) -> set[str]:
         """The names among those present that the template takes messages apart at.
 
         Qwen3's looks for "</think>" in an answer and writes the thought anew. Broken by a mark
         it would not be found, and another conversation would be rendered. What stands in the
         result then was written by the template.
         """
-        unknown = {
-            name
-            for name in present - set(self._parsed_names)
-            if re.search(_PARSES.format(re.escape(name)), self.template.source)
-        }
-        for name in present - set(self._parsed_names):
-            self._parsed_names[name] = name in unknown
+        for name in present - self._parsed_names.keys():
+            looked_for = _PARSES.format(re.escape(name))
+            self._parsed_names[name] = re.search(looked_for, self.template.source) is not None
         return {name for name in present if self._parsed_names[name]}
-
-    def _unprotect(self, segments: list[Segment], mark: str) -> list[Segment]:
-        if not mark:
-            return segments
-        return [segment._replace(text=segment.text.replace(mark, "")) for segment in segments]
 
     def _end_turn(self, segments: list[Segment]) -> list[Segment]:
         """Loss ends with the token that ends the turn; white space after it carries none."""
@@ -437,24 +361,3 @@ def qlora_kit_register_formatters() -> list[type[ChatFormatter]]:
 def _find_extras(row: Mapping[str, Any]) -> dict[str, Any]:
     """What a template is given beside the messages."""
     return {"tools": row.get("tools"), **row.get("chat_template_kwargs", {})}
-
-
-def _find_texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _find_texts(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _find_texts(inner)
-
-
-def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: _map_texts(inner, change) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_map_texts(inner, change) for inner in value]
-    return value

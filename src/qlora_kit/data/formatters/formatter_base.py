@@ -31,7 +31,7 @@ from qlora_kit.data.tokens.inspection import DataReport, describe_rows, render_p
 from qlora_kit.data.tokens.segment_ids import RowEncoding, join_segments
 from qlora_kit.data.tokens.segments import Prompt, Segment
 from qlora_kit.data.tokens.text_tokenizer import TextTokenizer
-from qlora_kit.errors import ConfigError, did_you_mean
+from qlora_kit.errors import ConfigError, did_you_mean, invalid_value
 from qlora_kit.hookspecs import UNNAMED_FORMATTER
 from qlora_kit.messages import Setting
 
@@ -87,11 +87,8 @@ class FormatterBase(RowReader):
             raise ConfigError(f"special_tokens must be 'text' or 'tokens', got {special_tokens!r}.")
         self.special_tokens = special_tokens
         if not isinstance(max_reported_rows, int) or max_reported_rows < 1:
-            raise ConfigError(
-                Setting("max_reported_rows", of="formatter"),
-                f" must be at least 1, got {max_reported_rows!r}.",
-                parameter="max_reported_rows",
-                value=max_reported_rows,
+            raise invalid_value(
+                "max_reported_rows", "must be at least 1", max_reported_rows, "formatter"
             )
         self.tokenizer = tokenizer
         self.text = TextTokenizer(tokenizer)
@@ -149,11 +146,8 @@ class FormatterBase(RowReader):
 
     def _check_eos(self, eos_token: str | None) -> str:
         if eos_token is not None and not isinstance(eos_token, str):
-            raise ConfigError(
-                Setting("eos_token", of="formatter"),
-                f" is a token's text, such as '</s>'; got {eos_token!r}.",
-                parameter="eos_token",
-                value=eos_token,
+            raise invalid_value(
+                "eos_token", "is a token's text, such as '</s>'", eos_token, "formatter"
             )
         eos = self.tokenizer.eos_token if eos_token is None else eos_token
         if not isinstance(eos, str) or not eos:

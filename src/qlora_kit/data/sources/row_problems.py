@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
-from qlora_kit.errors import ConfigError, DataError
+from qlora_kit.errors import DataError, invalid_value
 from qlora_kit.messages import Setting
 
 __all__ = [
@@ -69,12 +69,7 @@ class BadRows(NamedTuple):
 def check_policy(on_bad_rows: str) -> BadRowPolicy:
     """The policy, if it is one."""
     if on_bad_rows not in ("raise", "skip"):
-        raise ConfigError(
-            Setting("on_bad_rows", of="formatter"),
-            f" must be 'raise' or 'skip', got {on_bad_rows!r}.",
-            parameter="on_bad_rows",
-            value=on_bad_rows,
-        )
+        raise invalid_value("on_bad_rows", "must be 'raise' or 'skip'", on_bad_rows, "formatter")
     return on_bad_rows  # type: ignore[return-value]
 
 

@@ -13,8 +13,7 @@ from typing import Any, Final
 from qlora_kit.data.sources.row_problems import settle_problems
 from qlora_kit.data.sources.rows import Rows, UnusedData
 from qlora_kit.data.tokens.segment_ids import RowEncoding, join_segments, make_segments
-from qlora_kit.errors import ConfigError, DataError
-from qlora_kit.messages import Setting
+from qlora_kit.errors import ConfigError, DataError, invalid_value
 from qlora_kit.values import is_whole_number
 
 __all__ = ["DataReport", "describe_rows", "render_preview"]
@@ -103,12 +102,7 @@ def describe_rows(encoding: RowEncoding, rows: Rows, *, max_length: int) -> Data
     import numpy as np
 
     if not is_whole_number(max_length, at_least=1):
-        raise ConfigError(
-            Setting("max_length", of="train_sft"),
-            f" must be at least 1 token, got {max_length!r}.",
-            parameter="max_length",
-            value=max_length,
-        )
+        raise invalid_value("max_length", "must be at least 1 token", max_length)
     lengths: list[int] = []
     trained_tokens = without = literal = excluded = 0
     seen: set[bytes] = set()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from qlora_kit.data.tokens.encoding_report import EncodingReport
-from qlora_kit.errors import ConfigError
+from qlora_kit.errors import invalid_value
 from qlora_kit.messages import Setting
 from qlora_kit.values import IGNORED_LABEL, is_whole_number
 
@@ -50,19 +50,9 @@ def check_limits(max_length: Any, truncation: Any) -> None:
         ConfigError: When the length is not at least 2, or the policy is unknown.
     """
     if not is_whole_number(max_length, at_least=2):
-        raise ConfigError(
-            Setting("max_length", of="train_sft"),
-            f" must be at least 2 tokens, got {max_length!r}.",
-            parameter="max_length",
-            value=max_length,
-        )
+        raise invalid_value("max_length", "must be at least 2 tokens", max_length)
     if truncation not in _TRUNCATIONS:
-        raise ConfigError(
-            Setting("truncation", of="train_sft"),
-            f" must be 'end', 'drop' or 'error', got {truncation!r}.",
-            parameter="truncation",
-            value=truncation,
-        )
+        raise invalid_value("truncation", "must be 'end', 'drop' or 'error'", truncation)
 
 
 def fit_examples(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from qlora_kit.errors import ConfigError, ExportError, UnsupportedModelError
+from qlora_kit.errors import ConfigError, ExportError, UnsupportedModelError, invalid_value
 from qlora_kit.exporters.gguf.conversion.file_plan import pad
 from qlora_kit.exporters.gguf.conversion.file_writer import convert
 from qlora_kit.exporters.gguf.conversion.tensors import make_name_mapper
@@ -53,12 +53,7 @@ class GgufLoraOptions:
 
     def __post_init__(self) -> None:
         if self.stored_type not in _TOLERANCES:
-            raise ConfigError(
-                Setting("dtype", of="export_model"),
-                f" must be 'f32' or 'f16', got {self.dtype!r}.",
-                parameter="dtype",
-                value=self.dtype,
-            )
+            raise invalid_value("dtype", "must be 'f32' or 'f16'", self.dtype, "export_model")
 
     @property
     def stored_type(self) -> str:

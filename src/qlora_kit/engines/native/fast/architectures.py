@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-__all__ = ["DECODERS", "find_architecture_obstacle"]
+__all__ = ["DECODERS", "find_architecture_obstacle", "find_model_obstacle"]
 
 #: transformers' decoders whose layers are what ``layer.decoder_layer`` computes, by model type.
 DECODERS: Final = {
@@ -20,6 +20,20 @@ DECODERS: Final = {
 
 #: Rotary embeddings that do not depend on the length of the batch.
 _ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
+
+
+def find_model_obstacle(base: Any) -> str | None:
+    """Why the fast path does not compute a model in memory, or ``None``; its adapters aside.
+
+    Args:
+        base: A transformers model, without peft around it.
+    """
+    decoder = type(getattr(base, "model", None))
+    if decoder.__name__ not in DECODERS.values() or not decoder.__module__.startswith(
+        "transformers.models."
+    ):
+        return f"{type(base).__name__} is not of the Llama family"
+    return find_architecture_obstacle(base.config.to_dict())
 
 
 def find_architecture_obstacle(config: Mapping[str, Any]) -> str | None:

@@ -21,7 +21,7 @@ from qlora_kit.engines.native.fast.decoding_support import find_decoding_obstacl
 from qlora_kit.engines.native.fast.decoding_weights import DecodingWeights, measure_cached_bytes
 from qlora_kit.engines.native.fast.kv_cache import KeyValueCache
 from qlora_kit.engines.native.fast.layer import rms_norm, rotate
-from qlora_kit.engines.native.fast.peft_layers import GroupReader, read_group
+from qlora_kit.engines.native.fast.peft_layers import GroupReader, read_group, read_norms
 
 __all__ = ["Decoder", "DecoderLayer", "read_model"]
 
@@ -97,7 +97,7 @@ class Decoder:
         self.epsilon: float = config.rms_norm_eps
         self._attention = choose_attention(self.device, self.dtype, self.head_dim)
         self.layers = [
-            DecoderLayer(*_read_norms(layer), **{
+            DecoderLayer(*read_norms(layer), **{
                 name: DecodingWeights(group, self.dtype) for name, group in groups.items()
             })
             for layer, groups in zip(body.layers, readers, strict=True)
@@ -268,13 +268,3 @@ class Decoder:
         from qlora_kit.engines.native.fast import decoding_kernels
 
         return decoding_kernels
-
-
-def _read_norms(layer: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    attention = layer.self_attn
-    return (
-        layer.input_layernorm.weight.detach(),
-        layer.post_attention_layernorm.weight.detach(),
-        attention.q_norm.weight.detach() if hasattr(attention, "q_norm") else None,
-        attention.k_norm.weight.detach() if hasattr(attention, "k_norm") else None,
-    )

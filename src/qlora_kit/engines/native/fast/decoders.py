@@ -9,8 +9,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-import torch
-
+from qlora_kit.device import measure_free_bytes
 from qlora_kit.engines.native.fast.decoder import Decoder, read_model
 from qlora_kit.engines.native.fast.decoding_session import DecodingSession, Slots
 from qlora_kit.engines.native.fast.decoding_support import find_settings_obstacle
@@ -122,7 +121,7 @@ def _sign(readers: Sequence[dict[str, GroupReader]]) -> object:
 def _take_slots(kept: _Kept, most_tokens: int, at_once: int, *, copies: bool) -> Slots:
     decoder = kept.decoder
     if copies:
-        decoder.choose_weights(_free_bytes(decoder.device))
+        decoder.choose_weights(measure_free_bytes(decoder.device))
     capacity = -(-most_tokens // _CAPACITY_STEP) * _CAPACITY_STEP
     each = measure_slot_bytes(
         len(decoder.layers), decoder.kv_heads, decoder.head_dim, capacity, decoder.dtype
@@ -137,7 +136,7 @@ def _take_slots(kept: _Kept, most_tokens: int, at_once: int, *, copies: bool) ->
     ):
         return slots
     del slots  # its memory is free from here on
-    fitting = int(_CACHE_SHARE * _free_bytes(decoder.device)) // each
+    fitting = int(_CACHE_SHARE * measure_free_bytes(decoder.device)) // each
     count = max(1, min(at_once, fitting))
     if at_once > 1:
         logger.info(
@@ -145,13 +144,3 @@ def _take_slots(kept: _Kept, most_tokens: int, at_once: int, *, copies: bool) ->
             count, capacity, count * each / 2**30,
         )  # fmt: skip
     return Slots(decoder, count, capacity)
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(free + idle)
-    import psutil
-
-    return int(psutil.virtual_memory().available)

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import torch
 
-from qlora_kit.engines.native.fast.architectures import DECODERS, find_architecture_obstacle
+from qlora_kit.engines.native.fast.architectures import find_model_obstacle
 from qlora_kit.engines.native.fast.rounding import is_rounding
 
 __all__ = ["find_decoding_obstacle", "find_settings_obstacle"]
@@ -38,12 +38,7 @@ def find_decoding_obstacle(model: Any) -> str | None:
         model: A transformers or peft model.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder: Any = getattr(base, "model", None)
-    if type(decoder).__name__ not in DECODERS.values() or not type(decoder).__module__.startswith(
-        "transformers.models."
-    ):
-        return f"{type(base).__name__} is not of the Llama family"
-    obstacle = find_architecture_obstacle(base.config.to_dict())
+    obstacle = find_model_obstacle(base)
     if obstacle is not None:
         return obstacle
     if getattr(model, "active_peft_config", None) is not None and (

@@ -20,6 +20,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 
 from qlora_kit import ranks
+from qlora_kit.device import measure_free_bytes
 from qlora_kit.engines.native.fast.fused_model import FusedModel
 from qlora_kit.engines.native.fast.layout import Example, keep_rows, split_rows
 from qlora_kit.engines.native.fast.plan import FastPlan, resolve_plan
@@ -207,7 +208,7 @@ class FastStep(TrlSteps):
             self._asked,
             fused_model.memory_model(),
             device_type=fused_model.device.type,
-            free_bytes=_free_bytes(fused_model.device),
+            free_bytes=measure_free_bytes(fused_model.device),
             step_tokens=step_tokens,
             usual_tokens=usual_tokens,
             # A mask over all pairs of tokens grows with the square.
@@ -272,13 +273,3 @@ def _measure_rows(dataset: Any, rows: int, lengths: list[int]) -> tuple[int, int
         longest = sizes[0]
     usual = sum(sizes) * min(rows, len(sizes)) // max(len(sizes), 1)
     return max(longest, *lengths), max(step_tokens, sum(sizes[:rows])), usual
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(free + idle)
-    import psutil
-
-    return int(psutil.virtual_memory().available)

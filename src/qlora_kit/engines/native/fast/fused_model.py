@@ -32,7 +32,7 @@ from qlora_kit.engines.native.fast.loss import (
     plain_softmax_step,
     softmax_step,
 )
-from qlora_kit.engines.native.fast.peft_layers import GroupReader, read_group
+from qlora_kit.engines.native.fast.peft_layers import GroupReader, read_group, read_norms
 from qlora_kit.engines.native.fast.plan import FastPlan, MemoryModel, ResolvedPlan
 from qlora_kit.engines.native.fast.projection import dequantize
 from qlora_kit.engines.native.fast.rank_sum import RankSum
@@ -128,7 +128,7 @@ class FusedModel:
         self._plan = plan
         self._layers = [
             LayerTensors(
-                *self._norms(layer),
+                *read_norms(layer),
                 **{name: self._group(readers[name], plan.caches_weights) for name in _GROUPS},
             )
             for layer, readers in zip(self._decoder.layers, self._readers, strict=True)
@@ -249,15 +249,6 @@ class FusedModel:
             return _plain_layer(*arguments)
         out: Tensor = self._layer_call(*arguments, dynamic=arguments[:4])
         return out
-
-    def _norms(self, layer: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        attention = layer.self_attn
-        return (
-            layer.input_layernorm.weight.detach(),
-            layer.post_attention_layernorm.weight.detach(),
-            attention.q_norm.weight.detach() if hasattr(attention, "q_norm") else None,
-            attention.k_norm.weight.detach() if hasattr(attention, "k_norm") else None,
-        )
 
     def _read_layer(self, layer: Any) -> dict[str, GroupReader | Sequence[Any]]:
         attention, mlp = layer.self_attn, layer.mlp

@@ -19,6 +19,7 @@ __all__ = [
     "find_weight_obstacle",
     "read_adapter",
     "read_group",
+    "read_norms",
 ]
 
 
@@ -200,3 +201,14 @@ def read_adapter(module: Any, *, trains: bool = True) -> AdapterPart | str | Non
     if type(down) is not torch.nn.Linear or type(up) is not torch.nn.Linear:
         return f"{type(down).__name__} adapters"
     return AdapterPart(down.weight, up.weight, float(module.scaling[name]))
+
+
+def read_norms(layer: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """A layer's norms: before attention, after it, of queries and of keys where it has those."""
+    attention = layer.self_attn
+    return (
+        layer.input_layernorm.weight.detach(),
+        layer.post_attention_layernorm.weight.detach(),
+        attention.q_norm.weight.detach() if hasattr(attention, "q_norm") else None,
+        attention.k_norm.weight.detach() if hasattr(attention, "k_norm") else None,
+    )

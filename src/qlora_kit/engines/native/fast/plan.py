@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final, Literal
 
-from qlora_kit.errors import ConfigError, UnknownOptionError
-from qlora_kit.messages import Setting
+from qlora_kit.errors import ConfigError, UnknownOptionError, invalid_value
 from qlora_kit.values import is_whole_number
 
 __all__ = ["FastPlan", "MemoryModel", "ResolvedPlan", "parse_plan", "resolve_plan"]
@@ -203,12 +202,7 @@ def parse_plan(plan: object) -> FastPlan:
                     f"plan has no option {name!r}.{hint} Options: {', '.join(known)}."
                 )
         return FastPlan(**plan)
-    raise ConfigError(
-        Setting("plan", of="train_sft"),
-        f" must be 'auto', False, a mapping of options or a FastPlan; got {plan!r}.",
-        parameter="plan",
-        value=plan,
-    )
+    raise invalid_value("plan", "must be 'auto', False, a mapping of options or a FastPlan", plan)
 
 
 def resolve_plan(

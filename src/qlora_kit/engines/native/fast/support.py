@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import torch
 
-from qlora_kit.engines.native.fast.architectures import DECODERS, find_architecture_obstacle
+from qlora_kit.engines.native.fast.architectures import find_model_obstacle
 
 __all__ = ["find_obstacle"]
 
@@ -32,14 +32,10 @@ def _dtype_of(model: Any) -> torch.dtype:
 
 def _find_in_model(model: Any) -> str | None:
     base = model.get_base_model()
-    decoder: Any = getattr(base, "model", None)
-    if type(decoder).__name__ not in DECODERS.values() or not type(decoder).__module__.startswith(
-        "transformers.models."
-    ):
-        return f"{type(base).__name__} is not of the Llama family"
-    obstacle = find_architecture_obstacle(base.config.to_dict())
+    obstacle = find_model_obstacle(base)
     if obstacle is not None:
         return obstacle
+    decoder: Any = base.model
     head = base.get_output_embeddings()
     if type(head) is not torch.nn.Linear or head.bias is not None or head.weight.requires_grad:
         return "the language-model head is trained, adapted, quantized or has a bias"
