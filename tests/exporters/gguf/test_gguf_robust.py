@@ -42,7 +42,7 @@ def test_killed_at_any_moment_the_destination_is_absent_old_or_whole(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout.splitlines()[-1])
-    assert len(report["seen"]) == rounds
+    assert len(report["seen"]) >= rounds
     for before, tried, after in report["seen"]:
         assert after in (before, tried)
     # Some were killed with half a file on the disk, and the next export cleared it away.
