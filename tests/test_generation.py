@@ -71,6 +71,38 @@ def test_stop_strings_end_the_answer_and_are_not_in_it(model, length):
     assert not _threads()
 
 
+def test_a_special_token_named_as_a_stop_ends_the_answer(model):
+    """An answer's text does not show special tokens, so as text it would never be found."""
+    name = next(
+        token.content
+        for token_id, token in model.tokenizer.added_tokens_decoder.items()
+        if token.special and token_id > 0 and token_id not in model.stop_token_ids
+    )
+    bias = [[[model.tokenizer.convert_tokens_to_ids(name)], 1000.0]]
+    asked = {"max_new_tokens": 4, "sequence_bias": bias}
+    assert [c.finish_reason for c in generate_stream(model, PROMPT, **asked)][-1] == "length"
+    (chunk,) = generate_stream(model, PROMPT, stop=name, **asked)
+    assert (chunk.text, chunk.token_count, chunk.finish_reason) == ("", 1, "stop")
+    (answer,) = generate_batch(model, [PROMPT], stop=[name], **asked)
+    assert (answer.text, answer.token_count, answer.finish_reason) == ("", 1, "stop")
+    with pytest.raises(ConfigError, match="give it alone"):
+        generate_stream(model, PROMPT, stop=f"{name}user")
+
+
+def test_stop_strings_are_called_stop_here(model):
+    with pytest.raises(ConfigError, match=r"Use stop="):
+        generate_stream(model, PROMPT, stop_strings=["x"])
+
+
+def test_prompts_beyond_the_length_the_model_was_loaded_for_are_told_of(model, caplog):
+    ids = [5] * (model.max_seq_length + 44)
+    generate_stream(model, ids, max_new_tokens=1)
+    assert "A prompt of 300 tokens is longer than max_seq_length=256" in caplog.text
+    caplog.clear()
+    generate_batch(model, [ids[:200], ids[:9]], max_new_tokens=1)
+    assert not caplog.text
+
+
 def test_text_that_only_begins_like_a_stop_string_is_kept(model):
     whole = _text(model, max_new_tokens=16)
     assert _text(model, max_new_tokens=16, stop=whole[-1] + "\x00never") == whole

@@ -484,3 +484,17 @@ def test_a_damaged_manifest_is_said_and_ignored(exported, tmp_path, caplog):
         (folder / "qlora_kit_manifest.json").write_text(damaged, encoding="utf-8")
         assert load_quantized(folder, dtype="float32").record.formatter is None
         assert "is ignored" in caplog.text or "is not here" in caplog.text
+
+
+def test_tokens_without_an_embedding_are_said_at_loading(tiny_llama, tmp_path, caplog):
+    from transformers import AutoTokenizer
+
+    folder = shutil.copytree(tiny_llama, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    load_quantized(folder, 64, "float32", load_in_4bit=False)
+    assert (
+        f"no embedding for, such as '[PAD]' (id {rows}; the model has {rows} rows)" in caplog.text
+    )

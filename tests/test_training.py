@@ -75,6 +75,31 @@ def test_the_result_says_how_steps_were_computed(model, alpaca_rows, tmp_path):
     assert manifest["memory"]["predicted_gib"] is None
 
 
+def test_after_early_stopping_the_weights_are_said_to_be_those_of_the_best_step(
+    model, alpaca_rows, tmp_path
+):
+    from safetensors.torch import load_file
+    from transformers import EarlyStoppingCallback
+
+    result = _train(
+        model, alpaca_rows, tmp_path, max_steps=12,
+        eval_dataset=alpaca_rows[:4], eval_strategy="steps", eval_steps=1,
+        save_strategy="steps", save_steps=1, load_best_model_at_end=True,
+        # The loss falls from the first step on, so that is the best where more is better.
+        metric_for_best_model="eval_loss", greater_is_better=True,
+        callbacks=[EarlyStoppingCallback(2)],
+    )  # fmt: skip
+    losses = dict(result.eval_losses)
+    assert result.best_step == max(losses, key=losses.get) < result.steps < 12
+    assert f"the weights are those of step {result.best_step}" in str(result)
+    manifest = json.loads(result.manifest_path.read_text(encoding="utf-8"))
+    assert manifest["result"]["best_step"] == result.best_step
+    saved = load_file(tmp_path / f"checkpoint-{result.best_step}" / "adapter_model.safetensors")
+    live = {name.replace(".default", ""): p for name, p in model.model.named_parameters()}
+    assert all(live[name].equal(tensor) for name, tensor in saved.items())
+    assert _train(model, alpaca_rows, tmp_path / "plain", max_steps=1).best_step is None
+
+
 def test_the_manifest_says_what_happened_and_holds_no_token(model, alpaca_rows, tmp_path):
     result = _train(model, alpaca_rows, tmp_path, hub_token="hf_secret")
     text = result.manifest_path.read_text(encoding="utf-8")

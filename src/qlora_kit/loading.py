@@ -159,7 +159,23 @@ def _load_base(path: Path, config: LoadConfig, engine: str | Engine) -> LoadedMo
         name_or_path=str(path.absolute()) if _exists(config.model_name) else config.model_name,
         source="gguf" if is_gguf else "checkpoint",
     )
+    _mention_tokens_without_rows(loaded)
     return dataclasses.replace(loaded, base=base, config=config)
+
+
+def _mention_tokens_without_rows(loaded: LoadedModel) -> None:
+    """Say which tokens the tokenizer knows and the model has no embedding for."""
+    rows = loaded.model.get_input_embeddings().weight.shape[0]
+    beyond = sorted((i, name) for name, i in loaded.tokenizer.get_vocab().items() if i >= rows)
+    if beyond:
+        index, name = beyond[0]
+        logger.warning(
+            "The tokenizer knows %d tokens that the model has no embedding for, such as %r "
+            "(id %d; the model has %d rows). Rows and prompts with such a token are refused; "
+            "model.resize_token_embeddings(%d) of transformers, saved with the tokenizer, makes "
+            "room for them.",
+            len(beyond), name, index, rows, len(loaded.tokenizer),
+        )  # fmt: skip
 
 
 def _load_adapter(path: Path, config: LoadConfig, engine: str | Engine) -> AdaptedModel:

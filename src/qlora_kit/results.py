@@ -54,6 +54,8 @@ class TrainResult:
         log_history: The trainer's own log records.
         plan: How steps were computed: micro-batches, checkpointing, weights, compilation.
         run_id: The run's name in its checkpoints and manifest; a resumed run keeps it.
+        best_step: The step whose weights the model has, where ``load_best_model_at_end`` brought
+            an earlier one's back; else ``None``.
     """
 
     steps: int
@@ -78,15 +80,17 @@ class TrainResult:
     log_history: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
     plan: str = ""
     run_id: str = ""
+    best_step: int | None = None
 
     def __str__(self) -> str:
         first, last = (self.losses[0], self.losses[-1]) if self.losses else (float("nan"),) * 2
         state = "interrupted after" if self.was_interrupted else "trained"
+        kept = "" if self.best_step is None else f"; the weights are those of step {self.best_step}"
         return (
             f"{state} {self.steps} steps in {self.seconds:.1f} s on {self.device}: "
             f"loss {first:.3f} -> {last:.3f}, {self.tokens_seen:,} tokens "
             f"({self.tokens_per_second:,.0f} tokens/s), peak memory "
-            f"{self.peak_memory_gib:.2f} GiB ({self.memory_before_gib:.2f} before training)"
+            f"{self.peak_memory_gib:.2f} GiB ({self.memory_before_gib:.2f} before training){kept}"
         )
 
 
@@ -98,8 +102,8 @@ class TextChunk:
         text: The new text; may be empty in the last chunk.
         token_count: Tokens generated so far, the stop token included.
         tokens_per_second: Generated tokens per second so far, prompt processing included.
-        finish_reason: ``None`` until the last chunk, then ``"eos"``, ``"stop"`` (a stop string)
-            or ``"length"``.
+        finish_reason: ``None`` until the last chunk, then ``"eos"``, ``"stop"`` (what ``stop``
+            named) or ``"length"``.
     """
 
     text: str

@@ -40,6 +40,32 @@ def test_openai_weight_0_is_context_and_not_learned(tokenizer: Any) -> None:
     assert "What is two" in learned[-1]
 
 
+def test_a_weight_of_0_counts_for_every_role_where_everything_is_learned(tokenizer: Any) -> None:
+    secret = {"role": "user", "content": "My pin is 4711.", "weight": 0}
+    rows = [[secret, A, Q, A], [Q, A, {**secret, "weight": 1, "train": False}, A]]
+    for row in rows:
+        text, learned = _look(ChatFormatter(tokenizer, response_only=False), {"messages": row})
+        assert "My pin is 4711." in text
+        assert "4711" not in "".join(learned)
+        assert "What is two and two?" in "".join(learned)
+        # Only the assistant's words carry loss anyway.
+        assert _look(ChatFormatter(tokenizer), {"messages": row})[1] == ["Four.<|im_end|>"] * 2
+
+
+def test_words_that_stand_twice_cannot_be_left_out(tokenizer: Any) -> None:
+    row = {"messages": [{**Q, "content": "user", "weight": 0}, A]}
+    with pytest.raises(DataError, match=r"response_only=True"):
+        _look(ChatFormatter(tokenizer, response_only=False), row)
+
+
+def test_other_roles_that_ask_to_be_learned_are_told_of(tokenizer: Any, caplog: Any) -> None:
+    row = {"messages": [{**Q, "train": True}, A, {**Q, "weight": 1}, {**A, "weight": 1}]}
+    ChatFormatter(tokenizer, response_only=False).load([row])
+    assert not caplog.text
+    ChatFormatter(tokenizer).load([row])
+    assert "2 messages of a list of 1 ask to be learned" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("extra", "said"),
     [

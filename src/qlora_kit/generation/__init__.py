@@ -17,7 +17,7 @@ from qlora_kit.engines.contract import ready_to_generate
 from qlora_kit.errors import ConfigError
 from qlora_kit.generation.batch import answer_all, put_in_order, show_progress
 from qlora_kit.generation.detokenization import TextAssembler
-from qlora_kit.generation.settings import check_sampling, make_config, read_stops
+from qlora_kit.generation.settings import Stops, check_sampling, make_config, read_stops
 from qlora_kit.generation.tokens import open_tokens
 from qlora_kit.handles import LoadedModel
 from qlora_kit.results import Answer, FinishReason, TextChunk
@@ -63,7 +63,7 @@ def generate_stream(
         top_k: Sample from this many most likely tokens.
         min_p: Sample from tokens at least this likely relative to the best (arXiv:2407.01082).
         repetition_penalty: Above 1 makes tokens that were already used less likely.
-        stop: Strings that end the answer; they are not part of it.
+        stop: Strings that end the answer, or names of special tokens; they are not part of it.
         seed: Makes sampling repeatable, and leaves torch's generators as they were.
         **generation_config: Any further field of transformers' ``GenerationConfig``.
 
@@ -148,8 +148,8 @@ def _read_settings(
     stop: str | Sequence[str] | None = None,
     seed: int | None = None,
     **generation_config: Any,
-) -> tuple[GenerationConfig, tuple[str, ...]]:
-    """The checked settings of a call, and its stop strings."""
+) -> tuple[GenerationConfig, Stops]:
+    """The checked settings of a call, and what ends its answers."""
     if not isinstance(model, LoadedModel):
         raise ConfigError(
             f"{caller} takes what load_quantized or attach_lora returned, "
@@ -168,11 +168,20 @@ def _read_settings(
             "max_new_tokens": max_new_tokens,
         },
     )
-    return config, tuple(dict.fromkeys((*read_stops(stop), *model.stop_strings)))
+    stops = read_stops(stop, model)
+    config.eos_token_id = list(dict.fromkeys((*config.eos_token_id, *stops.token_ids)))
+    return config, stops
 
 
 def _mention_length(model: LoadedModel, length: int, max_new_tokens: int) -> None:
-    if length + max_new_tokens > model.max_seq_length:
+    if length > model.max_seq_length:
+        logger.warning(
+            "A prompt of %s tokens is longer than max_seq_length=%s, for which the model was "
+            "loaded. It is read whole; answers may suffer where nothing of that length was "
+            "trained.",
+            f"{length:,}", f"{model.max_seq_length:,}",
+        )  # fmt: skip
+    elif length + max_new_tokens > model.max_seq_length:
         logger.info(
             "%d prompt tokens and up to %d new ones go beyond max_seq_length=%d.",
             length, max_new_tokens, model.max_seq_length,
@@ -183,7 +192,7 @@ def _stream(
     model: LoadedModel,
     ids: list[int],
     config: GenerationConfig,
-    stops: tuple[str, ...],
+    stops: Stops,
     seed: int | None,
 ) -> Iterator[TextChunk]:
     started = time.perf_counter()
@@ -191,14 +200,14 @@ def _stream(
         ready_to_generate(model) as module,
         open_tokens(model, module, ids, config, seed) as tokens,
     ):
-        text = TextAssembler(model.tokenizer, stops)
+        text = TextAssembler(model.tokenizer, stops.strings)
         ends = set(config.eos_token_id)
         count = 0
         reason: FinishReason = "length"
         for token in tokens:
             count += 1
             if token in ends:
-                reason = "eos"
+                reason = "stop" if token in stops.token_ids else "eos"
                 break
             piece, was_stopped = text.add(token)
             if was_stopped:

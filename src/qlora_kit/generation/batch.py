@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.engines.contract import open_decoder, ready_to_generate
 from qlora_kit.generation.detokenization import TextAssembler
+from qlora_kit.generation.settings import Stops
 from qlora_kit.generation.tokens import open_tokens
 from qlora_kit.generation.worker import translate_error
 from qlora_kit.handles import LoadedModel
@@ -24,8 +25,9 @@ logger = logging.getLogger(__name__)
 class _Draft:
     """An answer being put together."""
 
-    def __init__(self, model: LoadedModel, index: int, stops: tuple[str, ...]) -> None:
-        self._text = TextAssembler(model.tokenizer, stops)
+    def __init__(self, model: LoadedModel, index: int, stops: Stops) -> None:
+        self._text = TextAssembler(model.tokenizer, stops.strings)
+        self._stop_ids = stops.token_ids
         self._index, self._pieces, self._count = index, [""], 0
 
     def add(self, token: int, ends: frozenset[int], most: int) -> Answer | None:
@@ -40,7 +42,9 @@ class _Draft:
                 return None
         rest, was_stopped = self._text.finish()
         self._pieces.append(rest)
-        return self._finish("stop" if was_stopped else "eos" if token in ends else "length")
+        if was_stopped or token in self._stop_ids:
+            return self._finish("stop")
+        return self._finish("eos" if token in ends else "length")
 
     def _finish(self, reason: FinishReason) -> Answer:
         return Answer(self._index, "".join(self._pieces), self._count, reason)
@@ -50,7 +54,7 @@ def answer_all(
     model: LoadedModel,
     prompts: Sequence[list[int]],
     config: GenerationConfig,
-    stops: tuple[str, ...],
+    stops: Stops,
     seed: int | None,
     at_once: int,
 ) -> Iterator[Answer]:
@@ -60,7 +64,7 @@ def answer_all(
         model: The handle.
         prompts: Token ids.
         config: Complete.
-        stops: Strings that end an answer.
+        stops: What ends an answer besides the model's end tokens.
         seed: Makes sampling repeatable.
         at_once: Most answers at the same time.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.errors import ConfigError, UnknownOptionError, did_you_mean, invalid_value
@@ -13,7 +14,7 @@ from qlora_kit.values import is_finite_number, is_whole_number
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-__all__ = ["check_sampling", "make_config", "read_stops"]
+__all__ = ["Stops", "check_sampling", "make_config", "read_stops"]
 
 # Values that mean "no filtering"; anything else warns when decoding greedily.
 _NEUTRAL: Final = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": 1.0}
@@ -25,6 +26,7 @@ _REFUSED: Final[Mapping[str, str]] = {
     "penalty_alpha": "Contrastive search is not streamed; sample or decode greedily.",
     "max_length": "It would count the prompt as well; use max_new_tokens.",
     "return_dict_in_generate": "Chunks are what is returned.",
+    "stop_strings": "Use stop=.",
 }
 
 
@@ -72,16 +74,48 @@ def check_sampling(
         )
 
 
-def read_stops(stop: Any) -> tuple[str, ...]:
-    """Stop strings, however they were given.
+@dataclass(frozen=True)
+class Stops:
+    """What ends an answer besides the model's own end tokens.
+
+    Attributes:
+        strings: Texts that are not part of the answer.
+        token_ids: Special tokens, which an answer's text does not show.
+    """
+
+    strings: tuple[str, ...]
+    token_ids: frozenset[int]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "strings", tuple(dict.fromkeys(self.strings)))
+
+
+def read_stops(stop: Any, model: LoadedModel) -> Stops:
+    """Stop strings, however they were given, and special tokens among them by their ids.
 
     Raises:
-        ConfigError: When one of them is empty or not text.
+        ConfigError: When one of them is empty, not text, or has a special token inside.
     """
     given = () if stop is None else (stop,) if isinstance(stop, str) else stop
     if not isinstance(given, Sequence) or any(not isinstance(s, str) or not s for s in given):
         raise invalid_value("stop", "must be non-empty strings", stop, "generate_stream")
-    return tuple(given)
+    special = {
+        token.content: token_id
+        for token_id, token in model.tokenizer.added_tokens_decoder.items()
+        if token.special
+    }
+    for text in given:
+        inside = next((name for name in special if name in text and name != text), None)
+        if inside is not None and text not in special:
+            raise invalid_value(
+                "stop",
+                f"cannot have the special token {inside} among other text, because an answer's "
+                "text has no special tokens; give it alone",
+                text,
+                "generate_stream",
+            )
+    ids = frozenset(special[text] for text in given if text in special)
+    return Stops((*given, *model.stop_strings), ids)
 
 
 def make_config(model: LoadedModel, fields: Mapping[str, Any]) -> GenerationConfig:

@@ -309,6 +309,15 @@ def _find_saved(
     return resumed.path if resumed is not None and resumed.step == step else None
 
 
+def _find_best_step(trainer: Trainer) -> int | None:
+    """The step whose weights transformers loaded back at the end, if it did."""
+    best = trainer.state.best_model_checkpoint
+    if not trainer.args.load_best_model_at_end or best is None or not Path(best).is_dir():
+        return None
+    step: int = trainer.state.best_global_step
+    return step
+
+
 def _make_result(
     model: AdaptedModel,
     run: Run,
@@ -352,6 +361,7 @@ def _make_result(
         log_history=history,
         plan=plan,
         run_id=run.resumption.run_id,
+        best_step=_find_best_step(trainer),
     )
 
 

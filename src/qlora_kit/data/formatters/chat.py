@@ -171,10 +171,17 @@ class ChatFormatter(FormatterBase):
                 "the template's generation markers do not tell which message a turn is, so that "
                 "one with a weight of 0 cannot be left out; use a template without markers"
             )
+        unlearned = {
+            number: messages[number]["content"].strip()
+            for number in sorted(excluded - {turn.message for turn in turns})
+            if not self.response_only
+        }
         segments: list[Segment] = []
         position = 0
         for start, end, number in turns:
-            segments += self.text.split_special(text[position:start])
+            own = [n for n in unlearned if number is not None and n < number]
+            words = [unlearned.pop(n) for n in own]
+            segments += self._split_context(text[position:start], words)
             if number in excluded:
                 segments += [
                     segment._replace(is_excluded=True)
@@ -185,7 +192,7 @@ class ChatFormatter(FormatterBase):
                     self.text.split_special(text[start:end], is_trained=True)
                 )
             position = end
-        segments += self.text.split_special(text[position:])
+        segments += self._split_context(text[position:], list(unlearned.values()))
         # White space after the last turn would teach nothing and stand after the end.
         while segments and not segments[-1].is_trained and not segments[-1].text.strip():
             segments.pop()
@@ -269,6 +276,18 @@ class ChatFormatter(FormatterBase):
                 f"{roles['developer']:,}",
                 rows.source,
             )
+        asking = sum(
+            message.get("train") is True and message["role"] != "assistant"
+            for row in rows
+            for message in row["messages"]
+        )
+        if asking and self.response_only:
+            logger.warning(
+                "%s messages of %s ask to be learned (weight 1, or train) and are not the "
+                "assistant's; only the assistant's are learned. response_only=False learns all.",
+                f"{asking:,}",
+                rows.source,
+            )
         self._review_keys(rows)
 
     def _review_keys(self, rows: Rows) -> None:
@@ -344,6 +363,23 @@ class ChatFormatter(FormatterBase):
             looked_for = _PARSES.format(re.escape(name))
             self._parsed_names[name] = re.search(looked_for, self.template.source) is not None
         return {name for name in present if self._parsed_names[name]}
+
+    def _split_context(self, text: str, unlearned: Sequence[str]) -> list[Segment]:
+        """What stands between turns, without the words of messages that are not to be learned."""
+        segments: list[Segment] = []
+        for words in unlearned:
+            if text.count(words) != 1:
+                raise DataError(
+                    "a message of another role than the assistant's has a weight of 0, and where "
+                    "it stands in the rendered text is not certain; give response_only=True, "
+                    "which learns the assistant's alone"
+                )
+            before, _, text = text.partition(words)
+            segments += self.text.split_special(before)
+            segments += [
+                segment._replace(is_excluded=True) for segment in self.text.split_special(words)
+            ]
+        return segments + self.text.split_special(text)
 
     def _end_turn(self, segments: list[Segment]) -> list[Segment]:
         """Loss ends with the token that ends the turn; white space after it carries none."""

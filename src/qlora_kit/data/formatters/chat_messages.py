@@ -40,7 +40,7 @@ REASONING_KEYS: Final = ("reasoning_content", "reasoning", "thinking")
 _READ: Final = frozenset(
     {
         "role", "from", "content", "value", "tool_calls", "tool_call_id", "function_call",
-        "weight", "train", *REASONING_KEYS,
+        "weight", "train", "training", *REASONING_KEYS,
     }
 )  # fmt: skip
 #: What this library cannot honour, and what leaving it out would mean.
@@ -79,8 +79,10 @@ def parse_message(message: Any) -> tuple[dict[str, Any], str | None]:
     is_excluded, reason = _read_weight(rest)
     if reason:
         return {}, reason
-    if is_excluded and role == "assistant":
+    if is_excluded:
         rest["train"] = False
+    elif "weight" in rest or "training" in rest:
+        rest["train"] = True
     for key in REASONING_KEYS:
         if key in rest and not (isinstance(rest[key], str) and rest[key].strip()):
             if rest[key]:
@@ -147,8 +149,8 @@ def _reads(template: str, key: str) -> bool:
 
 
 def _read_weight(message: Mapping[str, Any]) -> tuple[bool, str | None]:
-    """Whether a message is not to be learned: OpenAI's ``weight``, axolotl's ``train``."""
-    weight, train = message.get("weight", 1), message.get("train", True)
+    """Whether a message is not to be learned: OpenAI's ``weight``, axolotl's ``train(ing)``."""
+    weight, train = message.get("weight", 1), message.get("train", message.get("training", True))
     if isinstance(weight, str) or weight not in (0, 1):
         return False, f"has a weight of {weight!r}; 1 learns a message and 0 does not"
     if not isinstance(train, bool):
