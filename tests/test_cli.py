@@ -165,6 +165,15 @@ def test_ctrl_c_saves_states_the_part_done_and_resumes(tiny_llama, data, tmp_pat
     assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
 
 
+def test_what_a_command_prints_is_not_logged_beside_it(tiny_llama, data, tmp_path, capsys):
+    output = ["--output", str(tmp_path / "run"), "--max-steps", "1", "--plan", "false"]
+    assert main(["train", str(tiny_llama), data, *QUICK, *output, "-v"]) == 0
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("trained 1 steps in") == 1
+    assert "Exported lora" not in printed.err
+    assert "lora: " in printed.out
+
+
 def test_a_reader_that_goes_away_is_no_traceback(trained):
     process = subprocess.run(
         [
@@ -183,7 +192,7 @@ def test_a_reader_that_goes_away_is_no_traceback(trained):
 
 
 def test_settings_that_have_an_argument_of_their_own_are_refused():
-    from qlora_kit.cli.parser import read_settings
+    from qlora_kit.cli.values import read_settings
     from qlora_kit.errors import ConfigError
 
     with pytest.raises(ConfigError, match="an argument of its own"):

@@ -1,6 +1,5 @@
 """The command line before a model is loaded, and its errors in flags instead of Python."""
 
-import argparse
 import ast
 import dataclasses
 import functools
@@ -8,14 +7,16 @@ import inspect
 import json
 import logging
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from qlora_kit import load_quantized
-from qlora_kit.cli import main
+from qlora_kit import attach_lora, load_quantized
+from qlora_kit.cli import INTERRUPTED, main
 from qlora_kit.cli.flags import CALLS, SETTERS, SWITCHES, VALUED, FlagFormatter, FlagWriter
-from qlora_kit.cli.parser import make_parser, read_columns
+from qlora_kit.cli.parser import list_commands, make_parser
+from qlora_kit.cli.values import read_columns
 from qlora_kit.errors import ConfigError
 from qlora_kit.messages import UNSET, Call, Setting
 
@@ -78,7 +79,7 @@ def _refuse_to_load(*args, **kwargs):
         ),
         (["train", "M", "rows.json", "--export", "hub"], "needs --export-option repo_id=..."),
         (["train", "M", "rows.json", "--set", "learning_rat=1"], "Did you mean 'learning_rate'"),
-        (["train", "M", "rows.json", "--set", "max_steps=0"], "max_steps must be at least 1"),
+        (["train", "M", "rows.json", "--set", "max_steps=0"], "--max-steps must be at least 1"),
         (["train", "M", "rows.json", "--set", "truncation=x"], "truncation must be"),
         (["train", "M", "rows.json", "--set", "completion_only_loss=true"], "Use --response-only."),
         (["train", "M", "rows.json", "--set", "assistant_only_loss=true"], "Use --template chat,"),
@@ -123,14 +124,128 @@ def test_what_a_format_lacks_here_is_said_before_training(folder, caplog, monkey
     assert "lora may not run here: missing: the frobnicator" in caplog.text
 
 
+# -- flags ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checked(folder, monkeypatch):
+    """Run a training command up to its checked pipeline, and hand that back."""
+    found = []
+
+    def stop(pipeline, **others):
+        found.append(pipeline.asked)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qlora_kit.pipeline.run_pipeline", stop)
+
+    def check(*arguments):
+        assert main(["train", "M", "rows.json", *arguments]) == INTERRUPTED
+        return found.pop()
+
+    return check
+
+
+def test_every_argument_of_attach_lora_has_a_flag(checked):
+    given = {
+        "r": 8, "target_modules": ["q_proj", "v_proj"], "lora_alpha": 32, "lora_dropout": 0.1,
+        "bias": "all", "use_gradient_checkpointing": "unsloth", "random_state": 7,
+        "use_rslora": True, "loftq_config": {"loftq_bits": 4}, "use_dora": True,
+        "init_lora_weights": "gaussian", "modules_to_save": ["lm_head", "norm"],
+        "layers_to_transform": [0, 1], "rank_pattern": {"q_proj": 4},
+        "alpha_pattern": {"v_proj": 8},
+    }  # fmt: skip
+    names = set(inspect.signature(attach_lora).parameters) - {"model", "max_seq_length", "classic"}
+    assert names == set(given)
+    arguments = []
+    for name, value in given.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, dict):
+            value = ",".join(f"{key}={item}" for key, item in value.items())
+        elif isinstance(value, list):
+            value = ",".join(map(str, value))
+        arguments += [flag] if value is True else [flag, str(value)]
+    assert checked(*arguments).adapter == given
+    assert checked("--target-modules", "all-linear").adapter == {"target_modules": "all-linear"}
+    assert checked("--no-use-rslora").adapter == {"use_rslora": False}
+
+
+def test_the_classic_script_s_training_names_are_flags(checked):
+    asked = checked(
+        "--max-steps", "7", "--learning-rate", "1e-3", "--per-device-train-batch-size", "1",
+        "--lr-scheduler-type", "cosine", "--run-name", "2024", "--report-to", "none",
+        "--packing", "--truncation", "drop", "--set", "adam_beta2=0.9", "--output-dir", "o",
+        "--seed", "1", "--plan", "false", "--revision", "main",
+    )  # fmt: skip
+    expected = {
+        "max_steps": 7, "learning_rate": 1e-3, "per_device_train_batch_size": 1,
+        "lr_scheduler_type": "cosine", "run_name": "2024", "report_to": "none", "packing": True,
+        "truncation": "drop", "adam_beta2": 0.9, "output_dir": "o", "seed": 1, "plan": False,
+        "resume_from_checkpoint": None,
+    }  # fmt: skip
+    assert asked.training == expected
+    assert asked.loading == {"revision": "main"}
+
+
+def test_lists_are_given_by_comma(checked):
+    asked = checked("--report-to", "tensorboard,wandb", "--export", "gguf, lora",
+                    "--export-option", "quantization=q4_k_m,q8_0")  # fmt: skip
+    assert asked.training["report_to"] == ["tensorboard", "wandb"]
+    assert asked.exports == ["gguf", "lora"]
+    assert asked.export_options == {"quantization": ["q4_k_m", "q8_0"]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "M", "D", "--lora-droput", "1"], "no --lora-droput. Did you mean '--lora-drop"),
+        (["train", "M", "D", "--max-step=3"], "no --max-step. Did you mean '--max-steps'"),
+        (["train", "M", "D", "--adam-beta1", "1"], "give it as --set adam_beta1=VALUE"),
+        (["generate", "M", "Hi", "--overwrite"], "It is a flag of train, export."),
+        (["export", "M", "lora", "x", "--quantisation", "q8_0"], "no --quantisation. See --help"),
+        (["export", "M", "lora", "x", "y"], "what is y?"),
+        (["trian", "M", "D"], "Did you mean 'train'?"),
+    ],
+)
+def test_unknown_flags_are_answered_with_near_ones(arguments, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_setting_is_given_once(folder, capsys):
+    assert main(["train", "M", "rows.json", "--max-steps", "3", "--set", "max_steps=4"]) == 1
+    assert "given twice, by --max-steps and by --set" in capsys.readouterr().err
+
+
+def test_templates_are_listed(capsys):
+    assert main(["templates", "--json"]) == 0
+    listed = {entry["name"]: entry["summary"] for entry in json.loads(capsys.readouterr().out)}
+    assert {"alpaca", "alpaca-zh", "chat", "prompt-completion", "text"} <= set(listed)
+    assert main(["templates"]) == 0
+    assert f"chat               {listed['chat']}" in capsys.readouterr().out
+
+
+def test_a_shell_completes_commands_and_their_flags(tmp_path, capsys):
+    assert main(["completion", "bash"]) == 0
+    (tmp_path / "script").write_text(capsys.readouterr().out, encoding="utf-8")
+    asked = [("train --lora-d", 2, "--lora-dropout"), ("exp", 1, "export exporters")]
+    for words, place, answer in asked:
+        typed = f"COMP_WORDS=(qlora-kit {words}); COMP_CWORD={place}; _qlora_kit"
+        command = f"source {tmp_path}/script; {typed}; echo ${{COMPREPLY[@]}}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == answer
+    assert main(["completion", "fish"]) == 0
+    assert "-n '__fish_seen_subcommand_from train' -l lora-dropout" in capsys.readouterr().out
+
+
 # -- spelling ------------------------------------------------------------------------------------
 
 
 def list_flags():
     """Every flag of every command."""
-    parser = make_parser()
-    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    return {flag for sub in commands.choices.values() for flag in sub._option_string_actions}
+    commands = list_commands(make_parser())
+    return {flag for sub in commands.values() for flag in sub._option_string_actions}
 
 
 def test_every_flag_that_errors_name_exists():
@@ -157,10 +272,10 @@ def test_every_flag_that_errors_name_exists():
         (Setting("eos_token", "<|im_end|>", "formatter", "AlpacaFormatter(tokenizer, {})"),
          "AlpacaFormatter(tokenizer, eos_token='<|im_end|>')", "--eos-token '<|im_end|>'"),
         (Setting("gradient_checkpointing", True), "gradient_checkpointing=True",
-         "--set gradient_checkpointing=true"),
+         "--gradient-checkpointing"),
         (Setting("plan", {"checkpointing": "full"}), "plan={'checkpointing': 'full'}",
-         "--set 'plan={\"checkpointing\": \"full\"}'"),
-        (Setting("max_steps"), "max_steps", "max_steps"),
+         "--plan '{\"checkpointing\": \"full\"}'"),
+        (Setting("max_steps"), "max_steps", "--max-steps"),
         (Setting("r", of="attach_lora"), "r", "--r"),
         (Setting("overwrite", False, "export_model"), "overwrite=False",
          "--export-option overwrite=false"),
@@ -269,4 +384,4 @@ def test_columns_are_read_by_comma_or_one_by_one():
 def test_the_settings_that_can_be_named_are_those_there_are(folder, capsys):
     """What --set takes is asked of the libraries that define it."""
     assert main(["train", "M", "rows.json", "--set", "truncation_mode=keep_end"]) == 1
-    assert "Use --set truncation=end" in capsys.readouterr().err
+    assert "Use --truncation end" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A thin command line over the same functions: train, generate, export, exporters.
+"""A thin command line over the same functions: train, generate, export and others.
 
 Arguments become keyword arguments and results become lines; nothing is decided here.
 """
@@ -14,7 +14,7 @@ from typing import Final
 from qlora_kit.cli import commands
 from qlora_kit.cli.commands import INTERRUPTED
 from qlora_kit.cli.flags import FlagFormatter, FlagWriter
-from qlora_kit.cli.parser import make_parser
+from qlora_kit.cli.parser import parse
 from qlora_kit.errors import QloraKitError
 
 __all__ = ["INTERRUPTED", "main", "quiet_dependencies"]
@@ -33,14 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 1 after an error that was explained, or 130 after Ctrl-C.
     """
-    options = make_parser().parse_args(arguments)
+    quiet_dependencies()
+    options = parse(arguments)
     write = FlagWriter(options.command)
     handler = logging.StreamHandler()
     handler.setFormatter(FlagFormatter(write))
+    handler.addFilter(_is_news)
     logging.basicConfig(
         level=logging.INFO if options.verbose else logging.WARNING, handlers=[handler]
     )
-    quiet_dependencies()
     try:
         return int(commands.RUN[options.command](options, write) or 0)
     except QloraKitError as error:
@@ -65,6 +66,14 @@ def quiet_dependencies() -> None:
     """
     for name in _CHATTY:
         logging.getLogger(name).addFilter(_is_of_use)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a record says what the command does not print itself."""
+    printed = ("qlora_kit.training.run", "%s"), ("qlora_kit.export.job", "Exported ")
+    return not any(
+        record.name == name and str(record.msg).startswith(start) for name, start in printed
+    )
 
 
 def _is_of_use(record: logging.LogRecord) -> bool:

@@ -7,7 +7,10 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from qlora_kit.cli.arguments import read_arguments
+from qlora_kit.cli.completion import write_completion
 from qlora_kit.cli.flags import FlagWriter
+from qlora_kit.cli.lists import takes_export_list, takes_generation_list, takes_training_list
 from qlora_kit.cli.output import (
     describe_failures,
     print_artifact,
@@ -15,7 +18,8 @@ from qlora_kit.cli.output import (
     print_json,
     print_results,
 )
-from qlora_kit.cli.parser import read_columns, read_settings, split_names
+from qlora_kit.cli.parser import list_commands, make_parser
+from qlora_kit.cli.values import read_columns, read_settings, split_names
 from qlora_kit.errors import ConfigError
 from qlora_kit.manifest import to_jsonable
 
@@ -26,14 +30,16 @@ INTERRUPTED: Final = 130
 
 
 def _loading_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    return {
+    given = {
         "max_seq_length": options.max_seq_length,
         "dtype": options.dtype,
         "load_in_4bit": False if options.no_4bit else None,
-        "load_in_8bit": options.load_in_8bit,
+        "load_in_8bit": options.load_in_8bit or None,
         "engine": options.engine,
-        "local_files_only": not options.download,
+        "local_files_only": False if options.download else None,
+        **read_arguments(options, "model"),
     }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _load(options: argparse.Namespace) -> Any:
@@ -48,19 +54,23 @@ def _load(options: argparse.Namespace) -> Any:
 def _train(options: argparse.Namespace, write: FlagWriter) -> int:
     from qlora_kit.pipeline import Pipeline, check_pipeline, run_pipeline
 
+    adapter = read_arguments(options, "adapter")
     settings = read_settings(
-        options.settings, "model", "train_dataset", "formatter", "output_dir", "packing",
-        "eval_dataset", "resume_from_checkpoint",
+        options.settings, "model", "train_dataset", "formatter", "output_dir", "eval_dataset",
+        "resume_from_checkpoint", takes_list=takes_training_list,
     )  # fmt: skip
-    adapter = {"r": options.r, "lora_alpha": options.lora_alpha}
+    training = read_arguments(options, "training")
+    for name in training.keys() & settings.keys():
+        flag = "--" + name.replace("_", "-")
+        raise ConfigError(f"{name} was given twice, by {flag} and by --set. Give one of the two.")
     pipeline = Pipeline(
         model=options.model,
         data=options.data,
-        split=options.split,
+        split=options.split or "train",
         eval_data=options.eval_data,
         eval_split=options.eval_split,
         loading=_loading_arguments(options),
-        adapter={name: value for name, value in adapter.items() if value is not None},
+        adapter=adapter,
         formatting={
             "template": options.template,
             "columns": read_columns(options.columns),
@@ -71,17 +81,18 @@ def _train(options: argparse.Namespace, write: FlagWriter) -> int:
         },
         training={
             **settings,
-            "output_dir": options.output,
-            "packing": options.packing,
+            **training,
+            "output_dir": options.output or "outputs",
             "resume_from_checkpoint": options.resume or None,
         },
-        exports=split_names(options.export),
+        exports=split_names("lora" if options.export is None else options.export),
         export_path=options.export_to,
         export_options=read_settings(
-            options.export_option, "overwrite", "path", "progress", flag="--export-option"
+            options.export_option, "overwrite", "path", "progress", flag="--export-option",
+            takes_list=takes_export_list,
         ),
         overwrite=options.overwrite,
-    )
+    )  # fmt: skip
     checked = check_pipeline(pipeline)
     result = run_pipeline(checked, on_trained=None if options.json else print)
     exports = {} if result.exports is None else result.exports
@@ -109,7 +120,9 @@ def _generate(options: argparse.Namespace, write: FlagWriter) -> None:
     from qlora_kit import generate_stream
     from qlora_kit.data import plan_formatter
 
-    settings = read_settings(options.settings, "model", "prompt", "max_new_tokens")
+    settings = read_settings(
+        options.settings, "model", "prompt", "max_new_tokens", takes_list=takes_generation_list
+    )
     plan = None
     if options.template is not None:
         plan = plan_formatter(template=options.template, system=options.system)
@@ -148,7 +161,9 @@ def _export(options: argparse.Namespace, write: FlagWriter) -> int:
     from qlora_kit import export_model
     from qlora_kit.export import check_export
 
-    settings = read_settings(options.settings, "overwrite", "path", "progress")
+    settings = read_settings(
+        options.settings, "overwrite", "path", "progress", takes_list=takes_export_list
+    )
     formats = split_names(options.format)
     asked: Any = formats[0] if len(formats) == 1 else formats
     check_export(asked, options.path, overwrite=options.overwrite, **settings)
@@ -177,10 +192,27 @@ def _exporters(options: argparse.Namespace, write: FlagWriter) -> None:
         print_exporters(described)
 
 
+def _templates(options: argparse.Namespace, write: FlagWriter) -> None:
+    from qlora_kit.data import describe_templates
+
+    described = describe_templates()
+    if options.json:
+        print_json(described)
+        return
+    for entry in described:
+        print(f"{entry['name']:<18} {entry['summary']}")
+
+
+def _completion(options: argparse.Namespace, write: FlagWriter) -> None:
+    print(write_completion(options.shell, list_commands(make_parser())), end="")
+
+
 #: Each command; it returns the exit status, ``None`` for 0.
 RUN: Final[Mapping[str, Callable[[argparse.Namespace, FlagWriter], int | None]]] = {
     "train": _train,
     "generate": _generate,
     "export": _export,
     "exporters": _exporters,
+    "templates": _templates,
+    "completion": _completion,
 }

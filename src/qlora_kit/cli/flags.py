@@ -14,6 +14,7 @@ import shlex
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from qlora_kit.cli.arguments import list_arguments
 from qlora_kit.errors import QloraKitError
 from qlora_kit.messages import UNSET, Call, Owner, Setting
 
@@ -21,11 +22,10 @@ __all__ = ["CALLS", "SETTERS", "SWITCHES", "VALUED", "FlagFormatter", "FlagWrite
 
 #: Flags that take a value, by the function that the argument belongs to.
 VALUED: Final[Mapping[tuple[Owner, str], str]] = {
+    **{(one.of, one.name): one.flag for one in list_arguments() if one.kind != "switch"},
     ("load_quantized", "dtype"): "--dtype",
     ("load_quantized", "engine"): "--engine",
     ("load_quantized", "max_seq_length"): "--max-seq-length",
-    ("attach_lora", "r"): "--r",
-    ("attach_lora", "lora_alpha"): "--lora-alpha",
     ("formatter", "columns"): "--columns",
     ("formatter", "eos_token"): "--eos-token",
     ("formatter", "on_bad_rows"): "--on-bad-rows",
@@ -38,6 +38,11 @@ VALUED: Final[Mapping[tuple[Owner, str], str]] = {
 
 #: Flags that stand for one value of an argument; under ``UNSET`` for whatever value it has.
 SWITCHES: Final[Mapping[tuple[Owner, str], Mapping[Any, str]]] = {
+    **{
+        (one.of, one.name): {True: one.flag, False: one.flag.replace("--", "--no-", 1)}
+        for one in list_arguments()
+        if one.kind == "switch"
+    },
     ("load_quantized", "load_in_4bit"): {False: "--no-4bit"},
     ("load_quantized", "load_in_8bit"): {True: "--load-in-8bit"},
     ("load_quantized", "local_files_only"): {False: "--download"},
@@ -45,7 +50,6 @@ SWITCHES: Final[Mapping[tuple[Owner, str], Mapping[Any, str]]] = {
     ("formatter", "response_only"): {True: "--response-only", False: "--no-response-only"},
     ("formatter", "chat_template"): {UNSET: "--template FILE.jinja"},
     ("train_sft", "formatter"): {UNSET: "--template"},
-    ("train_sft", "packing"): {True: "--packing"},
     ("train_sft", "resume_from_checkpoint"): {UNSET: "--resume"},
     ("export_model", "overwrite"): {True: "--overwrite"},
 }

@@ -1,74 +1,90 @@
-"""What the command line takes, and how its values are read."""
+"""What the command line takes; what was not given is ``None``."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final, NoReturn
 
 from qlora_kit import __version__
-from qlora_kit.errors import ConfigError
+from qlora_kit.cli.arguments import add_arguments
+from qlora_kit.cli.completion import SHELLS
+from qlora_kit.errors import did_you_mean
 
-__all__ = ["make_parser", "read_columns", "read_settings", "split_names"]
+__all__ = ["CommandParser", "list_commands", "make_parser", "parse"]
+
+_PROGRAM: Final = "qlora-kit"
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser that takes flags by their whole names and says which ones are near."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line, and which names would be right."""
+        choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        near = did_you_mean(choice[1], re.findall(r"[\w-]+", choice[2])) if choice else ""
+        super().error(message + near)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of a command; unknown ones end the program with what is near them."""
+    parser = make_parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        commands = list_commands(parser)
+        said = [_explain(word, options.command, commands) for word in unknown if word[:1] == "-"]
+        commands[options.command].error(
+            " ".join(said) or f"what is {' '.join(unknown)}? See --help."
+        )
+    return options
+
+
+def list_commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parser of each command."""
+    (found,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return dict(found.choices)
+
+
+def _explain(word: str, command: str, commands: dict[str, argparse.ArgumentParser]) -> str:
+    flag = word.partition("=")[0]
+    name = flag.strip("-").replace("-", "_")
+    if command == "train" and name in _list_training_fields():
+        return f"{flag} has no flag of its own; give it as --set {name}=VALUE."
+    own = [name for name in commands[command]._option_string_actions if name.startswith("--")]
+    others = [name for name, p in commands.items() if flag in p._option_string_actions]
+    hint = did_you_mean(flag, own)
+    if others:
+        hint = f" It is a flag of {', '.join(others)}."
+    return f"There is no {flag}.{hint or ' See --help.'}"
+
+
+def _list_training_fields() -> set[str]:
+    import dataclasses
+
+    from trl import SFTConfig
+
+    return {field.name for field in dataclasses.fields(SFTConfig)}
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of every command; ``command`` says which was given."""
-    parser = argparse.ArgumentParser(
-        prog="qlora-kit", description="Fine-tune a language model with QLoRA and export it."
+    parser = CommandParser(
+        prog=_PROGRAM, description="Fine-tune a language model with QLoRA and export it."
     )
-    parser.add_argument("--version", action="version", version=f"qlora-kit {__version__}")
+    parser.add_argument("--version", action="version", version=f"{_PROGRAM} {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="say what is being done")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-
-    train = commands.add_parser("train", help="train a LoRA adapter")
-    _add_model(train)
-    train.add_argument("data", help=".json, .jsonl, .csv, .parquet, a folder or a hub name")
-    _add_data(train)
-    train.add_argument("--output", default="outputs", help="checkpoints and the manifest")
-    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    train.add_argument(
-        "--auto-resume", dest="resume", action="store_const", const="auto",
-        help="go on from the last checkpoint where there is one, and start where not",
-    )  # fmt: skip
-    train.add_argument("--r", type=int, default=None, help="rank of a new adapter (16)")
-    train.add_argument(
-        "--lora-alpha", type=float, default=None, help="its scale times the rank (16)"
-    )
-    train.add_argument("--packing", action="store_true", help="several examples in a row")
-    train.add_argument(
-        "--export", default="lora", help="formats to export afterwards, by comma; '' for none"
-    )
-    train.add_argument("--export-to", default=None, help="default: OUTPUT/FORMAT")
-    train.add_argument(
-        "--export-option", action="append", default=[], metavar="NAME=VALUE",
-        help="an option of the formats, for example quantization=q4_k_m",
-    )  # fmt: skip
-    train.add_argument("--overwrite", action="store_true", help="replace earlier exports")
-    _add_json(train)
-    _add_settings(train, "any SFTConfig field, for example max_steps=200")
-
-    generate = commands.add_parser("generate", help="answer one instruction")
-    _add_model(generate)
-    generate.add_argument("instruction")
-    generate.add_argument("--input", default="", help="the instruction's input")
-    _add_template(generate, "what the model was trained with, where that is known")
-    generate.add_argument("--max-new-tokens", type=int, default=256)
-    _add_json(generate)
-    _add_settings(generate, "any GenerationConfig field, for example temperature=0.7")
-
-    export = commands.add_parser("export", help="write a model in another format")
-    _add_model(export)
-    export.add_argument("format", help="one, or several by comma; see `qlora-kit exporters`")
-    export.add_argument(
-        "path", nargs="?", help="the folder to write; several formats get one each inside it"
-    )
-    export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    _add_json(export)
-    _add_settings(export, "the format's own options, for example quantization=q4_k_m")
-
+    _add_train(commands)
+    _add_generate(commands)
+    _add_export(commands)
     _add_json(commands.add_parser("exporters", help="list the export formats"))
+    _add_json(commands.add_parser("templates", help="list what --template takes by name"))
+    completion = commands.add_parser("completion", help="a script that completes flags in a shell")
+    completion.add_argument("shell", choices=SHELLS)
     for command in commands.choices.values():
         # After the command as well as before it, where it must not undo the other.
         command.add_argument(
@@ -78,19 +94,74 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser(
+        "train", help="train a LoRA adapter", usage="%(prog)s MODEL DATA [options]"
+    )
+    _add_model(train)
+    train.add_argument("data", help=".json, .jsonl, .csv, .parquet, a folder or a hub name")
+    _add_data(train)
+    add_arguments(train.add_argument_group("adapter"), "adapter")
+    training = train.add_argument_group("training")
+    training.add_argument(
+        "--output", "--output-dir", dest="output", help="checkpoints and the manifest (outputs)"
+    )
+    training.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    training.add_argument(
+        "--auto-resume", dest="resume", action="store_const", const="auto",
+        help="go on from the last checkpoint where there is one, and start where not",
+    )  # fmt: skip
+    add_arguments(training, "training")
+    _add_settings(training, "any other SFTConfig field, for example adam_beta2=0.99")
+    export = train.add_argument_group("export")
+    export.add_argument(
+        "--export", help="formats to export afterwards, by comma (lora); '' for none"
+    )
+    export.add_argument("--export-to", help="default: OUTPUT/FORMAT")
+    export.add_argument(
+        "--export-option", action="append", default=[], metavar="NAME=VALUE",
+        help="an option of the formats, for example quantization=q4_k_m,q8_0",
+    )  # fmt: skip
+    export.add_argument("--overwrite", action="store_true", help="replace earlier exports")
+    _add_json(train)
+
+
+def _add_generate(commands: Any) -> None:
+    generate = commands.add_parser("generate", help="answer one instruction")
+    _add_model(generate)
+    generate.add_argument("instruction")
+    generate.add_argument("--input", default="", help="the instruction's input")
+    _add_template(generate, "what the model was trained with, where that is known")
+    generate.add_argument("--max-new-tokens", type=int, default=256)
+    _add_json(generate)
+    _add_settings(generate, "any GenerationConfig field, for example temperature=0.7")
+
+
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser("export", help="write a model in another format")
+    _add_model(export)
+    export.add_argument("format", help="one, or several by comma; see `qlora-kit exporters`")
+    export.add_argument(
+        "path", nargs="?", help="the folder to write; several formats get one each inside it"
+    )
+    export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    _add_json(export)
+    _add_settings(export, "the format's own options, for example quantization=q4_k_m,q8_0")
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a folder, an adapter's folder, a .gguf file or a hub name")
-    parser.add_argument(
-        "--max-seq-length", type=int, default=2048, help="longest sequence in tokens (2048)"
-    )
-    parser.add_argument("--dtype", default=None, help="bfloat16, float16 or float32")
-    bits = parser.add_mutually_exclusive_group()
+    model = parser.add_argument_group("model")
+    model.add_argument("--max-seq-length", type=int, help="longest sequence in tokens (2048)")
+    model.add_argument("--dtype", help="bfloat16, float16 or float32")
+    bits = model.add_mutually_exclusive_group()
     bits.add_argument("--no-4bit", action="store_true", help="keep 16-bit weights")
     bits.add_argument("--load-in-8bit", action="store_true", help="8 bits instead of 4")
-    parser.add_argument("--engine", default="auto", help="auto, native or unsloth")
-    parser.add_argument(
+    model.add_argument("--engine", help="auto, native or unsloth (auto)")
+    model.add_argument(
         "--download", action="store_true", help="allow downloading what has a hub name"
     )
+    add_arguments(model, "model")
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -104,78 +175,30 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "--response-only", action=argparse.BooleanOptionalAction, default=None,
         help="loss on the answers alone, as chat has it by default, or on prompts too",
     )  # fmt: skip
-    data.add_argument("--eos-token", default=None, help="the token that ends an answer")
+    data.add_argument("--eos-token", help="the token that ends an answer")
     data.add_argument(
-        "--on-bad-rows", choices=("raise", "skip"), default=None,
+        "--on-bad-rows", choices=("raise", "skip"),
         help="what to do about rows that cannot be used (raise)",
     )  # fmt: skip
-    data.add_argument("--split", default="train", help="which split of the data (train)")
-    data.add_argument("--eval-data", default=None, help="held-out rows to evaluate on")
-    data.add_argument("--eval-split", default=None, help="which split of them (that of the data)")
+    data.add_argument("--split", help="which split of the data (train)")
+    data.add_argument("--eval-data", help="held-out rows to evaluate on")
+    data.add_argument("--eval-split", help="which split of them (that of the data)")
 
 
 def _add_template(parser: Any, otherwise: str) -> None:
     parser.add_argument(
-        "--template", default=None,
-        help="alpaca, alpaca-zh, chat, prompt-completion, text, a file with {instruction}, "
+        "--template",
+        help="a name (see `qlora-kit templates`), a file with {instruction}, "
         f"{{input}} and {{output}}, or a chat template's .jinja file; default: {otherwise}",
-    )  # fmt: skip
-    parser.add_argument("--system", default=None, help="the template's system text")
+    )
+    parser.add_argument("--system", help="the template's system text")
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
-def _add_settings(parser: argparse.ArgumentParser, what: str) -> None:
+def _add_settings(parser: Any, what: str) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", dest="settings", help=what
     )
-
-
-def read_settings(pairs: Sequence[str], *taken: str, flag: str = "--set") -> dict[str, Any]:
-    """``name=value`` pairs; values are JSON where they parse as such, text otherwise.
-
-    Args:
-        pairs: What was given.
-        *taken: Names that the command line has arguments of its own for.
-        flag: What they were given to.
-
-    Raises:
-        ConfigError: When one is not of the form NAME=VALUE, or its name is taken.
-    """
-    settings: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        name = name.strip().replace("-", "_")
-        if not equals or not name:
-            raise ConfigError(f"{flag} takes NAME=VALUE, got {pair!r}.")
-        if name in taken:
-            raise ConfigError(f"{flag} {pair}: {name} has an argument of its own, see --help.")
-        try:
-            settings[name] = json.loads(text)
-        except json.JSONDecodeError:
-            settings[name] = {"True": True, "False": False, "None": None}.get(text, text)
-    return settings
-
-
-def read_columns(pairs: Sequence[str]) -> dict[str, str] | None:
-    """``role=column`` pairs, several by comma; ``None`` if there are none.
-
-    Raises:
-        ConfigError: When one is not of the form ROLE=COLUMN.
-    """
-    columns: dict[str, str] = {}
-    for pair in (part for given in pairs for part in split_names(given)):
-        role, equals, column = (part.strip() for part in pair.partition("="))
-        if not equals or not role or not column:
-            raise ConfigError(
-                f"--columns takes ROLE=COLUMN, such as instruction=question, got {pair!r}."
-            )
-        columns[role] = column
-    return columns or None
-
-
-def split_names(text: str) -> list[str]:
-    """Names by comma, without the space around them."""
-    return [name.strip() for name in text.split(",") if name.strip()]

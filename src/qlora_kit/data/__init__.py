@@ -11,7 +11,11 @@ from qlora_kit.data.formatters.alpaca import AlpacaFormatter
 from qlora_kit.data.formatters.alpaca_templates import AlpacaTemplate
 from qlora_kit.data.formatters.chat import ChatFormatter
 from qlora_kit.data.formatters.formatter_base import FormatterBase
-from qlora_kit.data.formatters.formatter_plan import FormatterPlan, plan_formatter
+from qlora_kit.data.formatters.formatter_plan import (
+    FormatterPlan,
+    describe_templates,
+    plan_formatter,
+)
 from qlora_kit.data.formatters.protocol import Formatter
 from qlora_kit.data.formatters.registry import formatter_from_spec
 from qlora_kit.data.formatters.text import PromptCompletionFormatter, TextFormatter
@@ -41,6 +45,7 @@ __all__ = [
     "Rows",
     "Segment",
     "TextFormatter",
+    "describe_templates",
     "formatter_from_spec",
     "pack_examples",
     "plan_formatter",

@@ -5,7 +5,9 @@ Nothing here takes a tokenizer, so that what cannot work is said before a model 
 
 from __future__ import annotations
 
+import inspect
 import logging
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,13 @@ from qlora_kit.plugins import get_formatter_registry
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["FormatterPlan", "choose_kind", "list_templates", "plan_formatter"]
+__all__ = [
+    "FormatterPlan",
+    "choose_kind",
+    "describe_templates",
+    "list_templates",
+    "plan_formatter",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +41,19 @@ logger = logging.getLogger(__name__)
 def list_templates() -> tuple[str, ...]:
     """Every template that has a name: Alpaca's wordings, then the registered formatters."""
     return tuple(dict.fromkeys((*BUILTIN_TEMPLATES, *get_formatter_registry().names())))
+
+
+def describe_templates() -> list[dict[str, str]]:
+    """Every template that has a name, as ``name`` and ``summary``."""
+    registry = get_formatter_registry()
+    described = {
+        name: f"Alpaca rows: {template.prompt_no_input.strip().splitlines()[0]}"
+        for name, template in BUILTIN_TEMPLATES.items()
+    }
+    for name in registry.names():
+        said = (inspect.getdoc(registry.get(name)) or "").split("\n\n")[0]
+        described.setdefault(name, re.sub(r"`+|:\w+:|~[\w.]+\.", "", " ".join(said.split())))
+    return [{"name": name, "summary": summary} for name, summary in described.items()]
 
 
 @dataclass(frozen=True)
