@@ -47,7 +47,7 @@ def describe_templates() -> list[dict[str, str]]:
     """Every template that has a name, as ``name`` and ``summary``."""
     registry = get_formatter_registry()
     described = {
-        name: f"Alpaca rows: {template.prompt_no_input.strip().splitlines()[0]}"
+        name: f"Alpaca rows: {template.system_no_input or template.prompt_input.splitlines()[0]}"
         for name, template in BUILTIN_TEMPLATES.items()
     }
     for name in registry.names():
