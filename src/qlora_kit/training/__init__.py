@@ -165,7 +165,7 @@ def train_sft(
             callbacks=callbacks,
             plan=plan,
             chooses_checkpointing=(
-                "gradient_checkpointing" not in sft_config
+                "gradient_checkpointing" not in settings.trainer
                 and model.adapter.use_gradient_checkpointing == "auto"
             ),
         )

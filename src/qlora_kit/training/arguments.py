@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from qlora_kit.boundaries import describe_cause
 from qlora_kit.config import SCRIPT_TRAINING_DEFAULTS
 from qlora_kit.data.tokens.truncation import check_limits
+from qlora_kit.engines.checkpointing import spell_as_installed, unify_spellings
 from qlora_kit.engines.trainer_mixins import has_triton_loss
 from qlora_kit.errors import ConfigError
 from qlora_kit.handles import AdaptedModel
@@ -106,9 +107,10 @@ def read_settings(fields: Mapping[str, Any], truncation: str, longest: int) -> T
 
     Raises:
         UnknownOptionError: For names that are not ``SFTConfig`` fields, all of them at once.
-        ConfigError: For fields that contradict how the data is prepared here.
+        ConfigError: For fields that contradict each other, or how the data is prepared here.
     """
     check_names(fields)
+    fields = unify_spellings(fields)
     given = [fields[name] for name in ("max_length", "max_seq_length") if name in fields]
     max_length = longest if not given or given[0] is None else given[0]
     check_limits(max_length, truncation)
@@ -187,7 +189,7 @@ def build_arguments(
             dataset_kwargs={"skip_prepare_dataset": True},
             remove_unused_columns=False,
             max_length=None,
-            **merged,
+            **spell_as_installed(merged),
         )
     # It runs accelerate's and fsdp's own parsers, which raise what their input makes them.
     except Exception as error:

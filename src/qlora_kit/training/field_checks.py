@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any, Final, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from qlora_kit.boundaries import describe_cause
+from qlora_kit.engines.checkpointing import SPELLINGS
 from qlora_kit.errors import ConfigError
 from qlora_kit.messages import Setting
 
@@ -71,7 +72,10 @@ def _read_fields() -> tuple[dict[str, Any], dict[str, tuple[str, ...]]]:
     """Annotations and choices by field."""
     from trl import SFTConfig
 
-    return get_type_hints(SFTConfig), {
+    hints = get_type_hints(SFTConfig)
+    # Before transformers had the newer name of a field, it is checked as the older one.
+    hints = {newer: hints[older] for newer, older in SPELLINGS.items()} | hints
+    return hints, {
         field.name: tuple(field.metadata.get("choices") or ())
         for field in dataclasses.fields(SFTConfig)
     }

@@ -21,6 +21,7 @@ from qlora_kit import ranks
 from qlora_kit.artifacts.provenance import write_checkpoint_manifest
 from qlora_kit.boundaries import describe_cause, is_foreign
 from qlora_kit.engines.base import Trainer, TrainJob
+from qlora_kit.engines.checkpointing import disable_checkpointing, is_checkpointing
 from qlora_kit.engines.contract import make_trainer
 from qlora_kit.errors import (
     ConfigError,
@@ -281,7 +282,7 @@ def _released_afterwards(model: AdaptedModel) -> Iterator[list[Trainer]]:
     """Leave the model as it was found, but for what it learned, however training ends."""
     module = model.model
     was_training, use_cache = module.training, module.config.use_cache
-    had_checkpointing = module.is_gradient_checkpointing
+    had_checkpointing = is_checkpointing(module)
     embeddings = module.get_input_embeddings()
     hooks_before = set(embeddings._forward_hooks)
     trainers: list[Trainer] = []
@@ -290,8 +291,8 @@ def _released_afterwards(model: AdaptedModel) -> Iterator[list[Trainer]]:
     finally:
         for trainer in trainers:
             trainer.release()
-            if trainer.args.gradient_checkpointing and not had_checkpointing:
-                module.gradient_checkpointing_disable()
+        if not had_checkpointing and is_checkpointing(module):
+            disable_checkpointing(module)
         # TRL and transformers both ask for input gradients; only one of the hooks is kept track of.
         for key in set(embeddings._forward_hooks) - hooks_before:
             del embeddings._forward_hooks[key]

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from qlora_kit.engines.checkpointing import SPELLINGS
 from qlora_kit.errors import ConfigError, UnknownOptionError, did_you_mean, invalid_value
 from qlora_kit.messages import Call, Setting
 from qlora_kit.training.field_checks import check_fields
@@ -83,7 +84,7 @@ def check_names(fields: Mapping[str, Any]) -> None:
     from trl import SFTConfig
 
     defaults = {field.name: field.default for field in dataclasses.fields(SFTConfig)}
-    known = {*defaults, "max_seq_length"}
+    known = {*defaults, "max_seq_length", *SPELLINGS}
     unknown = [name for name in fields if name not in known]
     if unknown:
         hints = "".join(

@@ -267,6 +267,7 @@ def load_exported(model: LoadedModel, folder: Path, *, dtype: str | None = None)
         )
     if getattr(exported, "is_loaded_in_4bit", False):
         keep_weights_unpacked(exported)
+    if getattr(exported, "is_quantized", False):
         set_compute_dtype(exported, compute_dtype)
     return exported.eval()
 

@@ -61,8 +61,8 @@ class NativeEngine:
         refuse_missing_tensors(folder, loading["missing_keys"])
         if opened.quantization in ("nf4", "fp4"):
             keep_weights_unpacked(model)
-            if stored:
-                set_compute_dtype(model, to_torch_dtype(dtype))
+        if stored:
+            set_compute_dtype(model, to_torch_dtype(dtype))
         stop_token_ids = settle_stop_tokens(model, opened.tokenizer)
         model.requires_grad_(False)
         base = BaseInfo(

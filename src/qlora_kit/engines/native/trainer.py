@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 from typing import Any
 
 from trl import SFTTrainer
 
+from qlora_kit.engines.checkpointing import without_checkpointing
 from qlora_kit.engines.native.bitsandbytes_optimizers import without_waiting
 from qlora_kit.engines.native.fast.decoders import begin_training, end_training
 from qlora_kit.engines.native.fast.fast_step import FastStep
@@ -50,9 +50,8 @@ class NativeTrainer(TrainerBase, FastStep, SFTTrainer):
         self._filters_logged_losses = args.logging_nan_inf_filter
         is_fast = _decide(model, args, asked)
         if is_fast:
-            args = copy.copy(args)
             # The fast path recomputes layers itself and filters losses without waiting for them.
-            args.gradient_checkpointing = False
+            args = without_checkpointing(args)
             args.logging_nan_inf_filter = False
         super().__init__(model=model, args=args, **kwargs)
         self._decoded_model = model
