@@ -180,7 +180,6 @@ def test_the_classic_script_s_training_names_are_flags(checked):
         "max_steps": 7, "learning_rate": 1e-3, "per_device_train_batch_size": 1,
         "lr_scheduler_type": "cosine", "run_name": "2024", "report_to": "none", "packing": True,
         "truncation": "drop", "adam_beta2": 0.9, "output_dir": "o", "seed": 1, "plan": False,
-        "resume_from_checkpoint": None,
     }  # fmt: skip
     assert asked.training == expected
     assert asked.loading == {"revision": "main"}

@@ -19,6 +19,7 @@ __all__ = [
     "Artifact",
     "ChatFormatter",
     "Check",
+    "DataSource",
     "ExportEstimate",
     "ExportRequest",
     "ExportResults",
@@ -53,7 +54,9 @@ __all__ = [
     "load_quantized",
     "nest_export",
     "pack_examples",
+    "recipe_from_run",
     "run_pipeline",
+    "run_recipe",
     "train_sft",
 ]
 
@@ -64,6 +67,7 @@ _HOME_OF: Final = {
     "Artifact": "results",
     "ChatFormatter": "data",
     "Check": "results",
+    "DataSource": "data",
     "ExportEstimate": "hookspecs",
     "ExportRequest": "hookspecs",
     "ExportResults": "results",
@@ -97,7 +101,9 @@ _HOME_OF: Final = {
     "load_quantized": "loading",
     "nest_export": "export",
     "pack_examples": "data",
+    "recipe_from_run": "recipes",
     "run_pipeline": "pipeline",
+    "run_recipe": "recipes",
     "train_sft": "training",
 }
 
@@ -108,6 +114,7 @@ if TYPE_CHECKING:
     from qlora_kit.data import (
         AlpacaFormatter,
         ChatFormatter,
+        DataSource,
         Formatter,
         FormatterBase,
         PromptCompletionFormatter,
@@ -129,6 +136,7 @@ if TYPE_CHECKING:
     from qlora_kit.hookspecs import Exporter, ExportEstimate, ExportRequest, hookimpl, hookspec
     from qlora_kit.loading import load_quantized
     from qlora_kit.pipeline import Pipeline, PipelineResult, check_pipeline, run_pipeline
+    from qlora_kit.recipes import recipe_from_run, run_recipe
     from qlora_kit.results import (
         Answer,
         Artifact,

@@ -51,10 +51,12 @@ class RunRecord:
     Attributes:
         formatter: The formatter whose template the model was last trained with.
         training: The result of the last training.
+        adapter_path: Where the adapter was loaded from; ``None`` for a new one.
     """
 
     formatter: Any = None
     training: TrainResult | None = None
+    adapter_path: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -195,6 +195,7 @@ def _load_adapter(path: Path, config: LoadConfig, engine: str | Engine) -> Adapt
         loaded.engine.attach_saved(loaded, path, is_trainable=config.is_trainable),
         AdaptedModel,
     )
+    adapted.record.adapter_path = path.absolute()
     return restore_formatter(restore_adapter_config(adapted, manifest), manifest)
 
 

@@ -22,17 +22,26 @@ from qlora_kit.loading import load_quantized
 from qlora_kit.messages import Setting
 from qlora_kit.results import ExportResults, TrainResult
 from qlora_kit.training import check_training, train_sft
+from qlora_kit.values import is_finite_number
 
 if TYPE_CHECKING:
     from qlora_kit.data import FormatterPlan, RawRows
 
-__all__ = ["CheckedPipeline", "Pipeline", "PipelineResult", "check_pipeline", "run_pipeline"]
+__all__ = [
+    "FORMATTER_OPTIONS",
+    "CheckedPipeline",
+    "Pipeline",
+    "PipelineResult",
+    "check_pipeline",
+    "run_pipeline",
+]
 
 logger = logging.getLogger(__name__)
 
-_FORMATTER_OPTIONS: Final = (
+#: What ``formatting`` takes.
+FORMATTER_OPTIONS: Final = (
     "template", "columns", "system", "response_only", "eos_token", "on_bad_rows",
-    "max_reported_rows",
+    "max_reported_rows", "formatter",
 )  # fmt: skip
 
 
@@ -43,15 +52,20 @@ class Pipeline:
     Attributes:
         model: What ``load_quantized`` takes: a folder, an adapter's folder, a ``.gguf`` file or a
             hub name.
-        data: Rows to train on: a file, a folder, a hub data set's name, a ``datasets.Dataset`` or
-            a list.
+        data: Rows to train on: a file, a pattern, a folder, a hub data set's name, a
+            ``datasets.Dataset``, rows in a list, or a list of paths and of
+            :class:`~qlora_kit.DataSource`.
         split: Which split of ``data``.
         eval_data: Held-out rows, of the same kinds.
         eval_split: Which split of them; by default that of ``data``.
+        eval_fraction: A random share of ``data`` to hold out instead, between 0 and 1.
+        eval_seed: What chooses that share; by default ``data_seed``.
+        data_seed: What chooses rows of a source whose weight is no whole number.
         loading: Further arguments of ``load_quantized``.
         adapter: Arguments of ``attach_lora``. A saved adapter trains on as it is and takes none.
         formatting: ``template`` (a name, a text or a file), ``columns``, ``system``,
-            ``response_only``, ``eos_token``, ``on_bad_rows``; by default the columns decide.
+            ``response_only``, ``eos_token``, ``on_bad_rows``, or ``formatter``, what a
+            formatter's ``template_spec()`` said; by default the columns decide.
         training: Further arguments of ``train_sft``, ``SFTConfig``'s fields among them.
         exports: Formats to write afterwards, or a mapping of formats to their options.
         export_path: The folder for them, one folder inside it for each format; by default the
@@ -65,6 +79,9 @@ class Pipeline:
     split: str = "train"
     eval_data: Any = None
     eval_split: str | None = None
+    eval_fraction: float | None = None
+    eval_seed: int | None = None
+    data_seed: int = 3407
     loading: Mapping[str, Any] = field(default_factory=dict)
     adapter: Mapping[str, Any] = field(default_factory=dict)
     formatting: Mapping[str, Any] = field(default_factory=dict)
@@ -121,6 +138,12 @@ def check_pipeline(pipeline: Pipeline) -> CheckedPipeline:
     Raises:
         QloraKitError: What the stage concerned would raise, before any weight is read.
     """
+    if not isinstance(pipeline.model, str | os.PathLike):
+        raise ConfigError(
+            f"model_name must be a folder, a .gguf file or a hub name; got {pipeline.model!r}.",
+            parameter="model_name",
+            value=pipeline.model,
+        )
     _check_names("load_quantized", pipeline.loading, load_quantized, taken=("model_name",))
     LoadConfig(
         model_name=str(pipeline.model), **_fields_of(LoadConfig, pipeline.loading, skip=("dtype",))
@@ -136,7 +159,8 @@ def check_pipeline(pipeline: Pipeline) -> CheckedPipeline:
             **pipeline.export_options,
         )
     rows, eval_rows, plan = _read_data(pipeline)
-    check_training(has_eval=eval_rows is not None, **training)
+    has_eval = eval_rows is not None or pipeline.eval_fraction is not None
+    check_training(has_eval=has_eval, **training)
     return CheckedPipeline(pipeline, rows, eval_rows, plan)
 
 
@@ -167,11 +191,16 @@ def run_pipeline(
     else:
         _check_against_saved(model, asked.adapter)
     formatter = None if checked.formatter is None else checked.formatter.make(model.tokenizer)
+    rows: Any = checked.rows
+    eval_rows: Any = checked.eval_rows
+    if asked.eval_fraction is not None and formatter is not None:
+        seed = asked.data_seed if asked.eval_seed is None else asked.eval_seed
+        rows, eval_rows = formatter.load(rows).split(asked.eval_fraction, seed)
     training = train_sft(
         model,
-        checked.rows,
+        rows,
         formatter=formatter,
-        eval_dataset=checked.eval_rows,
+        eval_dataset=eval_rows,
         **_training_arguments(asked),
     )
     if on_trained is not None:
@@ -214,23 +243,25 @@ def _export_path(pipeline: Pipeline) -> Any:
 
 def _read_data(pipeline: Pipeline) -> tuple[RawRows, RawRows | None, FormatterPlan | None]:
     """The rows to train on and to evaluate on, and what formats them if that was said."""
-    from qlora_kit.data import plan_formatter, read_source
+    from qlora_kit.data import read_source
 
     said = {name: value for name, value in pipeline.formatting.items() if value is not None}
     for name, value in said.items():
-        if name not in _FORMATTER_OPTIONS:
+        if name not in FORMATTER_OPTIONS:
             raise UnknownOptionError(
-                f"formatting has no {name!r}.{did_you_mean(name, _FORMATTER_OPTIONS)} It has: "
-                f"{', '.join(_FORMATTER_OPTIONS)}.",
+                f"formatting has no {name!r}.{did_you_mean(name, FORMATTER_OPTIONS)} It has: "
+                f"{', '.join(FORMATTER_OPTIONS)}.",
                 parameter=name,
                 value=value,
             )
     offline = pipeline.loading.get("local_files_only", True)
-    rows = read_source(pipeline.data, pipeline.split, local_files_only=offline)
+    seed = pipeline.data_seed
+    rows = read_source(pipeline.data, pipeline.split, local_files_only=offline, seed=seed)
     eval_rows = None
+    _check_held_out(pipeline, rows)
     if pipeline.eval_data is not None:
         split = pipeline.eval_split or pipeline.split
-        eval_rows = read_source(pipeline.eval_data, split, local_files_only=offline)
+        eval_rows = read_source(pipeline.eval_data, split, local_files_only=offline, seed=seed)
     if "input_ids" in rows.columns:
         if said:
             left_out: list[object] = []
@@ -242,12 +273,50 @@ def _read_data(pipeline: Pipeline) -> tuple[RawRows, RawRows | None, FormatterPl
                 advice=("Leave out ", *left_out, "."),
             )
         return rows, eval_rows, None
-    plan = plan_formatter(rows.columns, **said)
+    plan = _plan_formatter(rows, said)
     for part in (rows, eval_rows):
         if part is not None:
             plan.check(part)
     # Nothing said is left to train_sft, which knows what not to remember.
-    return rows, eval_rows, plan if said else None
+    is_needed = bool(said) or pipeline.eval_fraction is not None
+    return rows, eval_rows, plan if is_needed else None
+
+
+def _plan_formatter(rows: RawRows, said: Mapping[str, Any]) -> FormatterPlan:
+    from qlora_kit.data import FormatterPlan, plan_formatter
+
+    spec = said.get("formatter")
+    if spec is None:
+        return plan_formatter(rows.columns, **said)
+    beside = set(said) - {"formatter", "columns", "on_bad_rows", "max_reported_rows"}
+    if beside:
+        raise ConfigError(
+            f"formatter says everything about the template; leave out {', '.join(sorted(beside))}."
+        )
+    options = {name: value for name, value in said.items() if name != "formatter"}
+    return FormatterPlan.from_spec(spec, options)
+
+
+def _check_held_out(pipeline: Pipeline, rows: RawRows) -> None:
+    """Refuse a share for evaluation that cannot be held out, or would be trained on too."""
+    fraction = pipeline.eval_fraction
+    if fraction is None:
+        return
+    if not is_finite_number(fraction) or not 0 < fraction < 1:
+        raise ConfigError(
+            f"eval_fraction is a share between 0 and 1, got {fraction!r}.",
+            parameter="eval_fraction",
+            value=fraction,
+        )
+    problem = ""
+    if pipeline.eval_data is not None:
+        problem = "there are rows to evaluate on already: leave out one of the two"
+    elif "input_ids" in rows.columns:
+        problem = "token ids are trained as they are: give rows to evaluate on"
+    elif rows.origin is not None and any(one.weight > 1 for one in rows.origin.sources):
+        problem = "a weight above 1 takes rows twice, so that what is held out would be trained on"
+    if problem:
+        raise ConfigError(f"eval_fraction={fraction}: {problem}.", parameter="eval_fraction")
 
 
 def _check_names(

@@ -187,7 +187,9 @@ def check_make(words: list[str]) -> None:
     targets = [word for word in words if "=" not in word]
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     for target in targets:
-        assert re.search(rf"^(?:[\w-]+ )*{re.escape(target)}(?: [\w-]+)*:", makefile, re.MULTILINE), target
+        assert re.search(
+            rf"^(?:[\w-]+ )*{re.escape(target)}(?: [\w-]+)*:", makefile, re.MULTILINE
+        ), target
     if shutil.which("make"):
         subprocess.run(
             ["make", "--dry-run", *words], cwd=REPOSITORY, check=True, capture_output=True

@@ -7,10 +7,9 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from qlora_kit.cli.arguments import read_arguments
 from qlora_kit.cli.completion import write_completion
 from qlora_kit.cli.flags import FlagWriter
-from qlora_kit.cli.lists import takes_export_list, takes_generation_list, takes_training_list
+from qlora_kit.cli.lists import takes_export_list, takes_generation_list
 from qlora_kit.cli.output import (
     describe_failures,
     print_artifact,
@@ -19,7 +18,8 @@ from qlora_kit.cli.output import (
     print_results,
 )
 from qlora_kit.cli.parser import list_commands, make_parser
-from qlora_kit.cli.values import read_columns, read_settings, split_names
+from qlora_kit.cli.settings import read_loading, read_training
+from qlora_kit.cli.values import read_settings, split_names
 from qlora_kit.errors import ConfigError
 from qlora_kit.manifest import to_jsonable
 
@@ -29,70 +29,29 @@ __all__ = ["INTERRUPTED", "RUN"]
 INTERRUPTED: Final = 130
 
 
-def _loading_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    given = {
-        "max_seq_length": options.max_seq_length,
-        "dtype": options.dtype,
-        "load_in_4bit": False if options.no_4bit else None,
-        "load_in_8bit": options.load_in_8bit or None,
-        "engine": options.engine,
-        "local_files_only": False if options.download else None,
-        **read_arguments(options, "model"),
-    }
-    return {name: value for name, value in given.items() if value is not None}
-
-
 def _load(options: argparse.Namespace) -> Any:
     from qlora_kit import load_quantized
 
-    return load_quantized(options.model, **_loading_arguments(options))
+    return load_quantized(options.model, **read_loading(options))
 
 
 # -- train -----------------------------------------------------------------------------------
 
 
 def _train(options: argparse.Namespace, write: FlagWriter) -> int:
-    from qlora_kit.pipeline import Pipeline, check_pipeline, run_pipeline
+    from qlora_kit.pipeline import check_pipeline, run_pipeline
+    from qlora_kit.recipes import make_pipeline, merge_recipes, read_recipe
+    from qlora_kit.recipes.files import is_recipe
 
-    adapter = read_arguments(options, "adapter")
-    settings = read_settings(
-        options.settings, "model", "train_dataset", "formatter", "output_dir", "eval_dataset",
-        "resume_from_checkpoint", takes_list=takes_training_list,
-    )  # fmt: skip
-    training = read_arguments(options, "training")
-    for name in training.keys() & settings.keys():
-        flag = "--" + name.replace("_", "-")
-        raise ConfigError(f"{name} was given twice, by {flag} and by --set. Give one of the two.")
-    pipeline = Pipeline(
-        model=options.model,
-        data=options.data,
-        split=options.split or "train",
-        eval_data=options.eval_data,
-        eval_split=options.eval_split,
-        loading=_loading_arguments(options),
-        adapter=adapter,
-        formatting={
-            "template": options.template,
-            "columns": read_columns(options.columns),
-            "system": options.system,
-            "response_only": options.response_only,
-            "eos_token": options.eos_token,
-            "on_bad_rows": options.on_bad_rows,
-        },
-        training={
-            **settings,
-            **training,
-            "output_dir": options.output or "outputs",
-            "resume_from_checkpoint": options.resume or None,
-        },
-        exports=split_names("lora" if options.export is None else options.export),
-        export_path=options.export_to,
-        export_options=read_settings(
-            options.export_option, "overwrite", "path", "progress", flag="--export-option",
-            takes_list=takes_export_list,
-        ),
-        overwrite=options.overwrite,
-    )  # fmt: skip
+    if is_recipe(options.model):
+        recipe = read_recipe(options.model)
+        if options.data is not None:
+            recipe = merge_recipes(recipe, {"data": {"train": options.data}})
+    elif options.data is None:
+        raise ConfigError("train takes a model and data, or a recipe's .toml or .yaml file.")
+    else:
+        recipe = {"model": {"name": options.model}, "data": {"train": options.data}}
+    pipeline = make_pipeline(merge_recipes(recipe, read_training(options)))
     checked = check_pipeline(pipeline)
     result = run_pipeline(checked, on_trained=None if options.json else print)
     exports = {} if result.exports is None else result.exports
@@ -192,6 +151,18 @@ def _exporters(options: argparse.Namespace, write: FlagWriter) -> None:
         print_exporters(described)
 
 
+def _recipe(options: argparse.Namespace, write: FlagWriter) -> None:
+    from qlora_kit.recipes import recipe_from_run, write_recipe
+    from qlora_kit.recipes.files import format_recipe
+
+    recipe = recipe_from_run(options.from_run)
+    note = f"What trained {options.from_run}; run it with: qlora-kit train THIS_FILE"
+    if options.path is None:
+        print(format_recipe(recipe, note=note), end="")
+    else:
+        print(write_recipe(recipe, options.path, note=note))
+
+
 def _templates(options: argparse.Namespace, write: FlagWriter) -> None:
     from qlora_kit.data import describe_templates
 
@@ -213,6 +184,7 @@ RUN: Final[Mapping[str, Callable[[argparse.Namespace, FlagWriter], int | None]]]
     "generate": _generate,
     "export": _export,
     "exporters": _exporters,
+    "recipe": _recipe,
     "templates": _templates,
     "completion": _completion,
 }

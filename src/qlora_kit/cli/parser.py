@@ -83,6 +83,11 @@ def make_parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_json(commands.add_parser("exporters", help="list the export formats"))
     _add_json(commands.add_parser("templates", help="list what --template takes by name"))
+    recipe = commands.add_parser("recipe", help="write the recipe that repeats a past run")
+    recipe.add_argument(
+        "--from-run", required=True, metavar="OUTPUT", help="the output folder of the run"
+    )
+    recipe.add_argument("path", nargs="?", help="the file to write; without it, it is printed")
     completion = commands.add_parser("completion", help="a script that completes flags in a shell")
     completion.add_argument("shell", choices=SHELLS)
     for command in commands.choices.values():
@@ -96,10 +101,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_train(commands: Any) -> None:
     train = commands.add_parser(
-        "train", help="train a LoRA adapter", usage="%(prog)s MODEL DATA [options]"
+        "train",
+        help="train a LoRA adapter",
+        usage="%(prog)s MODEL DATA [options]\n       %(prog)s RECIPE [options]",
     )
-    _add_model(train)
-    train.add_argument("data", help=".json, .jsonl, .csv, .parquet, a folder or a hub name")
+    _add_model(train, "; or a recipe's .toml or .yaml file, with the data in it")
+    train.add_argument(
+        "data", nargs="?", help=".json, .jsonl, .csv, .parquet, a folder, a pattern or a hub name"
+    )
     _add_data(train)
     add_arguments(train.add_argument_group("adapter"), "adapter")
     training = train.add_argument_group("training")
@@ -112,7 +121,11 @@ def _add_train(commands: Any) -> None:
         help="go on from the last checkpoint where there is one, and start where not",
     )  # fmt: skip
     add_arguments(training, "training")
-    _add_settings(training, "any other SFTConfig field, for example adam_beta2=0.99")
+    _add_settings(
+        training,
+        "any other SFTConfig field, for example adam_beta2=0.99; any setting of a recipe with its "
+        "section, for example data.eval_fraction=0.1",
+    )
     export = train.add_argument_group("export")
     export.add_argument(
         "--export", help="formats to export afterwards, by comma (lora); '' for none"
@@ -149,8 +162,10 @@ def _add_export(commands: Any) -> None:
     _add_settings(export, "the format's own options, for example quantization=q4_k_m,q8_0")
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a folder, an adapter's folder, a .gguf file or a hub name")
+def _add_model(parser: argparse.ArgumentParser, beside: str = "") -> None:
+    parser.add_argument(
+        "model", help=f"a folder, an adapter's folder, a .gguf file or a hub name{beside}"
+    )
     model = parser.add_argument_group("model")
     model.add_argument("--max-seq-length", type=int, help="longest sequence in tokens (2048)")
     model.add_argument("--dtype", help="bfloat16, float16 or float32")
@@ -182,6 +197,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     data.add_argument("--split", help="which split of the data (train)")
     data.add_argument("--eval-data", help="held-out rows to evaluate on")
+    data.add_argument("--eval-fraction", type=float, help="a share of the data to hold out instead")
     data.add_argument("--eval-split", help="which split of them (that of the data)")
 
 

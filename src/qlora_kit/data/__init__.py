@@ -19,6 +19,7 @@ from qlora_kit.data.formatters.formatter_plan import (
 from qlora_kit.data.formatters.protocol import Formatter
 from qlora_kit.data.formatters.registry import formatter_from_spec
 from qlora_kit.data.formatters.text import PromptCompletionFormatter, TextFormatter
+from qlora_kit.data.sources.origins import DataSource
 from qlora_kit.data.sources.raw_rows import RawRows, read_source
 from qlora_kit.data.sources.rows import Rows
 from qlora_kit.data.tokens.encoding import EncodedExamples
@@ -32,6 +33,7 @@ __all__ = [
     "AlpacaTemplate",
     "ChatFormatter",
     "DataReport",
+    "DataSource",
     "EncodedExamples",
     "EncodingReport",
     "Formatter",

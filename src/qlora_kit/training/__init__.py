@@ -35,6 +35,7 @@ from qlora_kit.training.examples import (
 )
 from qlora_kit.training.identity import identify_run, make_run_id
 from qlora_kit.training.output_lock import check_unused, hold_folder
+from qlora_kit.training.recipe_record import describe_recipe
 from qlora_kit.training.resumption import (
     Resumption,
     choose_checkpoint,
@@ -174,8 +175,10 @@ def train_sft(
             found, resume_from_checkpoint, identity, new_id, takes_changes=resume_with_changes
         )
         _check_place(resumption, folder, args.max_steps)
+        asked = {**fields, "truncation": truncation, "plan": plan, "callbacks": callbacks or None}
+        recipe = describe_recipe(model, data, eval_dataset, asked)
         return run_training(
-            model, Run(job, data, options, optimizer, device, folder, identity, resumption)
+            model, Run(job, data, options, optimizer, device, folder, identity, resumption, recipe)
         )
 
 

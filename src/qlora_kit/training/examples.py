@@ -126,7 +126,7 @@ def prepare_examples(
             truncation=options.truncation,
             vocabulary_size=model.model.get_input_embeddings().num_embeddings,
         )
-        return _describe("tokenized", encoded, formatter)
+        return _describe("tokenized", encoded, formatter, getattr(rows, "origin", None))
     is_chosen = formatter is None
     if formatter is None:
         formatter = _choose_formatter(model, columns, named_columns)
@@ -143,12 +143,15 @@ def prepare_examples(
     _check_vocabulary(model, encoded, formatter)
     # A rendered text says nothing about prompts, so nothing is remembered for generation.
     is_text = is_chosen and formatter.template_spec()["kind"] == "text"
-    data = _describe(getattr(rows, "source", None), encoded, None if is_text else formatter)
+    origin = getattr(rows, "origin", None)
+    chosen = None if is_text else formatter
+    data = _describe(getattr(rows, "source", None), encoded, chosen, origin)
     return dataclasses.replace(
         data,
         summary={
             **data.summary,
             "rows": len(rows),
+            "columns": sorted(columns),
             "unused": [str(unused) for unused in getattr(rows, "unused", ())],
             "fingerprint": getattr(rows, "fingerprint", None),
             "template_fingerprint": getattr(formatter, "fingerprint", None),
@@ -210,8 +213,14 @@ def _template_of(formatter: Any) -> dict[str, Any]:
     return {name: value for name, value in spec.items() if name != "response_only"}
 
 
-def _describe(source: Any, encoded: EncodedExamples, formatter: Any) -> TrainingData:
-    summary = {"source": source, "report": _as_mapping(encoded.report)}
+def _describe(
+    source: Any, encoded: EncodedExamples, formatter: Any, origin: Any = None
+) -> TrainingData:
+    summary = {
+        "source": source,
+        "origin": None if origin is None else origin.describe(),
+        "report": _as_mapping(encoded.report),
+    }
     return TrainingData(encoded.dataset, formatter, summary)
 
 

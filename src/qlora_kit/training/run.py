@@ -12,7 +12,7 @@ import errno
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -67,6 +67,7 @@ class Run:
         folder: The output folder.
         identity: What makes it this run.
         resumption: Its id, and what it goes on from.
+        recipe: What asks for it again.
     """
 
     job: TrainJob
@@ -77,6 +78,7 @@ class Run:
     folder: Path
     identity: RunIdentity
     resumption: Resumption
+    recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def first_step(self) -> int:
@@ -373,6 +375,7 @@ def _describe_run(
     return {
         **describe_model(model),
         "run": run.describe(),
+        "recipe": run.recipe,
         "data": run.data.summary,
         "data_options": dataclasses.asdict(run.options),
         # Beyond the loaded model: what the plan promised, and what was then taken.

@@ -93,13 +93,22 @@ class FormatterBase(RowReader):
         self.tokenizer = tokenizer
         self.text = TextTokenizer(tokenizer)
         self.response_only = bool(response_only)
+        self.read_rows_as(columns, on_bad_rows, max_reported_rows)
+        self.eos_token = self._check_eos(eos_token)
+        self.eos_token_id = self.text.get_token_id(self.eos_token, what="end token")
+        self.text.protect(self.eos_token)
+
+    def read_rows_as(
+        self,
+        columns: Mapping[str, str] | None = None,
+        on_bad_rows: BadRowPolicy = "raise",
+        max_reported_rows: int = 10,
+    ) -> None:
+        """Set how rows are read, which no spec says; arguments as in the constructor."""
         self.on_bad_rows = check_policy(on_bad_rows)
         self.max_reported_rows = max_reported_rows
         self.columns = self.map_columns(columns)
         self._named_columns = columns or {}
-        self.eos_token = self._check_eos(eos_token)
-        self.eos_token_id = self.text.get_token_id(self.eos_token, what="end token")
-        self.text.protect(self.eos_token)
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Self:

@@ -17,6 +17,7 @@ from qlora_kit.data.formatters.alpaca import AlpacaFormatter
 from qlora_kit.data.formatters.alpaca_templates import BUILTIN_TEMPLATES
 from qlora_kit.data.formatters.chat import ChatFormatter
 from qlora_kit.data.formatters.formatter_base import FormatterBase
+from qlora_kit.data.formatters.registry import formatter_from_spec
 from qlora_kit.data.formatters.text import PromptCompletionFormatter, TextFormatter
 from qlora_kit.data.sources.raw_rows import RawRows
 from qlora_kit.data.sources.row_checks import check_columns, parse_rows
@@ -63,10 +64,27 @@ class FormatterPlan:
     Attributes:
         kind: Its class.
         options: Its arguments.
+        spec: What its ``template_spec()`` said; then ``options`` are only about reading rows.
     """
 
     kind: type[FormatterBase]
     options: Mapping[str, Any]
+    spec: Mapping[str, Any] | None = None
+
+    @classmethod
+    def from_spec(cls, spec: Any, options: Mapping[str, Any]) -> FormatterPlan:
+        """The plan of a formatter that was.
+
+        Args:
+            spec: What its ``template_spec()`` said.
+            options: ``columns``, ``on_bad_rows`` and ``max_reported_rows``.
+
+        Raises:
+            ConfigError: When no formatter is of that kind.
+        """
+        if not isinstance(spec, Mapping) or "kind" not in spec:
+            raise ConfigError(f"formatter is what template_spec() said, got {spec!r}.")
+        return cls(_find_kind(str(spec["kind"])), options, spec)
 
     def check(self, source: RawRows) -> None:
         """Refuse what :meth:`FormatterBase.load` would refuse.
@@ -95,7 +113,11 @@ class FormatterPlan:
         Raises:
             ConfigError: When this tokenizer lacks what it takes, such as a chat template.
         """
-        return self.kind(tokenizer, **self.options)
+        if self.spec is None:
+            return self.kind(tokenizer, **self.options)
+        made = formatter_from_spec(self.spec, tokenizer)
+        made.read_rows_as(**self.options)
+        return made
 
 
 def choose_kind(columns: Collection[str]) -> type[FormatterBase]:

@@ -8,10 +8,18 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from qlora_kit.data.sources.file_readers import READERS, RawRow, drop_nulls_inside, read_file
+from qlora_kit.data.sources.origins import (
+    DataSource,
+    RowOrigin,
+    find_files,
+    list_paths,
+    pick_rows,
+)
 from qlora_kit.data.sources.row_problems import Location
 from qlora_kit.errors import DataError, DataNotFoundError, OfflineError, QloraKitError, did_you_mean
 from qlora_kit.messages import Setting
@@ -35,10 +43,12 @@ class RawRows(NamedTuple):
     Attributes:
         label: What to call it.
         rows: Its rows, in order.
+        origin: What it takes to read them again; ``None`` for rows that were in memory.
     """
 
     label: str
     rows: list[RawRow]
+    origin: RowOrigin | None = None
 
     @property
     def columns(self) -> list[str]:
@@ -47,8 +57,17 @@ class RawRows(NamedTuple):
         return list(dict.fromkeys(str(name) for row in mappings for name in row))
 
 
-def read_source(source: Any, split: str = "train", *, local_files_only: bool = True) -> RawRows:
+def read_source(
+    source: Any, split: str = "train", *, local_files_only: bool = True, seed: int = 3407
+) -> RawRows:
     """The rows of a source, and what to call it; what was read already is as it is.
+
+    Args:
+        source: A path, a pattern, a name, rows in memory, or a list of paths and of
+            :class:`DataSource`.
+        split: Which split, where there are several.
+        local_files_only: Never touch the network.
+        seed: Chooses rows of sources whose weight is no whole number.
 
     Raises:
         DataError: When there is nothing readable there.
@@ -56,10 +75,23 @@ def read_source(source: Any, split: str = "train", *, local_files_only: bool = T
     """
     if isinstance(source, RawRows):
         return source
+    if isinstance(source, DataSource):
+        source = [source]
+    several = list_paths(source)
+    if several is not None:
+        return _read_several(several, split, seed, local_files_only=local_files_only)
     if isinstance(source, str | os.PathLike):
         name = os.fspath(source)
         try:
-            return _read_named(name, split, local_files_only=local_files_only)
+            files = find_files(name)
+            if files is not None:
+                parts = [DataSource(file) for file in files]
+                read = _read_several(parts, split, seed, local_files_only=local_files_only)
+                return read._replace(label=f"{name} ({len(files)} files)")
+            read = _read_named(name, split, local_files_only=local_files_only)
+            where = Path(name).expanduser()
+            kept = str(where.absolute()) if where.exists() else name
+            return read._replace(origin=RowOrigin((DataSource(kept, split),), seed))
         except QloraKitError:
             raise
         except OSError as error:
@@ -85,6 +117,57 @@ def read_source(source: Any, split: str = "train", *, local_files_only: bool = T
         f"Rows cannot be read from {type(source).__name__}. Give a file, a folder, a hub dataset's "
         "name, a datasets.Dataset or a list of dictionaries."
     )
+
+
+def _read_several(
+    sources: Sequence[DataSource], split: str, seed: int, *, local_files_only: bool
+) -> RawRows:
+    """The rows of several sources, one after the other, each as often as its weight says."""
+    rows: list[RawRow] = []
+    origins: list[DataSource] = []
+    for source in sources:
+        read = read_source(
+            source.path, source.split or split, local_files_only=local_files_only, seed=seed
+        )
+        taken = _rename(read, source.columns)
+        for row in pick_rows(taken, source.weight, seed):
+            place = row.location if len(sources) == 1 else row.location._replace(
+                file=row.location.file or source.path
+            )  # fmt: skip
+            rows.append(row._replace(location=place))
+        origins += [
+            replace(part, weight=source.weight, columns=source.columns)
+            for part in (() if read.origin is None else read.origin.sources)
+        ]
+    label = sources[0].path if len(sources) == 1 else ", ".join(one.path for one in sources)
+    shown = label if len(label) <= 80 else f"{len(sources)} sources"
+    return RawRows(shown, rows, RowOrigin(tuple(origins), seed))
+
+
+def _rename(read: RawRows, columns: Mapping[str, str]) -> list[RawRow]:
+    """The rows with the columns of a source called by their roles."""
+    if not columns:
+        return read.rows
+    present = read.columns
+    for role, column in columns.items():
+        if present and column not in present:
+            raise DataError(
+                f"{read.label} has no column {column!r} for {role!r}."
+                f"{did_you_mean(str(column), present)} It has: "
+                f"{', '.join(map(repr, present[:12]))}."
+            )
+        if role in present and role != column and role not in columns.values():
+            raise DataError(
+                f"{read.label} has a column {role!r} already, so that {column!r} cannot be called "
+                f"that. Give the rows one of the two."
+            )
+    roles = {column: role for role, column in columns.items()}
+    return [
+        row._replace(value={roles.get(name, name): value for name, value in row.value.items()})
+        if isinstance(row.value, Mapping)
+        else row
+        for row in read.rows
+    ]
 
 
 def _to_plain(value: Any) -> Any:

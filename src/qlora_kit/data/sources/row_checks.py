@@ -57,14 +57,20 @@ def load_rows(
     if isinstance(source, Rows):
         if source.has_roles_of(formatter):
             return source.select(range(len(source)), formatter=formatter)
-        label = source.source
         raw = [RawRow(source.get_location(index), value) for index, value in enumerate(source)]
+        read = RawRows(source.source, raw, source.origin)
     else:
-        label, raw = read_source(source, split, local_files_only=local_files_only)
-    check_columns(RawRows(label, raw), schema.find_missing, schema.columns)
-    values, locations = parse_rows(RawRows(label, raw), schema.parse, bad_rows)
-    unused = _find_unused(RawRows(label, raw), schema)
-    return Rows(values, formatter=formatter, source=label, locations=locations, unused=unused)
+        read = read_source(source, split, local_files_only=local_files_only)
+    check_columns(read, schema.find_missing, schema.columns)
+    values, locations = parse_rows(read, schema.parse, bad_rows)
+    return Rows(
+        values,
+        formatter=formatter,
+        source=read.label,
+        locations=locations,
+        unused=_find_unused(read, schema),
+        origin=read.origin,
+    )
 
 
 def _find_unused(source: RawRows, schema: RowSchema) -> list[UnusedData]:

@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, overload
 
+from qlora_kit.data.sources.origins import RowOrigin
 from qlora_kit.data.sources.row_problems import Location
 from qlora_kit.errors import ConfigError, DataError
 from qlora_kit.values import is_number
@@ -65,6 +66,7 @@ class Rows(Sequence[dict[str, Any]]):
         formatter: The formatter that read them.
         source: Where they came from, in words.
         unused: What stands in them and reaches no example.
+        origin: What it takes to read them again; ``None`` where some were chosen in memory.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Rows(Sequence[dict[str, Any]]):
         source: str,
         locations: Sequence[Location] | None = None,
         unused: Sequence[UnusedData] = (),
+        origin: RowOrigin | None = None,
     ) -> None:
         self._values = list(values)
         self._locations = (
@@ -85,6 +88,7 @@ class Rows(Sequence[dict[str, Any]]):
         self.formatter = formatter
         self.source = source
         self.unused = tuple(unused)
+        self.origin = origin
 
     def __len__(self) -> int:
         return len(self._values)
@@ -135,12 +139,14 @@ class Rows(Sequence[dict[str, Any]]):
     def select(self, indices: Iterable[int], *, formatter: Any = None) -> Rows:
         """The rows at ``indices``, in that order; for another formatter of the kind, if given."""
         chosen = list(indices)
+        is_whole = chosen == list(range(len(self)))
         return Rows(
             [self._values[index] for index in chosen],
             formatter=formatter or self.formatter,
             source=self.source,
             locations=[self._locations[index] for index in chosen],
             unused=self.unused,
+            origin=self.origin if is_whole else None,
         )
 
     def split(self, fraction: float, seed: int = 3407) -> tuple[Rows, Rows]:
@@ -163,7 +169,9 @@ class Rows(Sequence[dict[str, Any]]):
             raise DataError(f"{self.source} has {len(self)} row; splitting takes at least 2.")
         count = min(max(round(len(self) * fraction), 1), len(self) - 1)
         held_out = set(random.Random(seed).sample(range(len(self)), count))
-        return (
-            self.select(index for index in range(len(self)) if index not in held_out),
-            self.select(sorted(held_out)),
-        )
+        kept = self.select(index for index in range(len(self)) if index not in held_out)
+        split_off = self.select(sorted(held_out))
+        if self.origin is not None and self.origin.held_out is None:
+            kept.origin = self.origin._replace(held_out=(fraction, seed, "train"))
+            split_off.origin = self.origin._replace(held_out=(fraction, seed, "eval"))
+        return kept, split_off
