@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,6 +33,8 @@ class BaseInfo:
             16-bit original exists to merge into.
         source: ``"checkpoint"`` or ``"gguf"`` (then ``path`` is the dequantized cache).
         stop_token_ids: Every token that ends an answer of the base, the end-of-text token first.
+        fingerprint: Of its weights' content, or ``None`` where the engine does not tell.
+        stamps: Size and time of change of its files as they were read, by name.
     """
 
     name_or_path: str
@@ -42,6 +44,8 @@ class BaseInfo:
     is_prequantized: bool = False
     source: Literal["checkpoint", "gguf"] = "checkpoint"
     stop_token_ids: tuple[int, ...] = ()
+    fingerprint: str | None = None
+    stamps: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass

@@ -12,7 +12,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.artifacts.provenance import find_manifest, restore_adapter_config, restore_formatter
+from qlora_kit.artifacts.provenance import (
+    find_manifest,
+    mention_changes,
+    restore_adapter_config,
+    restore_formatter,
+)
 from qlora_kit.config import LoadConfig
 from qlora_kit.engines.contract import check_handle
 from qlora_kit.engines.selection import resolve_engine
@@ -189,6 +194,7 @@ def _load_adapter(path: Path, config: LoadConfig, engine: str | Engine) -> Adapt
         config, model_name=base_name, revision=asked or saved.get("revision")
     )
     loaded = _load_base(_find(base_name, base_config), base_config, engine)
+    mention_changes(path, loaded.base, manifest)
     adapted = check_handle(
         loaded.engine,
         "attach_saved",

@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from qlora_kit.artifacts.files import list_files
+from qlora_kit.artifacts.files import hash_file, list_files
 from qlora_kit.errors import ConfigError, QloraKitError
-from qlora_kit.handles import AdaptedModel, LoadedModel
+from qlora_kit.handles import AdaptedModel, BaseInfo, LoadedModel
 from qlora_kit.manifest import MANIFEST_NAME, describe_model, read_manifest, write_manifest
 
 __all__ = [
     "find_manifest",
+    "mention_changes",
     "restore_adapter_config",
     "restore_formatter",
     "write_checkpoint_manifest",
@@ -27,6 +28,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+#: Its configuration may be edited: it names the base.
+_ADAPTER_FILES: Final = ("adapter_model.safetensors",)
 _OF_A_RANK: Final = re.compile(r"rng_state_\d+\.pth|.*\.partial")
 
 Model = TypeVar("Model", bound=LoadedModel)
@@ -70,6 +73,34 @@ def find_manifest(path: Path) -> dict[str, Any]:
     if path.is_file() and path.name not in _list_files(manifest):
         return {}
     return manifest
+
+
+def mention_changes(folder: Path, base: BaseInfo, manifest: Mapping[str, Any]) -> None:
+    """Say where an adapter, or the base it came back on, is not the one its manifest speaks of.
+
+    Args:
+        folder: The adapter.
+        base: What was loaded below it.
+        manifest: The one beside the adapter, or an empty dictionary.
+    """
+    saved = manifest.get("base")
+    trained_on = saved.get("fingerprint") if isinstance(saved, Mapping) else None
+    if trained_on and base.fingerprint and trained_on != base.fingerprint:
+        logger.warning(
+            "The base in %s is not the one that the adapter in %s was trained on: its weights are "
+            "others. Answers and exports will be another model's.",
+            base.path, folder,
+        )  # fmt: skip
+    files = manifest.get("files")
+    for file in files if isinstance(files, list) else ():
+        name = file.get("name") if isinstance(file, Mapping) else None
+        path = folder / str(name)
+        if name in _ADAPTER_FILES and path.is_file() and file.get("sha256") != hash_file(path):
+            logger.warning(
+                "%s is not the file that the manifest beside it lists: it was changed or replaced "
+                "after it was saved.",
+                path,
+            )
 
 
 def restore_formatter(model: Model, manifest: Mapping[str, Any]) -> Model:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Collection, Iterator
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.boundaries import describe_cause, translate_errors
 from qlora_kit.config import DtypeName, LoadConfig
@@ -25,6 +26,7 @@ from qlora_kit.engines.quantization import (
 from qlora_kit.engines.tokenizer import load_tokenizer
 from qlora_kit.errors import UnsupportedModelError
 from qlora_kit.values import is_whole_number
+from qlora_kit.weights.fingerprint import fingerprint_weights, stamp_files
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +44,20 @@ logger = logging.getLogger(__name__)
 #: No model has as many layers, or experts in a layer.
 _MOST_MODULES = 10_000
 
+#: Tables that models compute themselves, whatever a file has of them.
+_COMPUTED: Final = re.compile(
+    r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias|attn\.bias|position_ids)$"
+)
+#: What bitsandbytes keeps beside packed weights.
+_OF_QUANTIZATION: Final = re.compile(
+    r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\S+|SCB|weight_format)$"
+)
+#: Parts of a model that have no say in its next token: pictures, sound, tokens further ahead.
+_BESIDE_TEXT: Final = re.compile(
+    r"(^|\.)(vision_\w+|visual|image_\w+|audio_\w+|multi_modal_projector|embed_vision|embed_audio"
+    r"|mtp(_\w+)?)\."
+)
+
 # Where transformers reports which tensors it did not find.
 _LOADING_LOG = "transformers.modeling_utils"
 
@@ -58,6 +74,8 @@ class OpenedCheckpoint:
         quantization: How it will be quantized in memory.
         model_config: transformers' configuration of the model.
         tokenizer: Its tokenizer, with padding settled.
+        fingerprint: Of its weights' content.
+        stamps: Size and time of change of its files, from before they were read.
     """
 
     folder: Path
@@ -67,19 +85,23 @@ class OpenedCheckpoint:
     quantization: QuantizationName | None
     model_config: Any
     tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+    stamps: Mapping[str, tuple[int, int]]
 
 
 def open_checkpoint(config: LoadConfig) -> OpenedCheckpoint:
-    """Read everything of the checkpoint in ``config.model_name``, a local folder, but its weights.
+    """Look through the checkpoint in ``config.model_name``, a local folder, and its numbers.
 
     Raises:
         ConfigError: When the dtype is not one that models are computed in.
         MissingDependencyError: When bitsandbytes is needed and does not run.
         ModelNotFoundError: When there is no tokenizer.
-        UnsupportedModelError: When the files are damaged or incomplete, quantized by something
+        UnsupportedModelError: When the files are damaged or incomplete, hold tensors that the
+            model has no place for or numbers that are none, are quantized by something
             other than bitsandbytes, or of a model that is no causal language model.
     """
     folder = Path(config.model_name)
+    stamps = stamp_files(folder)
     device = get_device()
     dtype = choose_compute_dtype(config.dtype, device)
     stored = read_stored_quantization(folder)
@@ -100,7 +122,10 @@ def open_checkpoint(config: LoadConfig) -> OpenedCheckpoint:
         is_quantized=stored is not None,
         trust_remote_code=config.trust_remote_code,
     )
-    return OpenedCheckpoint(folder, device, dtype, stored, quantization, model_config, tokenizer)
+    fingerprint = fingerprint_weights(folder, is_quantized=stored is not None)
+    return OpenedCheckpoint(
+        folder, device, dtype, stored, quantization, model_config, tokenizer, fingerprint, stamps
+    )
 
 
 @contextlib.contextmanager
@@ -183,6 +208,7 @@ def _check_tensors(
             logger.info("The tensors of %s were not checked first: %s", folder, error)
             return
     refuse_missing_tensors(folder, loading["missing_keys"])
+    _refuse_unexpected_tensors(folder, loading["unexpected_keys"], is_quantized=is_quantized)
     # Packed weights have a shape of their own.
     mismatched = [] if is_quantized else sorted(loading["mismatched_keys"])
     if mismatched:
@@ -191,6 +217,30 @@ def _check_tensors(
             f"{len(mismatched)} tensors in {folder} do not have the shape that its config.json "
             f"implies, such as {name}: {tuple(stored_shape)}, not {tuple(shape)}. Download the "
             "model again."
+        )
+
+
+def _refuse_unexpected_tensors(
+    folder: Path, unexpected: Collection[str], *, is_quantized: bool
+) -> None:
+    """Refuse tensors that the model of ``config.json`` has no place for: they would be dropped."""
+    names = sorted(name for name in unexpected if not _COMPUTED.search(name))
+    if is_quantized:
+        names = [name for name in names if not _OF_QUANTIZATION.search(name)]
+    beside = [name for name in names if _BESIDE_TEXT.search(name)]
+    if beside:
+        logger.warning(
+            "%d tensors of %s are not of the text model and are left out, such as %s.",
+            len(beside),
+            folder,
+            beside[0],
+        )
+    rest = [name for name in names if name not in beside]
+    if rest:
+        raise UnsupportedModelError(
+            f"{folder} has {len(rest)} tensors that the model of its config.json has no place "
+            f"for, such as {rest[0]}; without them it would be another model. Compare config.json "
+            "(number of layers, architecture) with the model's own, or download both again."
         )
 
 

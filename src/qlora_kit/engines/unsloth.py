@@ -126,6 +126,8 @@ class UnslothEngine:
             compute_dtype=_read_dtype(model, opened),
             is_prequantized=opened.stored is not None,
             stop_token_ids=settle_stop_tokens(model, tokenizer),
+            fingerprint=opened.fingerprint,
+            stamps=opened.stamps,
         )
         return LoadedModel(model, tokenizer, self, base, config)
 

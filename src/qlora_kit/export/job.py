@@ -34,6 +34,7 @@ from qlora_kit.handles import LoadedModel
 from qlora_kit.hookspecs import Exporter, ExportEstimate, ExportRequest
 from qlora_kit.manifest import MANIFEST_NAME, describe_model, read_manifest, write_manifest
 from qlora_kit.results import Artifact, ArtifactFile, Verification
+from qlora_kit.weights.merge_base import find_changed_file
 from qlora_kit.weights.shared_merge import SharedMerge
 
 __all__ = ["ExportJob", "Progress", "Settings", "Verify"]
@@ -130,6 +131,12 @@ class ExportJob:
         Raises:
             QloraKitError: With what is wrong and what to do instead.
         """
+        changed = find_changed_file(self.request.model)
+        if changed is not None:
+            logger.warning(
+                "%s changed since the model was loaded; the base there is not the one in memory.",
+                self.request.model.base.path / changed,
+            )
         estimate: ExportEstimate = self._call("check", ExportEstimate, self.request)
         with self._explained_errors("returned an unusable estimate"):
             for note in estimate.notes:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Final, Literal, get_args
 
-from qlora_kit.errors import ModelNotFoundError, invalid_value
+from qlora_kit.errors import (
+    ModelNotFoundError,
+    QloraKitError,
+    UnsupportedModelError,
+    invalid_value,
+)
 from qlora_kit.handles import LoadedModel
+from qlora_kit.weights.fingerprint import fingerprint_weights, stamp_files
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +23,7 @@ __all__ = [
     "choose_merge_base",
     "choose_merge_dtype",
     "describe_merge_base",
+    "find_changed_file",
     "find_stored_dtype",
     "is_loftq",
 ]
@@ -53,11 +61,11 @@ def find_stored_dtype(model: LoadedModel) -> str:
     Raises:
         ModelNotFoundError: When its files are gone.
     """
+    check_base_files(model)
     if model.base.is_prequantized:
         return model.base.compute_dtype
     from transformers import AutoConfig
 
-    check_base_files(model)
     config = AutoConfig.from_pretrained(
         str(model.base.path),
         local_files_only=True,
@@ -67,16 +75,43 @@ def find_stored_dtype(model: LoadedModel) -> str:
 
 
 def check_base_files(model: LoadedModel) -> None:
-    """Refuse a model whose base was moved or removed since it was loaded.
+    """Refuse a model whose base was moved, removed or changed since it was loaded.
 
     Raises:
         ModelNotFoundError: Names the folder.
+        UnsupportedModelError: Names the file that is another one now.
     """
     if not (model.base.path / "config.json").is_file():
         raise ModelNotFoundError(
             f"The base model is not in {model.base.path} any more, and this export reads it there. "
             "Put it back, or load the model from where it is now."
         )
+    changed = find_changed_file(model)
+    if changed is not None:
+        raise UnsupportedModelError(
+            f"{model.base.path / changed} changed since the model was loaded, and this export "
+            "reads it there: it would not be the model that was trained. Put the old file back; "
+            "format 'lora' with verify=False saves the adapter meanwhile."
+        )
+
+
+def find_changed_file(model: LoadedModel) -> str | None:
+    """The first of the base's files that is not as it was loaded, if there is one."""
+    now = stamp_files(model.base.path)
+    names = [
+        name
+        for name in sorted({*model.base.stamps, *now})
+        if model.base.stamps and model.base.stamps.get(name) != now.get(name)
+    ]
+    if names and "config.json" not in names and model.base.fingerprint is not None:
+        # Written anew with the same content, or only touched.
+        is_quantized = model.base.is_prequantized
+        with contextlib.suppress(QloraKitError):
+            if model.base.fingerprint == fingerprint_weights(
+                model.base.path, is_quantized=is_quantized
+            ):
+                return None
+    return names[0] if names else None
 
 
 def describe_merge_base(model: LoadedModel, base: MergeBase) -> str:

@@ -72,6 +72,8 @@ class NativeEngine:
             compute_dtype=dtype,
             is_prequantized=stored is not None,
             stop_token_ids=stop_token_ids,
+            fingerprint=opened.fingerprint,
+            stamps=opened.stamps,
         )
         return LoadedModel(model, opened.tokenizer, self, base, config)
 

@@ -1,0 +1,118 @@
+"""What a checkpoint's weights say: numbers that are none are refused, and all have a fingerprint.
+
+Every byte is read once, at the speed of memory, while the files come from disk anyway.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from qlora_kit.errors import UnsupportedModelError
+from qlora_kit.weights.mapped_file import TORCH_DTYPES
+from qlora_kit.weights.source import SafetensorsSource
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["fingerprint_weights", "stamp_files"]
+
+_WHOLE_NUMBERS: Final = ("int64", "int32", "int16", "int8", "uint8", "bool")
+#: Bytes of a tensor that are looked at together, few enough to stay in a processor's cache.
+_BLOCK_BYTES: Final = 1 << 20
+_MOST_THREADS: Final = 8
+
+
+def fingerprint_weights(folder: Path, *, is_quantized: bool) -> str:
+    """A fingerprint of every tensor's name, shape, dtype and content.
+
+    How tensors are spread over files does not matter; a single changed number does.
+
+    Args:
+        folder: A checkpoint in safetensors format.
+        is_quantized: Whether weights are packed into whole numbers.
+
+    Raises:
+        UnsupportedModelError: When a weight is infinite, not a number, or a whole number where
+            floating-point numbers belong.
+    """
+    with SafetensorsSource(folder) as source:
+        names = sorted(source.names())
+        if not is_quantized:
+            _refuse_whole_numbers(source, names)
+        workers = min(_MOST_THREADS, os.cpu_count() or 1)
+        with ThreadPoolExecutor(workers, "qlora_kit-weights") as pool:
+            parts = list(pool.map(lambda name: _read(source, name), names))
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part.encode())
+    return digest.hexdigest()
+
+
+def stamp_files(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change, in nanoseconds, of each weight file and of ``config.json``."""
+    files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
+    stats = {file.name: file.stat() for file in files if file.is_file()}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
+def _refuse_whole_numbers(source: SafetensorsSource, names: list[str]) -> None:
+    for name in names:
+        dtype = TORCH_DTYPES.get(source.dtype(name), source.dtype(name))
+        # Masks and positions, which some models keep beside their weights, are whole numbers.
+        is_weight = name.endswith(".weight") and len(source.shape(name)) > 1
+        if is_weight and dtype in _WHOLE_NUMBERS:
+            raise UnsupportedModelError(
+                f"{source.folder} holds {name} as whole numbers ({dtype}), and its config.json "
+                "names no quantization that would explain them. Start from the model's 16-bit "
+                "checkpoint."
+            )
+
+
+def _read(source: SafetensorsSource, name: str) -> str:
+    """One tensor's part of the fingerprint, after a look at its numbers."""
+    tensor = source.load(name)
+    total = 0
+    for number, block in enumerate(_split(tensor)):
+        # Odd factors, so that blocks that changed places change the sum.
+        total += (2 * number + 1) * _sum_words(block)
+        if tensor.is_floating_point() and not _is_finite(block):
+            raise UnsupportedModelError(
+                f"{source.folder} is damaged: {name} holds numbers that are infinite or not a "
+                "number (NaN). Download the model again."
+            )
+    return f"{name} {tensor.dtype} {tuple(tensor.shape)} {total % 2**64}\n"
+
+
+def _split(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    flat = tensor.reshape(-1)
+    step = max(1, _BLOCK_BYTES // flat.element_size())
+    for start in range(0, len(flat), step):
+        yield flat[start : start + step]
+
+
+def _sum_words(block: torch.Tensor) -> int:
+    """The block's bytes as 64-bit words, summed modulo 2**64: exact, in any order."""
+    import torch
+
+    raw = block.view(torch.uint8)
+    whole = len(raw) // 8 * 8
+    words = raw[:whole]
+    # A view has to begin at a whole word of its storage.
+    aligned = words if words.storage_offset() % 8 == 0 else words.clone()
+    rest: Any = int.from_bytes(bytes(raw[whole:].tolist()), "little")
+    return int(aligned.view(torch.int64).sum()) + rest
+
+
+def _is_finite(block: torch.Tensor) -> bool:
+    import torch
+
+    numbers = block.to(torch.float32) if block.element_size() == 1 else block
+    # One number that is none makes the sum none; a sum can also overflow, which a look decides.
+    if bool(torch.isfinite(numbers.sum(dtype=torch.float32))):
+        return True
+    return bool(torch.isfinite(block.to(torch.float32)).all())
