@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from qlora_kit.errors import UnsupportedModelError
 from qlora_kit.weights.mapped_file import TORCH_DTYPES
@@ -104,8 +104,9 @@ def _sum_words(block: torch.Tensor) -> int:
     words = raw[:whole]
     # A view has to begin at a whole word of its storage.
     aligned = words if words.storage_offset() % 8 == 0 else words.clone()
-    rest: Any = int.from_bytes(bytes(raw[whole:].tolist()), "little")
-    return int(aligned.view(torch.int64).sum()) + rest
+    rest = int.from_bytes(bytes(raw[whole:].tolist()), "little")
+    total: int = int(aligned.view(torch.int64).sum()) + rest
+    return total
 
 
 def _is_finite(block: torch.Tensor) -> bool:
