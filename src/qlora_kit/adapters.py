@@ -58,7 +58,9 @@ def attach_lora(
     Args:
         model: What :func:`~qlora_kit.load_quantized` returned, without an adapter.
         r: Rank of the update.
-        target_modules: Module names, or ``"attention"``, ``"mlp"`` or ``"all-linear"``.
+        target_modules: Module names, or ``"attention"``, ``"mlp"`` or ``"all-linear"``. The
+            default is Llama's seven projections; where a model has others, ``"all-linear"``
+            stands in for it and the log says so.
         lora_alpha: The update is scaled by ``lora_alpha / r``.
         lora_dropout: Dropout on the adapter's input; 0 is fastest.
         bias: ``"none"``, ``"all"`` or ``"lora_only"``.
@@ -166,13 +168,24 @@ def attach_lora(
 
 def _resolve_targets(asked: str | Sequence[str], model: Any) -> tuple[str, ...]:
     import torch
+    from transformers.pytorch_utils import Conv1D
 
-    available = _names_of(model, (torch.nn.Linear, torch.nn.Embedding))
+    linear = (torch.nn.Linear, Conv1D)
+    available = _names_of(model, (*linear, torch.nn.Embedding))
+    # The default itself, not its names: whoever types them means them. Experts are no modules, and
+    # what trains around them is for the user to choose.
+    is_default = asked is DEFAULT_TARGET_MODULES
+    if is_default and not set(asked) <= set(available) and not _advise_on_experts(model):
+        asked = "all-linear"
+        logger.warning(
+            "This model has other projections than Llama's; %s is trained instead.",
+            Setting("target_modules", asked, "attach_lora"),
+        )
     if isinstance(asked, str):
         if asked == "all-linear":
             # As in peft and the QLoRA paper: every linear layer but the language-model head.
             head = model.get_output_embeddings()
-            return tuple(_names_of(model, torch.nn.Linear, leave_out=head))
+            return tuple(_names_of(model, linear, leave_out=head))
         if asked in ("attention", "mlp"):
             aliases = _ATTENTION_ALIASES if asked == "attention" else _MLP_ALIASES
             found = tuple(name for name in available if name in aliases)
@@ -197,7 +210,7 @@ def _resolve_targets(asked: str | Sequence[str], model: Any) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(asked))
     if not names:
         raise ConfigError(f"target_modules is empty. This model has: {', '.join(available)}.")
-    _check_names(names, "target_modules", model, kinds=(torch.nn.Linear, torch.nn.Embedding))
+    _check_names(names, "target_modules", model, kinds=(*linear, torch.nn.Embedding))
     return names
 
 
@@ -214,7 +227,11 @@ def _check_names(
     if unknown:
         available = _names_of(model, kinds)
         presets = f" Presets: {', '.join(TARGET_PRESETS)}." if parameter == "target_modules" else ""
-        hints = "".join(did_you_mean(str(name), (*available, *TARGET_PRESETS)) for name in unknown)
+        hints = "".join(
+            dict.fromkeys(
+                did_you_mean(str(name), (*available, *TARGET_PRESETS)) for name in unknown
+            )
+        )
         raise ConfigError(
             f"{parameter}: this model has no {', '.join(map(repr, unknown))}.{hints} "
             f"It has: {', '.join(available)}.{presets}{_advise_on_experts(model)}"

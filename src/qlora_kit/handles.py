@@ -181,8 +181,11 @@ class AdaptedModel(LoadedModel):
         adapter: What was attached.
         trainable_parameters: Number of parameters that train; 0 for inference only.
         total_parameters: Number of parameters of the model, counted unquantized.
+        carried_tensors: Tensors of the base that a saved adapter brought along, under the names in
+            its file: the embeddings of a vocabulary that was resized, for example.
     """
 
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     trainable_parameters: int = 0
     total_parameters: int = 0
+    carried_tensors: tuple[str, ...] = ()

@@ -6,12 +6,13 @@ This stage finds the files and checks what was asked for. The engine puts them i
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.artifacts.adapter_folder import find_base_of, is_adapter, read_adapter_config
+from qlora_kit.artifacts.files import read_json_object
 from qlora_kit.artifacts.provenance import (
     find_manifest,
     mention_changes,
@@ -19,6 +20,7 @@ from qlora_kit.artifacts.provenance import (
     restore_formatter,
 )
 from qlora_kit.config import LoadConfig
+from qlora_kit.engines.adapter_tokenizer import adopt_tokenizer, check_vocabulary
 from qlora_kit.engines.contract import check_handle
 from qlora_kit.engines.selection import resolve_engine
 from qlora_kit.errors import (
@@ -26,9 +28,10 @@ from qlora_kit.errors import (
     ModelNotFoundError,
     OfflineError,
     UnsupportedModelError,
+    invalid_value,
 )
 from qlora_kit.handles import AdaptedModel, LoadedModel
-from qlora_kit.messages import Setting
+from qlora_kit.messages import Call, Setting
 from qlora_kit.paths import (
     describe_nearest,
     get_cache_folder,
@@ -46,8 +49,6 @@ __all__ = ["load_quantized"]
 
 logger = logging.getLogger(__name__)
 
-_ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _FILE_SUFFIXES = (".gguf",)
 _WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 _HUB_PATTERNS = [
@@ -70,6 +71,7 @@ def load_quantized(
     cache_dir: str | os.PathLike[str] | None = None,
     device_map: Any = None,
     trust_remote_code: bool = False,
+    base: str | os.PathLike[str] | None = None,
     **classic: Any,
 ) -> LoadedModel:
     """Load a language model for QLoRA: in 4 bits, from disk, without touching the network.
@@ -95,6 +97,8 @@ def load_quantized(
         cache_dir: Hub cache, and where dequantized GGUF files are kept.
         device_map: As in transformers; by default everything on the one best device.
         trust_remote_code: Run Python code that the checkpoint ships.
+        base: For a saved adapter: the base to put it on, instead of the one it names; a folder, a
+            ``.gguf`` file or a hub name.
         **classic: Further arguments of the classic script, where they ask for what happens anyway.
 
     Returns:
@@ -117,6 +121,10 @@ def load_quantized(
         raise ConfigError(
             f"model_name must be a folder, a .gguf file or a hub name; got {model_name!r}."
         )
+    if base is not None and not isinstance(base, str | os.PathLike):
+        raise invalid_value(
+            "base", "must be a folder, a .gguf file or a hub name", base, "load_quantized"
+        )
     name = os.fspath(model_name)
     config = LoadConfig(
         model_name=name,
@@ -135,9 +143,19 @@ def load_quantized(
     path = _find(name, config)
     # An engine that was named is made first: unsloth patches what is imported after it.
     chosen = engine if engine == "auto" else resolve_engine(engine)
-    if path.is_dir() and (path / _ADAPTER_CONFIG).is_file():
-        return _load_adapter(path, config, chosen)
-    return restore_formatter(_load_base(path, config, chosen), find_manifest(path))
+    if is_adapter(path):
+        return _load_adapter(path, config, chosen, base)
+    if base is not None:
+        raise ConfigError(
+            f"{path} is a model of its own, and ",
+            Setting("base", os.fspath(base), "load_quantized"),
+            " is for a saved adapter's folder.",
+            parameter="base",
+            value=base,
+        )
+    loaded = _load_base(path, config, chosen)
+    _mention_tokens_without_rows(loaded)
+    return restore_formatter(loaded, find_manifest(path))
 
 
 def _load_base(path: Path, config: LoadConfig, engine: str | Engine) -> LoadedModel:
@@ -164,7 +182,6 @@ def _load_base(path: Path, config: LoadConfig, engine: str | Engine) -> LoadedMo
         name_or_path=str(path.absolute()) if _exists(config.model_name) else config.model_name,
         source="gguf" if is_gguf else "checkpoint",
     )
-    _mention_tokens_without_rows(loaded)
     return dataclasses.replace(loaded, base=base, config=config)
 
 
@@ -183,18 +200,35 @@ def _mention_tokens_without_rows(loaded: LoadedModel) -> None:
         )  # fmt: skip
 
 
-def _load_adapter(path: Path, config: LoadConfig, engine: str | Engine) -> AdaptedModel:
-    saved = _read_adapter_config(path)
+def _load_adapter(
+    path: Path, config: LoadConfig, engine: str | Engine, base: str | os.PathLike[str] | None
+) -> AdaptedModel:
+    saved = read_adapter_config(path)
     manifest = find_manifest(path)
-    base_name = _find_base_of(path, saved, manifest)
-    logger.info("%s is an adapter; its base is %s.", path, base_name)
     # The revision asked for is the adapter's, where that has any; peft keeps the base's with it.
-    asked = config.revision if _exists(config.model_name) else None
-    base_config = dataclasses.replace(
-        config, model_name=base_name, revision=asked or saved.get("revision")
-    )
-    loaded = _load_base(_find(base_name, base_config), base_config, engine)
-    mention_changes(path, loaded.base, manifest)
+    revision = config.revision if _exists(config.model_name) else None
+    if base is None:
+        base_name = find_base_of(path, saved, manifest)
+        revision = revision or saved.get("revision")
+    else:
+        base_name = os.fspath(base)
+    logger.info("%s is an adapter; its base is %s.", path, base_name)
+    base_config = dataclasses.replace(config, model_name=base_name, revision=revision)
+    base_path = _find(base_name, base_config)
+    if is_adapter(base_path):
+        raise UnsupportedModelError(
+            f"The base of the adapter {path} is {base_name}, which is an adapter itself.",
+            advice=(
+                "Merge that one first, with ",
+                Call("export_model", "export_model(model, 'merged_16bit', path)", "merged_16bit"),
+                ", or name a model with ",
+                Setting("base", ..., "load_quantized"),
+                ".",
+            ),
+        )
+    plain = _load_base(base_path, base_config, engine)
+    mention_changes(path, plain.base, manifest)
+    loaded = adopt_tokenizer(plain, path)
     adapted = check_handle(
         loaded.engine,
         "attach_saved",
@@ -202,45 +236,9 @@ def _load_adapter(path: Path, config: LoadConfig, engine: str | Engine) -> Adapt
         AdaptedModel,
     )
     adapted.record.adapter_path = path.absolute()
+    check_vocabulary(adapted, plain.tokenizer, path)
+    _mention_tokens_without_rows(adapted)
     return restore_formatter(restore_adapter_config(adapted, manifest), manifest)
-
-
-def _read_adapter_config(path: Path) -> dict[str, Any]:
-    saved: dict[str, Any] = _read_json(path / _ADAPTER_CONFIG)
-    kind = saved.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise UnsupportedModelError(
-            f"{path} holds a {kind} adapter; LoRA adapters can be loaded here. Load it with peft."
-        )
-    if not any((path / name).is_file() for name in _ADAPTER_WEIGHTS):
-        raise ModelNotFoundError(
-            f"{path} has an {_ADAPTER_CONFIG} but no {_ADAPTER_WEIGHTS[0]}. Copy the adapter's "
-            "weights into it."
-        )
-    return saved
-
-
-def _find_base_of(path: Path, saved: dict[str, Any], manifest: dict[str, Any]) -> str:
-    """The base an adapter was trained on: what the user named first, then where it lay."""
-    base = manifest.get("base")
-    remembered = base.get("name_or_path") if isinstance(base, dict) else None
-    names = [remembered, saved.get("base_model_name_or_path")]
-    candidates = [name for name in names if name]
-    for name in candidates:
-        if Path(name).exists() or (path / name).exists():
-            return str(name if Path(name).exists() else path / name)
-    if not candidates:
-        raise ModelNotFoundError(
-            f"{path / _ADAPTER_CONFIG} does not say which base model it belongs to. Set "
-            "base_model_name_or_path in it."
-        )
-    hub_names = [name for name in candidates if looks_like_hub_name(name, _FILE_SUFFIXES)]
-    if hub_names:
-        return str(hub_names[0])
-    raise ModelNotFoundError(
-        f"The adapter {path} was trained on {candidates[0]}, which is not there any more. Put the "
-        f"base back, or set base_model_name_or_path in {path / _ADAPTER_CONFIG}."
-    )
 
 
 def _find(name: str, config: LoadConfig) -> Path:
@@ -298,7 +296,8 @@ def _check_checkpoint(folder: Path) -> None:
             name
             for name in inside
             if name.endswith(".gguf")
-            or any((folder / name / file).is_file() for file in ("config.json", _ADAPTER_CONFIG))
+            or (folder / name / "config.json").is_file()
+            or is_adapter(folder / name)
         ]
         hint = (
             f" It holds {', '.join(models[:8])}; give the path of {'one' if models[1:] else 'that'}"
@@ -307,14 +306,14 @@ def _check_checkpoint(folder: Path) -> None:
             else f" It holds: {', '.join(inside[:8]) or 'nothing'}."
         )
         raise ModelNotFoundError(f"{folder} is not a model: it has no config.json.{hint}")
-    _read_json(folder / "config.json")
+    read_json_object(folder / "config.json")
     if not any(any(folder.glob(pattern)) for pattern in _WEIGHT_PATTERNS):
         raise ModelNotFoundError(
             f"{folder} has a config.json but no *.safetensors weights. Download the model's "
             "safetensors files into it."
         )
     for index in folder.glob("*.safetensors.index.json"):
-        places = _read_json(index).get("weight_map", {})
+        places = read_json_object(index).get("weight_map", {})
         if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
             raise UnsupportedModelError(
                 f"{index} is damaged: its weight_map does not name a file for each tensor. "
@@ -327,18 +326,6 @@ def _check_checkpoint(folder: Path) -> None:
                 f"{folder} lacks {len(missing)} of the {len(shards)} weight files that "
                 f"{index.name} lists, such as {missing[0]}. Download them into it."
             )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UnsupportedModelError(
-            f"{path} is damaged: it is not JSON ({error}). Download it again."
-        ) from error
-    if not isinstance(content, dict):
-        raise UnsupportedModelError(f"{path} is damaged: it holds no JSON object.")
-    return content
 
 
 def _exists(path: str | Path) -> bool:

@@ -53,7 +53,7 @@ ATTACH = {
 LOAD = {
     "max_seq_length": [True, 0, -1, "x", NAN], "dtype": ["x", 5, []], "load_in_4bit": ["x", 1],
     "engine": ["x", 5, []], "is_trainable": ["x"], "token": [5], "revision": [5, ""],
-    "cache_dir": ["\0", 5], "trust_remote_code": ["x", 1],
+    "cache_dir": ["\0", 5], "trust_remote_code": ["x", 1], "base": [5, "x", "\0", []],
 }  # fmt: skip
 NAMES = ["/dev/null", "~nouser/x", "\0", "", " ", "a/b/c", "x" * 5000, 5, None, b"x"]
 SAMPLING = {

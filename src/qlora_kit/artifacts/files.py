@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
+from qlora_kit.errors import UnsupportedModelError
 from qlora_kit.results import ArtifactFile
 
-__all__ = ["describe_file", "find_damaged_file", "hash_file", "list_files"]
+__all__ = ["describe_file", "find_damaged_file", "hash_file", "list_files", "read_json_object"]
 
 _CHUNK: Final = 4 * 1024 * 1024
 _THREADS: Final = 4
@@ -45,6 +47,23 @@ def hash_file(path: Path) -> str:
         while piece := file.read(_CHUNK):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """What a JSON file of a model says.
+
+    Raises:
+        UnsupportedModelError: When it is no JSON, or no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UnsupportedModelError(
+            f"{path} is damaged: it is not JSON ({error}). Download it again."
+        ) from error
+    if not isinstance(content, dict):
+        raise UnsupportedModelError(f"{path} is damaged: it holds no JSON object.")
+    return content
 
 
 def find_damaged_file(folder: Path, files: Iterable[Any]) -> str | None:

@@ -55,7 +55,7 @@ _TRAINING_FIELDS: Final[Mapping[str, tuple[Kind, str]]] = {
 }
 
 _TRAINING: Final = ("packing", "truncation", "plan", "resume_with_changes")
-_LOADING: Final = ("revision", "cache_dir", "trust_remote_code")
+_LOADING: Final = ("base", "revision", "cache_dir", "trust_remote_code")
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,8 @@ def inference_mode(
         if switch is not None:
             switch(model)
         model.eval()
-        model.config.use_cache = True
+        # A model of images and text keeps this in the configuration of its text model.
+        model.config.get_text_config().use_cache = True
         # Answers are limited by max_new_tokens; transformers warns of every limit beside it.
         model.generation_config.max_length = None
 
@@ -58,7 +59,7 @@ def inference_mode(
 def _look_at(model: Any, tokenizer: Any, earlier: _Found | None) -> _Found:
     training = [part for part in model.modules() if part.training]
     # Training may begin after the first reader came, and go on when this one leaves.
-    if earlier is not None and not training and model.config.use_cache:
+    if earlier is not None and not training and _uses_cache(model):
         return earlier
     checkpointing = [
         (part, part.gradient_checkpointing)
@@ -68,17 +69,21 @@ def _look_at(model: Any, tokenizer: Any, earlier: _Found | None) -> _Found:
     # What training does not touch is still as an earlier reader left it.
     max_length = earlier.max_length if earlier else model.generation_config.max_length
     padding_side = earlier.padding_side if earlier else tokenizer.padding_side
-    use_cache = model.config.use_cache
+    use_cache = _uses_cache(model)
     if earlier is not None and use_cache:  # an earlier reader's doing
         use_cache = earlier.use_cache
     return _Found(training, checkpointing, use_cache, max_length, padding_side)
 
 
 def _put_back(model: Any, tokenizer: Any, found: _Found) -> None:
-    model.config.use_cache = found.use_cache
+    model.config.get_text_config().use_cache = found.use_cache
     model.generation_config.max_length = found.max_length
     tokenizer.padding_side = found.padding_side
     for part in found.training:
         part.training = True
     for part, value in found.checkpointing:
         part.gradient_checkpointing = value
+
+
+def _uses_cache(model: Any) -> bool:
+    return bool(getattr(model.config.get_text_config(), "use_cache", True))

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.config import AdapterConfig
-from qlora_kit.errors import ConfigError, UnsupportedModelError
+from qlora_kit.engines.saved_adapter import (
+    find_carried,
+    read_weights,
+    refuse_misplaced,
+    resize_vocabulary,
+)
+from qlora_kit.engines.saved_adapter_config import changes_base, read_lora_config
+from qlora_kit.errors import ConfigError, QloraKitError, UnsupportedModelError
 from qlora_kit.handles import AdaptedModel, LoadedModel
 from qlora_kit.messages import Setting
 
@@ -51,7 +58,7 @@ def make_adapted(loaded: LoadedModel, model: Any, config: AdapterConfig) -> Adap
 
 
 def attach_saved_adapter(loaded: LoadedModel, folder: Path, *, is_trainable: bool) -> AdaptedModel:
-    """Attach an adapter that peft saved, all of it.
+    """Attach an adapter that peft saved, all of it, to a base of its vocabulary.
 
     Raises:
         UnsupportedModelError: When it does not fit the base, or lacks tensors.
@@ -59,24 +66,41 @@ def attach_saved_adapter(loaded: LoadedModel, folder: Path, *, is_trainable: boo
     from peft import PeftModel
     from safetensors import SafetensorError
 
+    start: Any = None
     try:
+        config = read_lora_config(loaded, folder, is_trainable=is_trainable)
+        start = config.init_lora_weights
+        weights = read_weights(folder, loaded.model)
+        resize_vocabulary(loaded.model, weights, config, folder)
         with warnings.catch_warnings():
             # peft would go on with random weights for what is missing.
             warnings.filterwarnings("error", message=".*missing adapter keys")
-            # peft drops it, and _read_adapter_config puts it back.
-            warnings.filterwarnings("ignore", message="`loftq_config` specified")
             model = PeftModel.from_pretrained(
-                loaded.model, str(folder), is_trainable=is_trainable, local_files_only=True
+                loaded.model,
+                str(folder),
+                config=config,
+                is_trainable=is_trainable,
+                local_files_only=True,
             )
+        refuse_misplaced(model, weights, folder, loaded.base.name_or_path)
+    except QloraKitError:
+        raise
     except (
         ValueError, TypeError, KeyError, RuntimeError, UserWarning, SafetensorError, OSError,
-        AttributeError, IndexError, ArithmeticError, EOFError, pickle.UnpicklingError,
+        AttributeError, IndexError, ArithmeticError, EOFError, pickle.UnpicklingError, ImportError,
     ) as error:  # fmt: skip
+        if changes_base(start) or start == "loftq":
+            raise UnsupportedModelError(
+                f"The adapter in {folder} was started by {start!r}, which changed the base's "
+                f"weights, and peft cannot repeat that here: {error} Save the adapter again with "
+                "path_initial_model_for_weight_conversion, which makes a plain one of it."
+            ) from error
         raise UnsupportedModelError(
             f"The adapter in {folder} does not fit {loaded.base.name_or_path}, or is damaged: "
             f"{error}"
         ) from error
-    return make_adapted(loaded, model, _read_adapter_config(model, folder))
+    adapted = make_adapted(loaded, model, _read_adapter_config(model, folder))
+    return dataclasses.replace(adapted, carried_tensors=find_carried(model, weights))
 
 
 #: The parts of an adapter's configuration that peft has too, under the same names.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.boundaries import describe_cause
 from qlora_kit.engines.tokenizer_file import match_with_file
@@ -34,8 +34,15 @@ _MOST_IDS_PER_TOKEN: Final = 10
 _MOST_IDS_FREE: Final = 1_000_000
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    folder: Path, *, trust_remote_code: bool = False, model_config: Any = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder; padding on the right, with a token of its own if there is one.
+
+    Args:
+        folder: Where it lies.
+        trust_remote_code: Run Python code that the folder ships.
+        model_config: The model's configuration, where the folder is not the model's.
 
     Raises:
         ModelNotFoundError: When the folder has no tokenizer that can be loaded.
@@ -46,7 +53,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     _check_ids(folder / "tokenizer.json")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=trust_remote_code
+            str(folder),
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            **({} if model_config is None else {"config": model_config}),
         )
     # The tokenizers library raises bare Exceptions, and transformers what its files make it do.
     except Exception as error:
@@ -55,6 +65,13 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
             f"({describe_cause(error).rstrip('.')}). Copy tokenizer.json and "
             "tokenizer_config.json of the model into it."
         ) from error
+    names = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+    # Some classes make an empty tokenizer where there is no file.
+    if not trust_remote_code and not any((folder / name).is_file() for name in names):
+        raise ModelNotFoundError(
+            f"{folder} has no tokenizer: there is none of {', '.join(sorted(names))}. Copy "
+            "tokenizer.json and tokenizer_config.json of the model into it."
+        )
     if not trust_remote_code or type(tokenizer).__module__.startswith("transformers."):
         tokenizer = match_with_file(tokenizer, folder)
     tokenizer.padding_side = "right"

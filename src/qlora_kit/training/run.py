@@ -283,7 +283,8 @@ def _make_trainer(model: AdaptedModel, job: TrainJob) -> Trainer:
 def _released_afterwards(model: AdaptedModel) -> Iterator[list[Trainer]]:
     """Leave the model as it was found, but for what it learned, however training ends."""
     module = model.model
-    was_training, use_cache = module.training, module.config.use_cache
+    settings = module.config.get_text_config()
+    was_training, use_cache = module.training, getattr(settings, "use_cache", True)
     had_checkpointing = is_checkpointing(module)
     embeddings = module.get_input_embeddings()
     hooks_before = set(embeddings._forward_hooks)
@@ -298,7 +299,7 @@ def _released_afterwards(model: AdaptedModel) -> Iterator[list[Trainer]]:
         # TRL and transformers both ask for input gradients; only one of the hooks is kept track of.
         for key in set(embeddings._forward_hooks) - hooks_before:
             del embeddings._forward_hooks[key]
-        module.config.use_cache = use_cache
+        settings.use_cache = use_cache
         module.train(was_training)
 
 

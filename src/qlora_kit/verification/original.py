@@ -14,6 +14,8 @@ from typing import Any
 from qlora_kit.handles import LoadedModel
 from qlora_kit.results import Check
 from qlora_kit.verification.checks import LogitsDistance, measure_logits_distance, read_logits
+from qlora_kit.weights.adapter import read_adapter_state
+from qlora_kit.weights.live import get_hf_model
 
 __all__ = ["attach_live_adapters", "check_against_original"]
 
@@ -62,11 +64,15 @@ def attach_live_adapters(model: LoadedModel, original: Any) -> Any:
     Returns:
         The base with every active adapter, in eval mode; the base itself if there is none.
     """
-    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import PeftModel, set_peft_model_state_dict
 
     live = model.model
     if not isinstance(live, PeftModel):
         return original
+    rows = get_hf_model(live).get_input_embeddings().weight.shape[0]
+    if original.get_input_embeddings().weight.shape[0] != rows:
+        # The adapter brings what they hold.
+        original.resize_token_embeddings(rows, mean_resizing=False)
     names = list(live.active_adapters)
     reference: Any = None
     for name in names:
@@ -78,10 +84,7 @@ def attach_live_adapters(model: LoadedModel, original: Any) -> Any:
             reference = PeftModel(original, config, adapter_name=name)
         else:
             reference.add_adapter(name, config)
-        weights = {
-            key: value.cpu()
-            for key, value in get_peft_model_state_dict(live, adapter_name=name).items()
-        }
+        weights = {key: value.cpu() for key, value in read_adapter_state(model, name).items()}
         set_peft_model_state_dict(reference, weights, adapter_name=name)
     reference.base_model.set_adapter(names)
     return reference.eval()

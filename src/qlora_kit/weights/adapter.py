@@ -21,7 +21,13 @@ from qlora_kit.weights.source import SafetensorsSource
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CHANGES_BASE", "AdapterTensors", "find_active_adapter"]
+__all__ = [
+    "CHANGES_BASE",
+    "AdapterTensors",
+    "find_active_adapter",
+    "is_vocabulary_resized",
+    "read_adapter_state",
+]
 
 #: Initializations that take their starting point out of the base weights.
 CHANGES_BASE: Final = ("pissa", "olora", "corda", "lora_ga")
@@ -56,6 +62,43 @@ def find_active_adapter(model: LoadedModel, *, instead: str) -> tuple[AdaptedMod
     return model, active[0]
 
 
+def read_adapter_state(model: LoadedModel, adapter: str) -> dict[str, torch.Tensor]:
+    """Everything that belongs to an adapter, under the names that peft saves it by.
+
+    The base's own tensors are among it where they differ from the base on disk: those that came
+    with a saved adapter, and the embeddings of a vocabulary that was resized.
+
+    Args:
+        model: The model with the adapter on it.
+        adapter: Its name in memory.
+    """
+    from peft import get_peft_model_state_dict
+
+    # Said outright, because peft's "auto" asks the hub whether the base has a config.
+    state: dict[str, torch.Tensor] = get_peft_model_state_dict(
+        model.model, adapter_name=adapter, save_embedding_layers=is_vocabulary_resized(model)
+    )
+    carried = set(getattr(model, "carried_tensors", ())) - set(state)
+    if carried:
+        whole = model.model.state_dict()
+        state |= {name: whole[name] for name in sorted(carried)}
+    return state
+
+
+def is_vocabulary_resized(model: LoadedModel) -> bool:
+    """Whether the model in memory has another number of token embeddings than its files."""
+    hf_model = get_hf_model(model.model)
+    embedding = hf_model.get_input_embeddings()
+    name = next((name for name, module in hf_model.named_modules() if module is embedding), None)
+    try:
+        with SafetensorsSource(model.base.path) as files:
+            if f"{name}.weight" not in files.names():
+                return False
+            return files.shape(f"{name}.weight")[0] != int(embedding.weight.shape[0])
+    except (FileNotFoundError, UnsupportedModelError):
+        return False
+
+
 class AdapterTensors:
     """The active adapter of a model, under the names in ``adapter_model.safetensors``.
 
@@ -71,19 +114,12 @@ class AdapterTensors:
     """
 
     def __init__(self, model: LoadedModel) -> None:
-        from peft import get_peft_model_state_dict
-
         self.model, self.adapter = find_active_adapter(
             model, instead="Format 'merged_16bit' writes the model itself."
         )
         self.config = model.model.peft_config[self.adapter]
         self._live = collect_live_tensors(model.model)
-        # Explicit, because peft's "auto" asks the hub whether the base has a config.
-        self._tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(
-            model.model,
-            adapter_name=self.adapter,
-            save_embedding_layers=self._is_vocabulary_resized(),
-        )
+        self._tensors = read_adapter_state(self.model, self.adapter)
         self._layers = (
             {
                 name: live
@@ -170,22 +206,3 @@ class AdapterTensors:
             )
         root = (s[:rank] / scale).sqrt()
         return root[:, None] * v[:, :rank].T, -u[:, :rank] * root
-
-    def _is_vocabulary_resized(self) -> bool:
-        hf_model = get_hf_model(self.model.model)
-        embedding = hf_model.get_input_embeddings()
-        name = next((n for n, t in self._live.items() if _owner(embedding) is t.module), None)
-        try:
-            with SafetensorsSource(self.model.base.path) as files:
-                if name not in files.names():
-                    return False
-                return files.shape(str(name))[0] != self._live[str(name)].shape[0]
-        except (FileNotFoundError, UnsupportedModelError):
-            return False
-
-
-def _owner(module: Any) -> Any:
-    """The module under peft's wrappers."""
-    while hasattr(module, "base_layer"):
-        module = module.base_layer
-    return module

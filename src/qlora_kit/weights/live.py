@@ -71,9 +71,24 @@ class LiveTensor:
         return bool(self.adapters) or self.is_replaced
 
     @property
+    def is_turned(self) -> bool:
+        """Whether it is in memory the other way round than in its checkpoint.
+
+        transformers turns the weights of ``Conv1D`` layers before it quantizes them.
+        """
+        from transformers.pytorch_utils import Conv1D
+
+        origin = getattr(self.module, "source_cls", object)
+        return self.key == "weight" and self.is_quantized and issubclass(origin, Conv1D)
+
+    @property
     def is_transposed(self) -> bool:
         """Whether rows are inputs: embeddings, and the ``Conv1D`` layers of GPT-2."""
-        return bool(self.layer.lora_embedding_A) or getattr(self.layer, "fan_in_fan_out", False)
+        return (
+            self.is_turned
+            or bool(self.layer.lora_embedding_A)
+            or getattr(self.layer, "fan_in_fan_out", False)
+        )
 
     @property
     def is_dora(self) -> bool:
@@ -90,9 +105,10 @@ class LiveTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape when it is not packed."""
+        """Its shape in the checkpoint: neither packed nor turned."""
         state = getattr(self.tensor, "quant_state", None)
-        return tuple(self.tensor.shape if state is None else state.shape)
+        shape = tuple(self.tensor.shape if state is None else state.shape)
+        return shape[::-1] if self.is_turned else shape
 
     @property
     def identity(self) -> tuple[int, int | None]:

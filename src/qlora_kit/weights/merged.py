@@ -214,7 +214,8 @@ class MergedWeights:
         if not live.is_quantized:
             return live.tensor
         if self.base == "dequantized":
-            return dequantize(live.module, live.key)
+            weight = dequantize(live.module, live.key)
+            return weight.T if live.is_turned else weight
         return self._original.load(live.name).to(live.tensor.device)
 
     def _match_with_files(self, live: dict[str, LiveTensor], files: SafetensorsSource) -> None:

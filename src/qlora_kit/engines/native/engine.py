@@ -56,7 +56,7 @@ class NativeEngine:
                 device_map={"": opened.device} if config.device_map is None else config.device_map,
                 local_files_only=True,
                 trust_remote_code=config.trust_remote_code,
-                attn_implementation="sdpa",
+                attn_implementation=_choose_attention(opened.model_config),
             )
         refuse_missing_tensors(folder, loading["missing_keys"])
         if opened.quantization in ("nf4", "fp4"):
@@ -107,7 +107,7 @@ class NativeEngine:
                     "loftq_bits": 4,
                     **(config.loftq_config or {}),
                 }
-        model.config.use_cache = True
+        model.config.get_text_config().use_cache = True
         return make_adapted(loaded, model, config)
 
     def attach_saved(
@@ -160,6 +160,15 @@ class NativeEngine:
             model.model, config, seed=seed, most_tokens=most_tokens, at_once=at_once
         ) as session:
             yield session
+
+
+def _choose_attention(model_config: Any) -> str | None:
+    """SDPA where the architecture has it, else what transformers falls back to."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
+    kind = kind[0] if isinstance(kind, tuple) else kind
+    return "sdpa" if getattr(kind, "_supports_sdpa", True) else None
 
 
 def _make_lora_config(config: AdapterConfig, *, use_loftq: bool) -> Any:

@@ -23,7 +23,7 @@ from qlora_kit.hookspecs import ExportEstimate, ExportRequest
 from qlora_kit.messages import Setting
 from qlora_kit.results import Check, Verification
 from qlora_kit.verification.levels import compare_by_level
-from qlora_kit.weights.adapter import CHANGES_BASE, find_active_adapter
+from qlora_kit.weights.adapter import CHANGES_BASE, find_active_adapter, is_vocabulary_resized
 from qlora_kit.weights.live import check_adapters
 from qlora_kit.weights.source import SafetensorsSource
 
@@ -224,6 +224,7 @@ def _peft_config(request: ExportRequest) -> tuple[str, Any]:
         "DoRA": config.use_dora,
         "trained biases": config.bias != "none" or getattr(config, "lora_bias", False),
         "modules_to_save": bool(config.modules_to_save),
+        "embeddings of its own": (bool(model.carried_tensors) or is_vocabulary_resized(model)),
         "tokens trained alone": bool(getattr(config, "trainable_token_indices", None)),
         f"an adapter started by {' and '.join(started)}, which fits changed base weights only": (
             bool(started) or bool(model.adapter.loftq_config)
