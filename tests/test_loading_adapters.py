@@ -26,7 +26,7 @@ ROWS = 385
 def plain(tiny_llama, tmp_path_factory):
     """What plain peft saves."""
     folder = tmp_path_factory.mktemp("peft") / "adapter"
-    make_peft(tiny_llama).save_pretrained(folder)
+    make_peft(tiny_llama, target_modules=["q_proj", "v_proj", "down_proj"]).save_pretrained(folder)
     return folder
 
 
@@ -186,7 +186,9 @@ def test_the_base_is_the_one_that_was_named_last(adapted16, tiny_llama, tmp_path
         tmp_path / "adapter", tmp_path / "edited", base_model_name_or_path=str(other)
     )
     assert load(edited).base.path == other
-    assert load(edited, base=third).base.path == third
+    moved = load(edited, base=third)
+    assert moved.base.path == third
+    assert moved.model.peft_config["default"].base_model_name_or_path == str(third)
     shutil.rmtree(other)
     with pytest.raises(ModelNotFoundError, match=r"other, which is not there.*base=\.\.\."):
         load(edited)

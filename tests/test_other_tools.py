@@ -19,7 +19,6 @@ from qlora_kit.errors import UnsupportedModelError
 REFUSED = {
     ("axolotl", "gguf-lora"): "modules_to_save",
     ("llama-factory", "gguf-lora"): "DoRA, embeddings of its own",
-    ("trl, token added", "gguf-lora"): "modules_to_save, .*tokens trained alone",
 }
 
 #: The cells that every run of the suite takes; the others take a minute together.

@@ -62,6 +62,10 @@ def read_lora_config(loaded: LoadedModel, folder: Path, *, is_trainable: bool) -
         for name, value in values.items()
         if value is not None or name not in defaults or defaults[name].default is None
     }
+    # What is saved from here on belongs to the base that it is on.
+    values["base_model_name_or_path"] = (
+        str(loaded.base.path) if loaded.base.source == "gguf" else loaded.base.name_or_path
+    )
     start = values.get("init_lora_weights", True)
     if changes_base(start):
         _refuse_quantized(loaded, folder, start)
