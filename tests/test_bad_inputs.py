@@ -24,13 +24,13 @@ def _attack(*arguments):
 
 
 def _find_unnamed(found):
-    return [case for case in found if case[3] in ("raw", "hung", "died")]
+    return [case for case in found if case[3] in ("raw", "hung", "died", "fat")]
 
 
 def test_a_sample_of_bad_inputs_is_refused_by_name():
     found = _attack()
     assert _find_unnamed(found) == []
-    assert sum(case[3] == "named" for case in found) > 50
+    assert sum(case[3] == "named" for case in found) > 30
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from qlora_kit import attach_lora, load_quantized
 from qlora_kit.cli import INTERRUPTED, main
 from qlora_kit.cli.flags import CALLS, SETTERS, SWITCHES, VALUED, FlagFormatter, FlagWriter
 from qlora_kit.cli.parser import list_commands, make_parser
-from qlora_kit.cli.values import read_columns
+from qlora_kit.cli.values import read_columns, read_settings, split_names
 from qlora_kit.errors import ConfigError
 from qlora_kit.messages import UNSET, Call, Setting
 
@@ -384,3 +384,24 @@ def test_the_settings_that_can_be_named_are_those_there_are(folder, capsys):
     """What --set takes is asked of the libraries that define it."""
     assert main(["train", "M", "rows.json", "--set", "truncation_mode=keep_end"]) == 1
     assert "Use --truncation end" in capsys.readouterr().err
+
+
+def test_commas_alone_name_no_format():
+    assert split_names("") == []
+    assert split_names("lora, gguf,") == ["lora", "gguf"]
+    with pytest.raises(ConfigError, match="',, ' names nothing"):
+        split_names(",, ")
+
+
+def test_settings_that_cannot_be_read_are_named_and_not_echoed():
+    for pair in ("=token=Geheim77", "Geheim77", "--Geheim77"):
+        with pytest.raises(ConfigError, match=r"--set takes NAME=VALUE, and number 2") as caught:
+            read_settings(["max_steps=3", pair])
+        assert "Geheim77" not in str(caught.value)
+    with pytest.raises(ConfigError, match="--set token: it has an argument of its own") as caught:
+        read_settings(["token=Geheim77"], "token")
+    assert "Geheim77" not in str(caught.value)
+    with pytest.raises(ConfigError, match="--set seed: A number has too many digits"):
+        read_settings(["seed=" + "9" * 5000])
+    with pytest.raises(ConfigError, match="--set x: JSON is nested too deeply"):
+        read_settings(["x=" + "[" * 100_000])

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -20,6 +21,7 @@ from qlora_kit import (
     get_exporter,
     hookimpl,
     plugins,
+    private_folders,
 )
 from qlora_kit.artifacts import staging
 from qlora_kit.errors import (
@@ -61,17 +63,23 @@ def test_arguments_are_checked_first(adapted, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_filled_destination_needs_overwrite_and_is_then_replaced_whole(adapted, tmp_path):
+def test_a_filled_destination_needs_overwrite_and_only_an_export_is_replaced(adapted, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     export_model(adapted, "lora", out, verify=False)
-    (out / "notes.txt").write_text("mine")
+    (out / ".DS_Store").write_text("")
     with pytest.raises(DestinationExistsError, match=r"already holds 9 files.*overwrite=True"):
         export_model(adapted, "lora", out, verify=False)
-    assert (out / "notes.txt").read_text() == "mine"
     export_model(adapted, "lora", out, verify=False, overwrite=True)
-    assert not (out / "notes.txt").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not (out / ".DS_Store").exists()
+    (out / "notes.txt").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "qlora_kit_manifest.json").write_text('{"kind": "training", "files": []}')
+    for folder, name in ((out, "notes.txt"), (tmp_path, "out"), (out.parent / "run", "qlora_kit")):
+        with pytest.raises(DestinationExistsError, match=f"no export put there: {name}"):
+            export_model(adapted, "lora", folder, verify=False, overwrite=True)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
 
 
 def test_a_place_that_is_lost_meanwhile_fails_one_format(adapted, tmp_path, monkeypatch):
@@ -124,8 +132,11 @@ def test_a_destination_filled_meanwhile_is_not_overwritten(adapted, tmp_path, mo
         return write(self, request, folder)
 
     monkeypatch.setattr(Lora, "write", fill)
-    with pytest.raises(DestinationExistsError, match="by something else during the export"):
-        export_model(adapted, "lora", tmp_path / "out", verify=False)
+    for overwrite in (False, True):
+        with pytest.raises(DestinationExistsError, match="by something else during the export"):
+            export_model(adapted, "lora", tmp_path / "out", verify=False, overwrite=overwrite)
+        assert [p.name for p in (tmp_path / "out").iterdir()] == ["theirs"]
+        shutil.rmtree(tmp_path / "out") if not overwrite else None
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["theirs"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -133,9 +144,10 @@ def test_a_destination_filled_meanwhile_is_not_overwritten(adapted, tmp_path, mo
 def test_without_atomic_exchange_the_old_folder_is_moved_aside(adapted, tmp_path, monkeypatch):
     monkeypatch.setattr(staging, "_exchange", lambda first, second: False)
     export_model(adapted, "lora", tmp_path / "out", verify=False)
-    (tmp_path / "out" / "old").write_text("")
+    manifest = tmp_path / "out" / "qlora_kit_manifest.json"
+    before = json.loads(manifest.read_text())["files"]
     export_model(adapted, "lora", tmp_path / "out", verify=False, overwrite=True)
-    assert not (tmp_path / "out" / "old").exists()
+    assert json.loads(manifest.read_text())["files"] == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     # As a run leaves it that died between its two renames.
     (tmp_path / "out").rename(tmp_path / ".out.qlora_kit-0a0b0c0d.previous")
@@ -159,7 +171,7 @@ def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_kept(adapted,
     assert not living.folder.exists()
 
 
-@pytest.mark.skipif(staging.fcntl is None, reason="needs flock")
+@pytest.mark.skipif(private_folders.fcntl is None, reason="needs flock")
 def test_a_folder_that_another_run_is_about_to_remove_is_not_written_into(tmp_path, monkeypatch):
     mkdir = Path.mkdir
     other = []
@@ -168,13 +180,13 @@ def test_a_folder_that_another_run_is_about_to_remove_is_not_written_into(tmp_pa
         mkdir(path, *args, **kwargs)
         if path.name.endswith(".partial") and not other:
             other.append(os.open(path, os.O_RDONLY))
-            staging.fcntl.flock(other[0], staging.fcntl.LOCK_EX)
+            private_folders.fcntl.flock(other[0], private_folders.fcntl.LOCK_EX)
             other.append(path)
 
     monkeypatch.setattr(Path, "mkdir", mkdir_and_be_seen)
     with staging.stage_folder(tmp_path / "out") as staged:
         assert staged.folder != other[1]
-        assert not staging._is_abandoned(staged.folder)
+        assert not private_folders.is_abandoned(staged.folder)
     os.close(other[0])
 
 
@@ -208,6 +220,21 @@ def test_killed_at_any_moment_the_destination_is_absent_old_or_whole(tmp_path):
     assert report["most_leftovers"] == 1
     assert report["rest"] == ["merged"]
     assert report["last"] == "bfloat16"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_what_killed_pushes_and_dequantizings_left_is_removed_by_the_next_one(tmp_path):
+    script = Path(__file__).parent / "helpers" / "leftovers.py"
+    result = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), "20"],
+        capture_output=True, text=True, timeout=600, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    for found in json.loads(result.stdout.splitlines()[-1]).values():
+        assert found["left_something"] >= 3
+        assert found["left_in_the_end"] == []
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(adapted, tmp_path, monkeypatch):

@@ -55,12 +55,14 @@ def test_overwriting_never_removes_the_gguf_file_a_base_was_read_from(adapted, t
     assert file.read_bytes() == b"GGUF"
 
 
-def test_a_path_that_cannot_be_a_folder_is_told_first(adapted, tmp_path):
+def test_a_path_that_cannot_be_a_folder_is_told_first(adapted, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"file is a file, so .*out cannot be a folder"):
         export_model(adapted, "lora", tmp_path / "file" / "deep" / "out")
-    for name in ("x" * 300, "x\0y"):
-        with pytest.raises(ConfigError, match="cannot be written"):
+    monkeypatch.setattr(Lora, "check", refuse_to_run)
+    names = ("x" * 300, "x" * 255, "x" * 228, "x\0y", "/".join(["x" * 99] * 50), "/proc/out/x")
+    for name in names:
+        with pytest.raises(ConfigError, match=r"cannot be written|may not write"):
             export_model(adapted, "lora", tmp_path / name)
     for overwrite in (False, True):
         with pytest.raises(ConfigError, match="root of a file system"):
@@ -118,14 +120,30 @@ def test_what_a_dead_run_had_moved_is_brought_back_before_any_work(
     adapted, tmp_path, monkeypatch, overwrite
 ):
     previous = tmp_path / ".out.qlora_kit-11111111.previous"
-    previous.mkdir()
-    (previous / "model.safetensors").write_bytes(b"mine")
+    export_model(adapted, "lora", tmp_path / "out", verify=False)
+    files = len(list((tmp_path / "out").iterdir()))
+    (tmp_path / "out").rename(previous)
     if overwrite:
         export_model(adapted, "lora", tmp_path / "out", overwrite=True, verify=False)
         assert (tmp_path / "out" / "adapter_config.json").is_file()
     else:
         monkeypatch.setattr(Lora, "check", refuse_to_run)
-        with pytest.raises(DestinationExistsError, match="already holds 1 files"):
+        with pytest.raises(DestinationExistsError, match=f"already holds {files} files"):
             export_model(adapted, "lora", tmp_path / "out")
-        assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"mine"
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_folders_and_links_that_only_look_like_a_dead_run_s_block_nothing(adapted, tmp_path):
+    planted = tmp_path / ".out.qlora_kit-11111111.previous"
+    planted.mkdir()
+    (planted / "notes.txt").write_text("mine")
+    (tmp_path / "elsewhere").mkdir()
+    links = [tmp_path / f".out.qlora_kit-2222222{n}.{kind}"
+             for n, kind in enumerate(("previous", "partial"))]  # fmt: skip
+    for link in links:
+        link.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / ".out.qlora_kit-33333333.previous").write_text("a file")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    export_model(adapted, "lora", tmp_path / "out", verify=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, "out"])
+    assert (planted / "notes.txt").read_text() == "mine"

@@ -7,6 +7,7 @@ what it tells its user. The cause stays chained, and a bug of this library stays
 from __future__ import annotations
 
 import contextlib
+import re
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
@@ -15,9 +16,19 @@ from typing import Final
 
 from qlora_kit.errors import QloraKitError
 
-__all__ = ["describe_cause", "is_foreign", "translate_errors"]
+__all__ = [
+    "describe_cause",
+    "hide_secrets",
+    "is_foreign",
+    "is_out_of_memory",
+    "shown_cause",
+    "translate_errors",
+]
 
 _PACKAGE: Final = __name__.partition(".")[0]
+_OUT_OF_MEMORY: Final = (
+    "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+)  # fmt: skip
 _LIBRARIES: Final = tuple(
     {str(Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "purelib", "platlib")}
 )
@@ -36,7 +47,7 @@ def translate_errors(make_error: Callable[[Exception], QloraKitError]) -> Iterat
     except Exception as error:
         if not is_foreign(error):
             raise
-        raise make_error(error) from error
+        raise make_error(error) from shown_cause(error)
 
 
 def is_foreign(error: BaseException) -> bool:
@@ -45,7 +56,7 @@ def is_foreign(error: BaseException) -> bool:
     Code that is neither a library's nor this package's is its user's, such as a callback that
     the trainer calls: what that raises is not translated.
     """
-    if isinstance(error, OSError | MemoryError | RecursionError):
+    if isinstance(error, OSError | RecursionError) or is_out_of_memory(error):
         return True
     frames = list(traceback.walk_tb(error.__traceback__))
     names = [frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in frames]
@@ -67,11 +78,45 @@ def describe_cause(error: BaseException, *, limit: int = 300) -> str:
         error: What was raised.
         limit: Most characters of it.
     """
-    text = " ".join(str(error).split())
+    text = hide_secrets(" ".join(str(error).split()))
     if not text or isinstance(error, KeyError | AttributeError | TypeError | IndexError):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     text = text if len(text) <= limit else text[: limit - 3] + "..."
     return text if text.endswith((".", "!", "?")) else text + "."
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or this machine, had no memory left."""
+    # A CPU's allocator and cuBLAS raise plain RuntimeErrors.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (
+            isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+        )
+    )
+
+
+def hide_secrets(text: str) -> str:
+    """A text without hub tokens, and without the credentials that an address may hold."""
+    text = re.sub(r"(?<=://)[^/\s@'\"]+@", "(credentials)@", text)
+    text = re.sub(
+        r"\b(token|password|secret|[\w-]*signature|[\w-]*credential)=[^\s&'\"]+",
+        r"\1=(hidden)",
+        text,
+        flags=re.IGNORECASE,
+    )
+    return re.sub(r"\bhf_[A-Za-z0-9]{8,}", "(token)", text)
+
+
+def shown_cause(error: Exception) -> Exception | None:
+    """An exception to raise another one from, unless a traceback of it would show a secret."""
+    link: BaseException | None = error
+    while link is not None:
+        if hide_secrets(str(link)) != str(link):
+            return None
+        link = link.__cause__ or link.__context__
+    return error
 
 
 def _is_library(file: str) -> bool:

@@ -19,6 +19,7 @@ from qlora_kit.artifacts.provenance import (
     restore_adapter_config,
     restore_formatter,
 )
+from qlora_kit.boundaries import describe_cause, shown_cause
 from qlora_kit.config import LoadConfig
 from qlora_kit.engines.adapter_tokenizer import adopt_tokenizer, check_vocabulary
 from qlora_kit.engines.contract import check_handle
@@ -286,7 +287,9 @@ def _find(name: str, config: LoadConfig) -> Path:
                     ".",
                 ),
             ) from error
-        raise ModelNotFoundError(f"{name!r} could not be downloaded: {error}") from error
+        raise ModelNotFoundError(
+            f"{name!r} could not be downloaded: {describe_cause(error)}"
+        ) from shown_cause(error)
 
 
 def _check_checkpoint(folder: Path) -> None:

@@ -62,8 +62,11 @@ def write_manifest(folder: Path, kind: str, content: Mapping[str, Any]) -> Path:
     }
     partial = path.with_suffix(f".{os.getpid()}.partial")
     text = json.dumps(to_jsonable(manifest), indent=2, ensure_ascii=False, allow_nan=False)
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "get_cache_folder",
     "looks_like_hub_name",
     "suggest_existing",
+    "trial_folder",
 ]
 
 #: Where files that are made once and kept go, instead of ``~/.cache/qlora_kit``.
@@ -34,6 +36,31 @@ def get_cache_folder(chosen: str | None = None) -> Path:
         return Path(chosen).expanduser()
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "qlora_kit"
+
+
+@contextlib.contextmanager
+def trial_folder(folder: Path) -> Iterator[Path]:
+    """A folder, made with its parents where it is missing; what was made is removed afterwards.
+
+    Args:
+        folder: The folder to try out.
+
+    Raises:
+        OSError: Where it cannot be made.
+    """
+    made = []
+    for part in (folder, *folder.parents):
+        if part.exists():
+            break
+        made.append(part)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+    finally:
+        for part in made:
+            # Unless another process uses it meanwhile.
+            with contextlib.suppress(OSError):
+                part.rmdir()
 
 
 def looks_like_hub_name(name: str, file_suffixes: Collection[str] = ()) -> bool:

@@ -4,8 +4,10 @@ import hashlib
 import json
 import logging
 import os
+import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from qlora_kit.errors import (
     VerificationError,
 )
 from qlora_kit.exporters.hub import session as hub_session
+from qlora_kit.exporters.hub.exporter import Hub
 
 
 @pytest.fixture
@@ -317,6 +320,35 @@ def test_the_token_appears_nowhere(adapted, hub, caplog, capfd, tmp_path, monkey
     with pytest.raises(ConfigError, match="token must be str or None, got a bytes") as caught:
         export_model(adapted, "hub", repo_id="me/model", token=GOOD_TOKEN.encode())
     assert GOOD_TOKEN not in shown(caught.value)
+
+
+def test_what_a_killed_push_left_is_removed_by_the_next_one(push, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left = tmp_path / ".export.qlora_kit-0a1b2c3d.partial"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"a whole model")
+    seen = []
+    write = Hub.write
+
+    def watch(self, request, folder):
+        seen.append((folder.parent, stat.S_IMODE(folder.stat().st_mode), left.exists()))
+        return write(self, request, folder)
+
+    monkeypatch.setattr(Hub, "write", watch)
+    push(format="lora")
+    # Nobody else on the machine may read a private model.
+    assert seen == [(tmp_path, 0o700, False)]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    ["http://me:Geheim77@hub.local", "https://hub.local/?token=Geheim77", "me:Geheim77@hub.local"],
+)
+def test_credentials_in_an_endpoint_are_refused_and_not_shown(adapted, hub, endpoint, caplog):
+    with pytest.raises(ConfigError, match="endpoint") as caught, caplog.at_level(logging.DEBUG):
+        export_model(adapted, "hub", repo_id="me/x", token=GOOD_TOKEN, endpoint=endpoint)
+    assert "Geheim77" not in shown(caught.value) + caplog.text
 
 
 def test_what_fails_its_verification_is_not_pushed(push, hub, monkeypatch):

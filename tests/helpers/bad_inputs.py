@@ -1,12 +1,16 @@
 """Bad inputs for every boundary, each tried in a fork with a time limit.
 
-    python tests/helpers/bad_inputs.py [--all] [--json]
+    python tests/helpers/bad_inputs.py [--all] [--json] [BOUNDARY ...]
 
-Says how many were refused by name, raised something raw, hung or were accepted.
+Says how many were refused by name, raised something raw, hung, took much memory or were accepted.
 """
 
+import contextlib
 import json
 import os
+import resource
+import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -14,137 +18,250 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import bad_values as bad
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SECONDS = 25
-NAN, HUGE = float("nan"), 10**400
-
-LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-TEMPLATES = ["{{ 1/0 }}", LOOPS, "{{", "{{ messages[99].content }}", "{{ range(10**9) }}",
-             "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{{ messages.nope.nope }}",
-             "{{ 'a'.encode().nope() }}"]  # fmt: skip
-CONFIG = {
-    "hidden_size": [0, -1, "x", [], 1.5], "num_hidden_layers": [10**6, "x", -1],
-    "num_attention_heads": [0, "x", 3], "vocab_size": ["x", -1, 10**9], "hidden_act": ["nope", 3],
-    "model_type": ["nope", 5, []], "rope_parameters": ["x"], "head_dim": ["x"],
-    "torch_dtype": ["nope"], "dtype": ["nope"], "quantization_config": ["x", [1]],
-    "eos_token_id": ["x"], "layer_types": [["x"]],
-}  # fmt: skip
-FILES = {
-    "config.json": ["", "[]", "{", "\0\1", "[" * 5000, "{}"],
-    "generation_config.json": ["{", "[]", '{"temperature": "x"}', '{"eos_token_id": "x"}'],
-    "tokenizer.json": ["", "{", "[]", "{}", '{"model": 5}'],
-    "tokenizer_config.json": ["{", "[]", '{"tokenizer_class": 5}', '{"eos_token": 5}',
-                              '{"added_tokens_decoder": "x"}'],
-    "model.safetensors": ["", "x" * 100, "\xff" * 64],
-    "model.safetensors.index.json": ["[]", '{"weight_map": []}', '{"weight_map": {"a": 5}}'],
-}  # fmt: skip
-ATTACH = {
-    "r": [0, -1, 1.5, "x", None, NAN, HUGE], "target_modules": ["", "x", [], [5], 5, None],
-    "lora_alpha": [float("inf"), NAN, "x", 0, -1, None, HUGE], "lora_dropout": [-0.1, 1, "x", NAN],
-    "bias": [5, "x", []], "use_gradient_checkpointing": ["x", 5], "random_state": [-1, 2**64, "x"],
-    "use_rslora": ["x", 1, None], "use_dora": ["x"], "modules_to_save": ["x", [5], 5],
-    "init_lora_weights": ["x", 5, None, [], "pissa_niter_99999"],
-    "loftq_config": [5, "x", {"loftq_bits": 3}, {"x": 1}],
-    "layers_to_transform": [[], "x", [99], -1, 1.5],
-    "rank_pattern": ["x", {"q_proj": 0}, {"q_proj": "x"}, {5: 4}],
-    "alpha_pattern": [{"q_proj": float("inf")}, "x"],
-}  # fmt: skip
-LOAD = {
-    "max_seq_length": [True, 0, -1, "x", NAN], "dtype": ["x", 5, []], "load_in_4bit": ["x", 1],
-    "engine": ["x", 5, []], "is_trainable": ["x"], "token": [5], "revision": [5, ""],
-    "cache_dir": ["\0", 5], "trust_remote_code": ["x", 1], "base": [5, "x", "\0", []],
-}  # fmt: skip
-NAMES = ["/dev/null", "~nouser/x", "\0", "", " ", "a/b/c", "x" * 5000, 5, None, b"x"]
-SAMPLING = {
-    "max_new_tokens": [0, "x", None, NAN], "temperature": ["x", NAN, 0, HUGE], "top_p": [2, "x"],
-    "top_k": [-1, 1.5], "seed": [-1, "x", 2**64], "stop": [5, [""]], "repetition_penalty": [NAN],
-    "typical_p": [NAN, "x"], "eos_token_id": ["x", [None]], "bad_words_ids": ["x", [5]],
-    "suppress_tokens": ["x"], "forced_eos_token_id": ["x"], "no_repeat_ngram_size": ["x"],
-    "prompt": ["x" * 10**6, 5, [], [-1], [{"role": 5}]],
-}  # fmt: skip
-VALUES = {"x": "x", "-1": -1, "nan": NAN, "list": [[]], "object": object(), "huge": HUGE}
+#: Beside the laboratory itself: a refusal needs next to nothing.
+MOST_GIB = 2.0
+ROWS = [{"instruction": f"Say {n}.", "input": "", "output": f"It is {n}."} for n in range(6)]
+#: What the sample of the suite always has: each of these once took minutes or gigabytes.
+HANGS = (10**6, 10**9, bad.LOOPS, "pissa_niter_99999", "x" * 10**6)
 
 
-def list_cases(*, every):
-    """``(boundary, what, value)``; without ``every`` a fourth of them, and each kind of hang."""
-    cases = [("config", name, value) for name, values in CONFIG.items() for value in values]
-    cases += [("file", name, text) for name, texts in FILES.items() for text in texts]
-    cases += [("tokenizer", "id", 10**9)]
-    cases += [("attach", name, value) for name, values in ATTACH.items() for value in values]
-    cases += [("load", name, value) for name, values in LOAD.items() for value in values]
-    cases += [("load", "model_name", name) for name in NAMES]
-    cases += [("generate", name, value) for name, values in SAMPLING.items() for value in values]
-    cases += [("template", "chat_template", text) for text in TEMPLATES]
-    cases += [("template", "generate_stream", text) for text in TEMPLATES[:3]]
+def list_cases(*, every, only=()):
+    """``(boundary, what, value)``; without ``every`` some of each boundary, and the hangs."""
     import dataclasses
 
     from trl import SFTConfig
 
-    kinds = {field.name for field in dataclasses.fields(SFTConfig)} - {"output_dir", "max_length"}
-    cases += [("train", name, value) for name in sorted(kinds) for value in ("object", "huge")]
-    cases += [("train", name, value) for name in ("bf16", "seed", "adam_beta1", "torch_compile",
-              "warmup_steps", "save_total_limit", "torch_compile_mode", "lr_scheduler_kwargs",
-              "max_grad_norm", "report_to", "optim", "loss_type")
-              for value in ("x", "-1", "nan", "list")]  # fmt: skip
+    def spread(boundary, table):
+        return [(boundary, name, value) for name, values in table.items() for value in values]
+
+    cases = [
+        *spread("config", bad.CONFIG), *spread("file", bad.FILES), ("tokenizer", "id", 10**9),
+        *spread("adapter", bad.ADAPTER), *spread("adapter-file", bad.ADAPTER_FILES),
+        *spread("resume", bad.RESUME), *spread("asked-resume", {"path": bad.ASKED_RESUMES}),
+        *spread("gguf", {"file": bad.GGUF}), *spread("data", bad.DATA), ("data", "bomb", 2**31),
+        *spread("rows", {"train_dataset": bad.ROWS}), *spread("load", bad.LOAD),
+        *spread("load", {"model_name": bad.NAMES}), *spread("attach", bad.ATTACH),
+        *spread("generate", bad.SAMPLING), *spread("export", bad.EXPORT), *spread("run", bad.RUNS),
+        *spread("template", {"chat_template": bad.TEMPLATES}),
+        *spread("template", {"generate_stream": bad.TEMPLATES}),
+        *spread("cli", {"command": bad.COMMANDS}),
+    ]  # fmt: skip
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        cases += [("damage", name, kind) for kind in bad.make_damages(12)]
+    fields = {field.name for field in dataclasses.fields(SFTConfig)}
+    cases += [("train", name, kind) for name in sorted(fields - {"output_dir", "max_length"})
+              for kind in ("object", "huge", "nan", "list", "dict")]  # fmt: skip
+    cases += [("train", name, kind) for name in ("bf16", "seed", "adam_beta1", "torch_compile",
+              "warmup_steps", "save_total_limit", "torch_compile_mode", "max_grad_norm", "optim",
+              "report_to", "loss_type") for kind in ("x", "-1")]  # fmt: skip
+    if only:
+        cases = [case for case in cases if case[0] in only]
     if every:
         return cases
-    hangs = [case for case in cases if case[2] in (10**6, LOOPS, 10**9, "pissa_niter_99999")]
-    return hangs + [case for place, case in enumerate(cases) if place % 4 == 0]
+    # Runs, commands and files of a whole model cost a second each, a refused argument next to none.
+    seen: Counter = Counter()
+    sample = []
+    for case in cases:
+        seen[case[0]] += 1
+        step = 40 if case[0] in ("train", "generate", "attach", "load") else 60
+        if seen[case[0]] % step == 1 or any(case[2] is hang or case[2] == hang for hang in HANGS):
+            sample.append(case)
+    return sample
 
 
 class Laboratory:
-    """A tiny model in memory and on disk, made before the forks."""
+    """A tiny model in memory and on disk, an adapter and a run's checkpoint, made before forks."""
 
     def __init__(self, folder):
         from checkpoints import make_checkpoint
-        from qlora_kit import attach_lora, load_quantized
+        from qlora_kit import attach_lora, export_model, load_quantized, train_sft
 
         self.folder, self.base = folder, make_checkpoint(folder / "base", "llama")
-        self.loaded = load_quantized(self.base, 64, "float32", False, engine="native")
-        other = load_quantized(self.base, 64, "float32", False, engine="native")
-        self.adapted = attach_lora(other, r=2)
+        self.loaded = self.load(self.base)
+        self.adapted = attach_lora(self.load(self.base), r=2)
+        self.run = {"max_steps": 2, "save_steps": 1, "output_dir": folder / "run",
+                    "disable_tqdm": True, "plan": {"compile": False}}  # fmt: skip
+        train_sft(
+            attach_lora(load_quantized(self.base, 64, "float32", False), r=2), ROWS, **self.run
+        )
+        export_model(self.adapted, "lora", folder / "adapter", verify=False)
+        (folder / "rows.json").write_text(json.dumps(ROWS))
+
+    @staticmethod
+    def load(path):
+        from qlora_kit import load_quantized
+
+        return load_quantized(path, 64, "float32", False, engine="native")
 
     def try_case(self, boundary, what, value):
         """Do it; whatever is raised is the finding."""
-        import shutil
+        place = Path(tempfile.mkdtemp(dir=self.folder))
+        getattr(self, f"_try_{boundary.replace('-', '_')}")(place, what, value)
 
-        from qlora_kit import ChatFormatter, attach_lora, generate_stream, load_quantized
+    def _open(self, folder):
+        from qlora_kit import generate_stream
+
+        list(generate_stream(self.load(folder), "a", max_new_tokens=2))
+
+    def _copy(self, source, place):
+        return Path(shutil.copytree(source, place / "copy"))
+
+    def _try_config(self, place, what, value):
+        copy = self._copy(self.base, place)
+        config = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps({**config, what: value}))
+        self._open(copy)
+
+    def _try_file(self, place, what, value):
+        copy = self._copy(self.base, place)
+        (copy / what).write_text(value, encoding="latin-1")
+        if what == "pytorch_model.bin":
+            (copy / "model.safetensors").unlink()
+        self._open(copy)
+
+    def _try_damage(self, place, what, value):
+        copy = self._copy(self.base, place)
+        (copy / what).write_bytes(bad.damage((copy / what).read_bytes(), *value))
+        self._open(copy)
+
+    def _try_tokenizer(self, place, what, value):
+        copy = self._copy(self.base, place)
+        content = json.loads((copy / "tokenizer.json").read_text())
+        content["model"]["vocab"]["zzz"] = value
+        (copy / "tokenizer.json").write_text(json.dumps(content))
+        self._open(copy)
+
+    def _try_adapter(self, place, what, value):
+        copy = self._copy(self.folder / "adapter", place)
+        config = json.loads((copy / "adapter_config.json").read_text())
+        (copy / "adapter_config.json").write_text(json.dumps({**config, what: value}))
+        if what == "base_model_name_or_path":
+            (copy / "qlora_kit_manifest.json").unlink()
+        self._open(copy)
+
+    def _try_adapter_file(self, place, what, value):
+        copy = self._copy(self.folder / "adapter", place)
+        (copy / what).write_text(value, encoding="latin-1")
+        self._open(copy)
+
+    def _train(self, rows, **settings):
+        from qlora_kit import train_sft
+
+        train_sft(self.adapted, rows, **{**self.run, **settings})
+
+    def _try_resume(self, place, what, value):
+        """Of the last checkpoint, and of the only one: the second must be refused."""
+        copy = self._copy(self.folder / "run", place)
+        shutil.rmtree(copy / "checkpoint-1")
+        file = copy / "checkpoint-2" / what
+        file.unlink() if value is None else file.write_text(value, encoding="latin-1")
+        self._train(ROWS, output_dir=copy, max_steps=3, resume_from_checkpoint=True)
+
+    def _try_asked_resume(self, place, what, value):
+        self._train(ROWS, output_dir=place, resume_from_checkpoint=value)
+
+    def _try_gguf(self, place, what, value):
+        from qlora_kit import load_quantized
+
+        (place / "x.gguf").write_text(value, encoding="latin-1")
+        load_quantized(place / "x.gguf", 64, "float32", False, cache_dir=place)
+
+    def _try_data(self, place, what, value):
+        path = place / what
+        if what == "bomb":
+            import pyarrow as pa
+            import pyarrow.parquet
+
+            path, value = place / "rows.parquet", None
+            column = pa.chunked_array([pa.array(["x" * 2**16] * 128)] * 256)
+            pyarrow.parquet.write_table(pa.table({"instruction": column, "output": column}), path,
+                                        compression="zstd")  # fmt: skip
+        elif what.startswith("saved/"):
+            from datasets import Dataset
+
+            Dataset.from_list(ROWS).save_to_disk(place / "saved")
+            path.unlink() if value is None else path.write_text(value, encoding="latin-1")
+            path = place / "saved"
+        else:
+            path.write_text(value, encoding="latin-1")
+        self._train(path, max_steps=1)
+
+    def _try_rows(self, place, what, value):
+        self._train(value, max_steps=1)
+
+    def _try_load(self, place, what, value):
+        from qlora_kit import load_quantized
+
+        given = {"model_name": self.base, "load_in_4bit": False, "engine": "native"}
+        load_quantized(**{**given, what: value})
+
+    def _try_attach(self, place, what, value):
+        from qlora_kit import attach_lora
+
+        attach_lora(self.loaded, **{what: value})
+
+    def _try_generate(self, place, what, value):
+        from qlora_kit import generate_stream
+
+        given = {"prompt": "a", "max_new_tokens": 2, what: value}
+        list(generate_stream(self.adapted, given.pop("prompt"), **given))
+
+    def _try_template(self, place, what, value):
+        from qlora_kit import ChatFormatter, generate_stream
+
+        if what == "chat_template":
+            ChatFormatter(self.adapted.tokenizer, chat_template=value).prompt("a")
+            return
+        self.adapted.tokenizer.chat_template = value
+        list(generate_stream(self.adapted, [{"role": "user", "content": "a"}], max_new_tokens=2))
+
+    def _try_export(self, place, what, value):
+        from qlora_kit import export_model
+
+        given = {"format": "merged_16bit", "path": place / "out", what: value}
+        if what == "quantization":
+            given["format"] = "gguf"
+        export_model(self.adapted, given.pop("format"), given.pop("path"), **given)
+
+    def _try_run(self, place, what, value):
+        settings = {"output_dir": place, "max_steps": 1, what: value}
+        if what == "num_train_epochs":
+            del settings["max_steps"]
+        self._train(ROWS, **settings)
+
+    def _try_train(self, place, what, value):
         from qlora_kit.training import check_training
 
-        if boundary in ("config", "file", "tokenizer"):
-            copy = Path(tempfile.mkdtemp(dir=self.folder)) / "model"
-            shutil.copytree(self.base, copy)
-            if boundary == "config":
-                config = json.loads((copy / "config.json").read_text())
-                (copy / "config.json").write_text(json.dumps({**config, what: value}))
-            elif boundary == "tokenizer":
-                content = json.loads((copy / "tokenizer.json").read_text())
-                content["model"]["vocab"]["zzz"] = value
-                (copy / "tokenizer.json").write_text(json.dumps(content))
-            else:
-                (copy / what).write_text(value, encoding="latin-1")
-            model = load_quantized(copy, 64, "float32", False, engine="native")
-            list(generate_stream(model, "a", max_new_tokens=2))
-        elif boundary == "load":
-            given = {"model_name": self.base, "load_in_4bit": False, "engine": "native"}
-            load_quantized(**{**given, what: value})
-        elif boundary == "attach":
-            attach_lora(self.loaded, **{what: value})
-        elif boundary == "generate":
-            given = {"prompt": "a", "max_new_tokens": 2, what: value}
-            list(generate_stream(self.adapted, given.pop("prompt"), **given))
-        elif what == "generate_stream":
-            self.adapted.tokenizer.chat_template = value
-            list(generate_stream(self.adapted, [{"role": "user", "content": "a"}]))
-        elif boundary == "template":
-            ChatFormatter(self.adapted.tokenizer, chat_template=value).prompt("a")
-        else:
-            check_training(output_dir=self.folder / "out", **{what: VALUES[value]})
+        check_training(output_dir=place, **{what: bad.ANY[value]})
+
+    def _try_cli(self, place, what, value):
+        from qlora_kit.cli import main
+
+        (place / "BAD.jinja").write_text("{{ 1/0 }}")
+        meant = {"MODEL": str(self.base), "ROWS": str(self.folder / "rows.json"), "OUT": str(place),
+                 "HUGE": "9" * 5000, "DEEP": "[" * 99999, "BIG": "x" * 100_000,
+                 "BAD.jinja": str(place / "BAD.jinja")}  # fmt: skip
+        words = shlex.split(value)
+        for name, one in meant.items():
+            words = [word.replace(name, one) if len(name) > 3 or word == name else word
+                     for word in words]  # fmt: skip
+        common = ["--no-4bit"] + (["--set", "max_steps=1"] if words[0] == "train" else [])
+        status = 2
+        with contextlib.suppress(SystemExit):
+            status = main([*words[:1], *words[1:], *common])
+        if status:
+            from qlora_kit.errors import QloraKitError
+
+            raise QloraKitError("the command line said why")
 
 
 def judge(laboratory, case, seconds=SECONDS):
-    """``named``, ``raw``, ``hung``, ``died`` or ``accepted``, and what was said."""
+    """``named``, ``raw``, ``hung``, ``died``, ``fat`` or ``accepted``, and what was said."""
     from qlora_kit.errors import QloraKitError
 
     reader, writer = os.pipe()
@@ -153,6 +270,10 @@ def judge(laboratory, case, seconds=SECONDS):
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
+        before = _used_gib()
+        # Whatever takes more fails in its fork, and not on the machine.
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + 6 * 2**30, -1))
         try:
             laboratory.try_case(*case)
             found = ("accepted", "")
@@ -160,6 +281,8 @@ def judge(laboratory, case, seconds=SECONDS):
             found = ("named", f"{type(error).__name__}: {error}")
         except BaseException as error:
             found = ("raw", f"{type(error).__name__}: {error}")
+        if _used_gib() - before > MOST_GIB:
+            found = ("fat", f"{found[0]}, {_used_gib() - before:.1f} GiB: {found[1]}")
         os.write(writer, json.dumps([found[0], found[1][:1000]]).encode())
         os._exit(0)
     os.close(writer)
@@ -176,22 +299,31 @@ def judge(laboratory, case, seconds=SECONDS):
     return ["hung", f"over {seconds} s"]
 
 
+def _used_gib():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def main(arguments):
     import torch
 
     torch.set_num_threads(1)
+    only = [word for word in arguments if not word.startswith("-")]
     with tempfile.TemporaryDirectory() as folder:
         laboratory = Laboratory(Path(folder))
-        found = [(case, *judge(laboratory, case)) for case in
-                 list_cases(every="--all" in arguments)]  # fmt: skip
+        found = []
+        for case in list_cases(every="--all" in arguments, only=only):
+            begun = time.monotonic()
+            verdict, text = judge(laboratory, case)
+            found.append([case[0], case[1], repr(case[2])[:80], verdict, text,
+                          round(time.monotonic() - begun, 1)])  # fmt: skip
+            if verdict != "named" and "--json" not in arguments:
+                print(verdict, *found[-1][:3], text[:300], f"{found[-1][5]} s", flush=True)
     if "--json" in arguments:
-        print(json.dumps([[c[0], c[1], repr(c[2])[:80], verdict, text]
-                          for c, verdict, text in found]))  # fmt: skip
+        print(json.dumps(found))
         return
-    for case, verdict, text in found:
-        if verdict != "named":
-            print(verdict, case[0], case[1], repr(case[2])[:60], text[:200])
-    print(dict(Counter(verdict for _, verdict, _ in found)))
+    slow = [case for case in found if case[5] > 5 and case[3] == "named"]
+    print("slow:", [case[:3] + case[5:] for case in slow])
+    print(dict(Counter(case[3] for case in found)))
 
 
 if __name__ == "__main__":

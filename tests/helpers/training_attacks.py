@@ -115,9 +115,7 @@ def kill_and_resume(base: Path, folder: Path, seconds: float) -> dict:
     return {"seconds": seconds, "checkpoints": whole, "again": again}
 
 
-def signal_and_resume(
-    base: Path, folder: Path, name: str, delays: list[float], *, resumes: bool = True
-) -> dict:
+def signal_and_resume(base: Path, folder: Path, name: str, delays: list[float]) -> dict:
     """A run with the default of no checkpoint at all, signalled as often as there are delays."""
     never = {"save_strategy": "no"}
     started = start(lambda: train(base, folder, pause=0.02, **never))
@@ -127,20 +125,20 @@ def signal_and_resume(
         with contextlib.suppress(ProcessLookupError):
             os.kill(started[0], getattr(signal, name))
     first = finish(started)
-    again = None
-    if resumes:
-        again = finish(start(lambda: train(base, folder, resume_from_checkpoint=True, **never)))
+    again = finish(start(lambda: train(base, folder, resume_from_checkpoint=True, **never)))
     return {"signal": name, "delays": delays, "first": first, "again": again}
 
 
 def train_twice(base: Path, folder: Path) -> dict:
+    """A second run beside one that lives, and one that goes on once the first was killed."""
     first = start(lambda: train(base, folder, pause=0.5))
-    wait_for_step(folder, 1)
+    wait_for_step(folder, 3)
     second = finish(start(lambda: train(base, folder)))
     os.kill(first[0], signal.SIGKILL)
     finish(first)
-    third = finish(start(lambda: train(base, folder, resume_from_checkpoint="auto")))
-    return {"second": second, "after_the_first_was_killed": third}
+    whole = sorted(path.name for path in folder.glob("checkpoint-*"))
+    again = finish(start(lambda: train(base, folder, resume_from_checkpoint="auto")))
+    return {"second": second, "checkpoints": whole, "again": again}
 
 
 def main(base: Path, folder: Path, kills: int, signals: int) -> None:
@@ -149,11 +147,12 @@ def main(base: Path, folder: Path, kills: int, signals: int) -> None:
     import peft
     import torch
     import torch._dynamo
-    import trl
+    import transformers.models.llama.modeling_llama as llama
+    from trl import SFTConfig, SFTTrainer
 
     from qlora_kit import attach_lora, load_quantized, train_sft
 
-    _ = (peft, trl, attach_lora, load_quantized, train_sft)
+    _ = (peft, llama, SFTConfig, SFTTrainer, attach_lora, load_quantized, train_sft)
     torch.set_num_threads(1)
     rng = random.Random(0)
     begun = time.monotonic()
@@ -164,17 +163,16 @@ def main(base: Path, folder: Path, kills: int, signals: int) -> None:
         kill_and_resume(base, folder / f"killed-{n}", rng.uniform(0.3 * took, took))
         for n in range(kills)
     ]
+    # SIGTERM first: the one that a scheduler sends.
     found["signalled"] = [
-        signal_and_resume(
-            base, folder / f"signalled-{n}", SIGNALS[n % 4], [0.0], resumes=signals > 1 or n == 1
-        )
-        for n in range(max(signals, len(SIGNALS)))
+        signal_and_resume(base, folder / f"signalled-{n}", SIGNALS[(n + 1) % 4], [0.0])
+        for n in range(signals)
     ]
     found["signalled_again"] = [
         signal_and_resume(
             base, folder / f"again-{n}", SIGNALS[n % 2], [0.0, rng.uniform(0, 0.05), 0.002]
         )
-        for n in range(signals)
+        for n in range(signals // 2)
     ]
     found["twice"] = train_twice(base, folder / "twice")
     print(json.dumps(found))

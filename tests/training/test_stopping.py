@@ -2,11 +2,13 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from transformers import TrainerControl
 
 from qlora_kit.errors import TrainingError
 from qlora_kit.training.output_lock import LOCK_NAME, hold_folder
@@ -27,37 +29,25 @@ def _attack(base, folder, kills, signals):
 
 def _check(found):
     weights = found["reference"]["did"]["weights"]
-    for one in found["killed"]:
+    for one in [*found["killed"], found["twice"]]:
         went_on = one["again"]["did"]
         assert went_on == "was over" or went_on["weights"] == weights, one
     for one in [*found["signalled"], *found["signalled_again"]]:
-        first = one["first"]["did"]
+        first, went_on = one["first"]["did"], one["again"]["did"]
         assert first["was_interrupted"], one
         assert 2 <= first["steps"] < 8, one
-        if one["again"] is None:
-            continue
-        went_on = one["again"]["did"]
         assert went_on["weights"] == weights, one
         assert went_on["run"] == first["run"], one
-
-
-@pytest.fixture(scope="module")
-def found(tiny_llama, tmp_path_factory):
-    return _attack(tiny_llama, tmp_path_factory.mktemp("attacks"), kills=1, signals=1)
-
-
-def test_killed_and_signalled_trainings_go_on_to_the_same_weights(found):
-    assert {one["signal"] for one in found["signalled"]} == {
-        "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1",
-    }  # fmt: skip
-    _check(found)
-
-
-def test_a_second_training_in_the_folder_is_refused_while_the_first_lives(found):
     second = found["twice"]["second"]
     assert second["error"] == "TrainingError"
     assert "is in use: process" in second["said"]
-    assert found["twice"]["after_the_first_was_killed"]["did"]["steps"] == 8
+    assert "checkpoint-2" in found["twice"]["checkpoints"]
+
+
+def test_killed_and_signalled_trainings_go_on_and_a_second_one_is_refused(tiny_llama, tmp_path):
+    found = _attack(tiny_llama, tmp_path, kills=0, signals=1)
+    assert [one["signal"] for one in found["signalled"]] == ["SIGTERM"]
+    _check(found)
 
 
 @pytest.mark.slow
@@ -66,6 +56,31 @@ def test_many_kills_and_signals_go_on_to_the_same_weights(tiny_llama, tmp_path):
     _check(found)
     cut = [one for one in found["killed"] if one["again"]["did"] != "was over"]
     assert len(cut) >= 10
+    assert {one["signal"] for one in found["signalled"]} == {
+        "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_a_signal_asks_for_the_end_and_a_second_one_insists(name, caplog):
+    from qlora_kit.training.interrupts import InterruptCallback
+
+    number, control = getattr(signal, name), TrainerControl()
+    before = signal.getsignal(number)
+    interrupts = InterruptCallback()
+    with interrupts.listening(), interrupts.training():
+        signal.raise_signal(number)
+        assert interrupts.was_requested
+        interrupts.on_step_end(None, None, control)
+        assert control.should_save
+        assert control.should_training_stop
+        with interrupts.holding():
+            signal.raise_signal(number)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    assert signal.getsignal(number) == before
+    assert "finishing this step and saving a checkpoint" in caplog.text
+    assert "what is being saved or updated is finished first" in caplog.text
 
 
 def test_a_folder_is_held_once_in_a_process_and_left_as_it_was(tmp_path):

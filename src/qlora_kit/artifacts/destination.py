@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+from typing import Final
 
+from qlora_kit.artifacts.files import list_foreign
 from qlora_kit.artifacts.staging import clean_leftovers
 from qlora_kit.errors import ConfigError, DestinationExistsError, QloraKitError
 from qlora_kit.messages import Setting
+from qlora_kit.paths import trial_folder
+from qlora_kit.private_folders import ADDED_BYTES, locked_folder
 
 __all__ = ["check_destination", "resolve_destination"]
+
+#: As long as the names of an export's files get.
+_LONG_NAME: Final = "model-00001-of-00100.safetensors.index.json"
 
 
 def resolve_destination(path: str | os.PathLike[str]) -> Path:
@@ -49,6 +57,13 @@ def check_destination(destination: Path, *, overwrite: bool, protected: tuple[Pa
     except QloraKitError:  # some of which are OSErrors too
         raise
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            length = len(os.fsencode(destination.name))
+            raise ConfigError(
+                f"{_shorten(destination)} cannot be written: that is too long (the last name has "
+                f"{length} bytes, the path {len(os.fsencode(destination))}; while it is written "
+                f"the name has {ADDED_BYTES} more). Give a shorter path."
+            ) from error
         raise ConfigError(
             f"{destination} cannot be written: {error}. Give the path of a folder of your own."
         ) from error
@@ -80,6 +95,7 @@ def _check_destination(destination: Path, *, overwrite: bool, protected: tuple[P
             "Give the path of a folder inside it."
         )
     if not destination.exists() or not any(destination.iterdir()):
+        _try_out(destination)
         return
     if not overwrite:
         inside = sorted(entry.name for entry in destination.iterdir())
@@ -102,6 +118,30 @@ def _check_destination(destination: Path, *, overwrite: bool, protected: tuple[P
                 parameter="overwrite",
                 value=True,
             )
+    if foreign := list_foreign(destination):
+        raise DestinationExistsError(
+            f"{destination} holds what no export put there: {', '.join(foreign[:3])}"
+            f"{', ...' if len(foreign) > 3 else ''}. ",
+            Setting("overwrite", True, "export_model"),
+            " replaces exports only.",
+            advice="Give another path, or take that away.",
+        )
+    _try_out(destination)
+
+
+def _shorten(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= 200 else f"{text[:100]}...{text[-97:]}"
+
+
+def _try_out(destination: Path) -> None:
+    """See that a folder beside it can be made and written into, as it will be.
+
+    Only the system knows: what a name may hold, how long it and a path may be, and whether a
+    place such as /proc takes files.
+    """
+    with trial_folder(destination.parent) as parent, locked_folder(parent, destination.name) as one:
+        (one / _LONG_NAME).touch()
 
 
 def _find_working_folder() -> Path | None:

@@ -9,13 +9,24 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
-from qlora_kit.errors import UnsupportedModelError
+from qlora_kit.boundaries import describe_cause
+from qlora_kit.errors import ModelNotFoundError, UnsupportedModelError
+from qlora_kit.manifest import MANIFEST_NAME, read_manifest
 from qlora_kit.results import ArtifactFile
 
-__all__ = ["describe_file", "find_damaged_file", "hash_file", "list_files", "read_json_object"]
+__all__ = [
+    "describe_file",
+    "find_damaged_file",
+    "hash_file",
+    "list_files",
+    "list_foreign",
+    "read_json_object",
+]
 
 _CHUNK: Final = 4 * 1024 * 1024
 _THREADS: Final = 4
+#: What file managers leave wherever they look.
+_DROPPINGS: Final = (".DS_Store", "Thumbs.db", "desktop.ini")
 
 
 def list_files(folder: Path, known_sha256: Mapping[str, str] | None = None) -> list[ArtifactFile]:
@@ -29,6 +40,25 @@ def list_files(folder: Path, known_sha256: Mapping[str, str] | None = None) -> l
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(lambda path: describe_file(path, folder, known), paths))
+
+
+def list_foreign(folder: Path) -> list[str]:
+    """Names in a folder that no export put there; of one that is no export, whatever is in it."""
+    try:
+        manifest = read_manifest(folder)
+        is_export = manifest["kind"] == "artifact"
+        own = {MANIFEST_NAME, *(entry["name"] for entry in manifest["files"])}
+    except (OSError, ValueError, LookupError, TypeError):
+        is_export, own = False, set()
+    if not is_export:
+        return sorted(entry.name for entry in folder.iterdir())
+    return sorted(
+        name
+        for path in folder.rglob("*")
+        if (name := path.relative_to(folder).as_posix()) not in own
+        and path.name not in _DROPPINGS
+        and (path.is_symlink() or not path.is_dir())
+    )
 
 
 def describe_file(
@@ -53,10 +83,13 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """What a JSON file of a model says.
 
     Raises:
+        ModelNotFoundError: When it cannot be read.
         UnsupportedModelError: When it is no JSON, or no object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelNotFoundError(f"{path} cannot be read: {describe_cause(error)}") from error
     except (ValueError, RecursionError) as error:
         raise UnsupportedModelError(
             f"{path} is damaged: it is not JSON ({error}). Download it again."
@@ -86,5 +119,5 @@ def find_damaged_file(folder: Path, files: Iterable[Any]) -> str | None:
         except FileNotFoundError:
             return f"{path} is damaged: it is gone"
         except (OSError, ValueError) as error:
-            return f"{path} is damaged: {error}"
+            return f"{path} cannot be read: {error}"
     return None

@@ -11,29 +11,29 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import importlib
 import logging
 import os
-import secrets
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+from qlora_kit.artifacts.files import list_foreign
 from qlora_kit.errors import DestinationExistsError, ExportError
 from qlora_kit.messages import Setting
+from qlora_kit.private_folders import (
+    PARTIAL,
+    PREVIOUS,
+    find_left,
+    is_abandoned,
+    locked_folder,
+    remove_abandoned,
+)
 
 __all__ = ["StagedFolder", "clean_leftovers", "stage_folder"]
 
 logger = logging.getLogger(__name__)
-
-#: Windows has none; see _is_abandoned.
-fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
-
-_MARK: Final = ".qlora_kit-"
-_PARTIAL: Final = ".partial"
-_PREVIOUS: Final = ".previous"
 
 # From linux/fcntl.h and linux/fs.h.
 _AT_FDCWD: Final = -100
@@ -64,6 +64,11 @@ class StagedFolder:
         flush_tree(self.folder)
         parent = self.destination.parent
         if self._overwrite and self.destination.exists():
+            if foreign := list_foreign(self.destination):
+                raise DestinationExistsError(
+                    f"{self.destination} was filled by something else during the export: "
+                    f"{', '.join(foreign[:3])}. Give another path, or take that away."
+                )
             _replace(self.folder, self.destination)
         else:
             try:
@@ -96,33 +101,27 @@ def stage_folder(destination: Path, *, overwrite: bool = False) -> Iterator[Stag
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     clean_leftovers(destination)
-    folder, lock = _make_locked_folder(destination)
-    staged = StagedFolder(folder, destination, overwrite=overwrite)
-    try:
-        yield staged
-    finally:
-        # After an exchange this name holds the folder that was replaced.
-        shutil.rmtree(folder, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+    # After an exchange this name holds the folder that was replaced, and is removed all the same.
+    with locked_folder(destination.parent, destination.name) as folder:
+        yield StagedFolder(folder, destination, overwrite=overwrite)
 
 
 def clean_leftovers(destination: Path) -> None:
-    """Remove what dead runs left beside a destination; bring back a folder they had moved."""
-    prefix = f".{destination.name}{_MARK}"
-    for entry in sorted(destination.parent.glob(f"{_escape(prefix)}*")):
-        if entry.name.endswith(_PREVIOUS) and entry.is_dir():
-            partner = entry.with_name(entry.name.removesuffix(_PREVIOUS) + _PARTIAL)
-            if partner.is_dir() and not _is_abandoned(partner):
-                continue
-            if destination.exists():
-                shutil.rmtree(entry, ignore_errors=True)
-            else:
-                logger.warning("Bringing back %s, which a run that died had moved.", destination)
-                os.rename(entry, destination)
-        elif entry.name.endswith(_PARTIAL) and entry.is_dir() and _is_abandoned(entry):
-            logger.info("Removing %s, left by a run that died.", entry)
-            shutil.rmtree(entry, ignore_errors=True)
+    """Remove what dead runs left beside a destination; bring back an export they had moved."""
+    parent, name = destination.parent, destination.name
+    for moved in find_left(parent, name, PREVIOUS):
+        partner = moved.with_name(moved.name.removesuffix(PREVIOUS) + PARTIAL)
+        if partner.is_dir() and not is_abandoned(partner):
+            continue
+        # What a run moves aside is an export, or empty. Anything else is somebody's, and stays.
+        if list_foreign(moved):
+            logger.warning("%s is no export, whatever its name says; it is left alone.", moved)
+        elif destination.exists():
+            shutil.rmtree(moved, ignore_errors=True)
+        else:
+            logger.warning("Bringing back %s, which a run that died had moved.", destination)
+            os.rename(moved, destination)
+    remove_abandoned(parent, name)
 
 
 def flush_tree(folder: Path) -> None:
@@ -150,7 +149,7 @@ def _flush_folder(folder: Path) -> None:
 def _replace(folder: Path, destination: Path) -> None:
     if _exchange(folder, destination):
         return
-    previous = folder.with_name(folder.name.removesuffix(_PARTIAL) + _PREVIOUS)
+    previous = folder.with_name(folder.name.removesuffix(PARTIAL) + PREVIOUS)
     os.rename(destination, previous)
     try:
         os.rename(folder, destination)
@@ -178,49 +177,3 @@ def _exchange(first: Path, second: Path) -> bool:
     raise ExportError(
         f"{second} could not be replaced: {os.strerror(number)}. It is as it was before."
     ) from OSError(number, os.strerror(number), str(second))
-
-
-def _make_locked_folder(destination: Path) -> tuple[Path, int | None]:
-    """A new staging folder, and a lock that the system drops when this process dies."""
-    while True:
-        name = f".{destination.name}{_MARK}{secrets.token_hex(4)}{_PARTIAL}"
-        folder = destination.parent / name
-        folder.mkdir()
-        if fcntl is None:
-            return folder, None
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            # Another run takes it for a leftover and is about to remove it.
-            os.close(handle)
-            continue
-        except OSError:
-            # A file system without locks just keeps its leftovers.
-            return folder, handle
-        # Another run may have taken it for a leftover before it was locked.
-        if folder.is_dir():
-            return folder, handle
-        os.close(handle)
-
-
-def _is_abandoned(folder: Path) -> bool:
-    """Whether no live process holds a staging folder's lock; without locks, never."""
-    if fcntl is None:
-        return False
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    finally:
-        os.close(handle)
-    return True
-
-
-def _escape(text: str) -> str:
-    """A name as a glob pattern that matches only itself."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in text)

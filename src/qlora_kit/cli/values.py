@@ -19,11 +19,20 @@ __all__ = [
 
 
 def read_value(text: str) -> Any:
-    """A value as JSON or as Python writes it, or the text itself."""
+    """A value as JSON or as Python writes it, or the text itself.
+
+    Raises:
+        ConfigError: For numbers and JSON beyond what Python reads.
+    """
     try:
         return json.loads(text)
-    except ValueError:
+    except json.JSONDecodeError:
         return {"True": True, "False": False, "None": None}.get(text, text)
+    # Whole numbers of more digits than Python reads.
+    except ValueError as error:
+        raise ConfigError("A number has too many digits to be read.") from error
+    except RecursionError as error:
+        raise ConfigError("JSON is nested too deeply to be read.") from error
 
 
 def read_list(text: str) -> Any:
@@ -45,7 +54,7 @@ def read_mapping(text: str, flag: str) -> dict[str, Any]:
         return value
     pairs = [part.partition("=") for part in split_names(text)]
     if not pairs or any(not name.strip() or not equals for name, equals, _ in pairs):
-        raise ConfigError(f"{flag} takes NAME=VALUE, several by comma, got {text!r}.")
+        raise ConfigError(f"{flag} takes NAME=VALUE, several by comma.")
     return {name.strip(): read_value(value.strip()) for name, _, value in pairs}
 
 
@@ -68,15 +77,21 @@ def read_settings(
         ConfigError: When one is not of the form NAME=VALUE, or its name is taken.
     """
     settings: dict[str, Any] = {}
-    for pair in pairs:
+    for number, pair in enumerate(pairs, 1):
         name, equals, text = pair.partition("=")
         name = name.strip().replace("-", "_")
+        # Not shown itself: what was to be its name may be a token.
         if not equals or not name:
-            raise ConfigError(f"{flag} takes NAME=VALUE, got {pair!r}.")
+            which = f"number {number}" if len(pairs) > 1 else "this one"
+            lacks = "name before its '='" if equals else "'='"
+            raise ConfigError(f"{flag} takes NAME=VALUE, and {which} has no {lacks}.")
         if name in taken:
-            raise ConfigError(f"{flag} {pair}: {name} has an argument of its own, see --help.")
+            raise ConfigError(f"{flag} {name}: it has an argument of its own, see --help.")
         is_list = takes_list is not None and takes_list(name)
-        settings[name] = read_list(text) if is_list else read_value(text)
+        try:
+            settings[name] = read_list(text) if is_list else read_value(text)
+        except ConfigError as error:
+            raise error.after(f"{flag} {name}: ") from error
     return settings
 
 
@@ -98,5 +113,12 @@ def read_columns(pairs: Sequence[str]) -> dict[str, str] | None:
 
 
 def split_names(text: str) -> list[str]:
-    """Names by comma, without the space around them."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+    """Names by comma, without the space around them.
+
+    Raises:
+        ConfigError: When something was given and names nothing.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if text and not names:
+        raise ConfigError(f"{text!r} names nothing. Give names, with commas between them.")
+    return names

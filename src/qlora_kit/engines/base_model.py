@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from qlora_kit.boundaries import describe_cause, translate_errors
+from qlora_kit.boundaries import describe_cause, is_out_of_memory, translate_errors
 from qlora_kit.config import DtypeName, LoadConfig
 from qlora_kit.device import choose_compute_dtype, get_device
 from qlora_kit.engines.peft_model import keep_random_states
@@ -24,7 +24,7 @@ from qlora_kit.engines.quantization import (
     read_stored_quantization,
 )
 from qlora_kit.engines.tokenizer import load_tokenizer
-from qlora_kit.errors import UnsupportedModelError
+from qlora_kit.errors import EngineError, UnsupportedModelError
 from qlora_kit.values import is_whole_number
 from qlora_kit.weights.fingerprint import fingerprint_weights, stamp_files
 
@@ -131,14 +131,17 @@ def open_checkpoint(config: LoadConfig) -> OpenedCheckpoint:
 @contextlib.contextmanager
 def explain_load_errors(folder: Path) -> Iterator[None]:
     """Turn what transformers raises over a checkpoint into an error of ours."""
-    import torch
     from safetensors import SafetensorError
 
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # sizes that differ, quantized tensors that are incomplete
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise EngineError(
+                f"There is not enough memory to load {folder}: {describe_cause(error)} Free some, "
+                "or load in 4 bits."
+            ) from error
+        # Sizes that differ, quantized tensors that are incomplete.
         raise UnsupportedModelError(
             f"transformers cannot load {folder}: {str(error).strip().splitlines()[0]} "
             "Download the model again."

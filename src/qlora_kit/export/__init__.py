@@ -77,7 +77,7 @@ def export_model(
             or a mapping of names to options. (Positional, so that a format may have an option
             of that name.)
         path: The folder to write. It appears complete or not at all.
-        overwrite: Replace an existing folder, all of it.
+        overwrite: Replace an existing export. A folder with anything else in it is refused.
         verify: ``True`` compares what was written with the live model where that is cheap,
             ``"full"`` compares everything, ``False`` nothing.
         progress: Called as ``progress(what, done, total)``.
@@ -93,7 +93,8 @@ def export_model(
             before any of them is written.
         UnsupportedModelError: When something in the model cannot be exported.
         PluginError: When two plugins claim the format, or one returned nonsense.
-        DestinationExistsError: When ``path`` holds files and ``overwrite`` is off.
+        DestinationExistsError: When ``path`` holds files and ``overwrite`` is off, or files that no
+            export put there.
         DiskSpaceError: When the disk is too full; says how much is needed.
         VerificationError: When what was written is not the model in memory. Nothing is left.
         ExportError: When the exporter failed (names its plugin), or training has diverged.

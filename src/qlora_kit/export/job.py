@@ -33,6 +33,7 @@ from qlora_kit.export.request import check_request
 from qlora_kit.handles import LoadedModel
 from qlora_kit.hookspecs import Exporter, ExportEstimate, ExportRequest
 from qlora_kit.manifest import MANIFEST_NAME, describe_model, read_manifest, write_manifest
+from qlora_kit.private_folders import locked_folder, remove_abandoned
 from qlora_kit.results import Artifact, ArtifactFile, Verification
 from qlora_kit.weights.merge_base import find_changed_file
 from qlora_kit.weights.shared_merge import SharedMerge
@@ -47,6 +48,8 @@ Verify = bool | Literal["full"]
 _FULL_DISK: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: Tokenizer, configuration, manifest and file-system blocks, beside what an exporter counts.
 _OVERHEAD_BYTES: Final = 32 * 1024 * 1024
+#: What exports that leave nothing on this disk are called while they are written.
+_TEMPORARY: Final = "export"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,8 +221,14 @@ class ExportJob:
     @contextmanager
     def _folder(self) -> Iterator[tuple[Path, Callable[[], None]]]:
         if self.request.destination is None:
-            with tempfile.TemporaryDirectory(prefix="qlora_kit-") as folder:
-                yield Path(folder), lambda: None
+            parent = Path(tempfile.gettempdir())
+            with ExitStack() as stack:
+                with self._explained_errors("found no place to write to"):
+                    # Left by runs that were killed, whole models would fill the disk.
+                    remove_abandoned(parent, _TEMPORARY)
+                    # Temporary folders are everybody's.
+                    folder = stack.enter_context(locked_folder(parent, _TEMPORARY, 0o700))
+                yield folder, lambda: None
             return
         with ExitStack() as stack:
             with self._explained_errors("found no place to write to"):

@@ -263,7 +263,7 @@ def _encode(model: LoadedModel, prompt: Any) -> list[int]:
             ids = list(
                 tokenizer.apply_chat_template(
                     list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False,
-                    range=LoopBudget().make_range,
+                    range=LoopBudget.of(tokenizer.chat_template).make_range,
                 )
             )  # fmt: skip
         # A template computes whatever it likes.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from qlora_kit.artifacts.files import find_damaged_file
+from qlora_kit.boundaries import describe_cause
 from qlora_kit.manifest import read_manifest
 from qlora_kit.training.identity import RunIdentity, read_identity
 
@@ -43,7 +44,7 @@ class Checkpoint:
         """What it says of itself; empty where it says nothing that can be read."""
         try:
             found: Any = read_manifest(self.path)
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
 
@@ -86,7 +87,9 @@ class Checkpoint:
                 return found
         try:
             self._read_step()
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except OSError as error:
+            return f"{self.path / _STATE} cannot be read: {error}"
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             return f"{self.path / _STATE} is damaged: {error}"
         return None if self.is_proven else _find_unreadable(self.path)
 
@@ -132,6 +135,8 @@ def _find_unreadable(path: Path) -> str | None:
                     torch.load(path / name, map_location="cpu", weights_only=True)
             elif name in ("adapter_config.json", _STATE):
                 dict(json.loads((path / name).read_text(encoding="utf-8")))
+        except (OSError, MemoryError) as error:
+            return f"{path / name} cannot be read: {describe_cause(error)}"
         # torch.load raises whatever the bytes make its parts raise.
         except Exception as error:  # noqa: BLE001
             return f"{path / name} is damaged: {error}"

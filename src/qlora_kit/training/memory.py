@@ -6,13 +6,7 @@ from qlora_kit.engines.base import Trainer
 from qlora_kit.handles import AdaptedModel
 from qlora_kit.messages import Setting
 
-__all__ = ["advise_on_memory", "is_out_of_memory"]
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device, or this machine, had no memory left."""
-    # A CPU's allocator raises a plain RuntimeError.
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+__all__ = ["advise_on_memory"]
 
 
 def advise_on_memory(model: AdaptedModel, trainer: Trainer | None) -> list[str | Setting]:

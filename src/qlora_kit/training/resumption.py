@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from qlora_kit.boundaries import describe_cause
 from qlora_kit.errors import ConfigError, invalid_value
 from qlora_kit.handles import AdaptedModel
 from qlora_kit.manifest import MANIFEST_NAME
@@ -212,7 +213,9 @@ def _check_adapter(path: Path, model: AdaptedModel) -> None:
         return
     try:
         saved = dict(json.loads(config.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{config} cannot be read: {describe_cause(error)}") from error
+    except (ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{config} is damaged: {error}. Use another checkpoint.") from error
     live = model.model.peft_config["default"]
     for name, mine in (

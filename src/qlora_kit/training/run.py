@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING, Any, Final
 from qlora_kit import device as device_module
 from qlora_kit import ranks
 from qlora_kit.artifacts.provenance import write_checkpoint_manifest
-from qlora_kit.boundaries import describe_cause, is_foreign
+from qlora_kit.boundaries import (
+    describe_cause,
+    is_foreign,
+    is_out_of_memory,
+    shown_cause,
+    translate_errors,
+)
 from qlora_kit.engines.base import Trainer, TrainJob
 from qlora_kit.engines.checkpointing import disable_checkpointing, is_checkpointing
 from qlora_kit.engines.contract import make_trainer
@@ -38,7 +44,7 @@ from qlora_kit.training.arguments import DataOptions, Optimizer
 from qlora_kit.training.checkpoint import CHECKPOINT_PREFIX, Checkpoint
 from qlora_kit.training.examples import TrainingData
 from qlora_kit.training.identity import RunIdentity
-from qlora_kit.training.memory import advise_on_memory, is_out_of_memory
+from qlora_kit.training.memory import advise_on_memory
 from qlora_kit.training.resumption import Resumption
 
 if TYPE_CHECKING:
@@ -162,32 +168,10 @@ def _train(model: AdaptedModel, run: Run, interrupts: InterruptCallback) -> tupl
         started = time.perf_counter()
         checkpoint = run.resumption.checkpoint
         try:
-            with interrupts.training():
-                trainer.train(
-                    resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path)
-                )
-        except KeyboardInterrupt:
-            interrupts.was_requested = True
-            # After a hard interrupt, unless no step was done yet.
-            if trainer.save_checkpoint():
-                saves.on_save(trainer.args, trainer.state, trainer.control)
-        except ImportError as error:
-            if isinstance(error, QloraKitError):
-                raise
-            raise MissingDependencyError(f"{_MISSING}: {error}") from error
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise TrainingError(
-                    f"Out of memory: {str(error).splitlines()[0]} The batch was not changed.",
-                    advice=advise_on_memory(model, trainer),
-                ) from error
-            if isinstance(error, QloraKitError) or not is_foreign(error):
-                raise
-            raise _explain_failure(error, trainer, run.folder) from error
-        except Exception as error:
-            if isinstance(error, QloraKitError) or not is_foreign(error):
-                raise
-            raise _explain_failure(error, trainer, run.folder) from error
+            with translate_errors(
+                lambda error: _explain_failure(error, model, trainer, run.folder)
+            ):
+                _take_steps(trainer, interrupts, saves, checkpoint)
         finally:
             line.close()
         seconds = time.perf_counter() - started
@@ -200,9 +184,35 @@ def _train(model: AdaptedModel, run: Run, interrupts: InterruptCallback) -> tupl
     # One run has one result: the main rank saw its checkpoints written.
     result = ranks.share("training", lambda: result)
     if trainer.is_world_process_zero():
-        run.folder.mkdir(parents=True, exist_ok=True)
-        write_manifest(run.folder, "training", _describe_run(model, run, result, predicted))
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            write_manifest(run.folder, "training", _describe_run(model, run, result, predicted))
+        # The model is trained; losing hours of it over a full disk would help nobody.
+        except OSError as error:
+            logger.error(
+                "Training is done, and its manifest could not be written to %s: %s Checkpoints and "
+                "the model in memory are whole; free some of that disk before exporting.",
+                run.folder, describe_cause(error),
+            )  # fmt: skip
     return result, trainer.state.max_steps
+
+
+def _take_steps(
+    trainer: Trainer,
+    interrupts: InterruptCallback,
+    saves: CheckpointKeeper,
+    checkpoint: Checkpoint | None,
+) -> None:
+    try:
+        with interrupts.training():
+            trainer.train(
+                resume_from_checkpoint=None if checkpoint is None else str(checkpoint.path)
+            )
+    except KeyboardInterrupt:
+        interrupts.was_requested = True
+        # After a hard interrupt, unless no step was done yet.
+        if trainer.save_checkpoint():
+            saves.on_save(trainer.args, trainer.state, trainer.control)
 
 
 def _without_limit(job: TrainJob) -> TrainJob:
@@ -229,8 +239,17 @@ def _say_what_was_done(result: TrainResult, total_steps: int) -> None:
         )  # fmt: skip
 
 
-def _explain_failure(error: Exception, trainer: Trainer, folder: Path) -> TrainingError:
+def _explain_failure(
+    error: Exception, model: AdaptedModel, trainer: Trainer, folder: Path
+) -> QloraKitError:
     """What the libraries raised in mid-run, with what is left of the run."""
+    if isinstance(error, ImportError):
+        return MissingDependencyError(f"{_MISSING}: {error}")
+    if is_out_of_memory(error):
+        return TrainingError(
+            f"Out of memory: {_first_line(error)} The batch was not changed.",
+            advice=advise_on_memory(model, trainer),
+        )
     step = trainer.state.global_step
     # torch writes checkpoints through C++, whose error has no number.
     is_full = getattr(error, "errno", None) == errno.ENOSPC or "PytorchStreamWriter" in str(error)
@@ -262,21 +281,27 @@ def _make_trainer(model: AdaptedModel, job: TrainJob) -> Trainer:
         return make_trainer(model.engine, model, job)
     except QloraKitError:
         raise
-    except (RuntimeError, ImportError) as error:
-        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+    except Exception as error:
+        if is_out_of_memory(error):
             raise TrainingError(
-                f"Out of memory: {str(error).splitlines()[0]}",
-                advice=advise_on_memory(model, None),
+                f"Out of memory: {_first_line(error)}", advice=advise_on_memory(model, None)
             ) from error
         if isinstance(error, ImportError) or "to be installed" in str(error):
             raise MissingDependencyError(f"{_MISSING}: {error}") from error
-        raise
-    except ConnectionError as error:
-        raise OfflineError(
-            f"The trainer wants the network, which is off: {error} Drop push_to_hub."
-        ) from error
-    except (ValueError, TypeError, AttributeError, OSError) as error:
-        raise ConfigError(f"The trainer refuses these settings: {error}") from error
+        if isinstance(error, ConnectionError):
+            raise OfflineError(
+                f"The trainer wants the network, which is off: {describe_cause(error)} "
+                "Drop push_to_hub."
+            ) from shown_cause(error)
+        if not is_foreign(error):
+            raise
+        raise ConfigError(
+            f"The trainer refuses these settings: {describe_cause(error)}"
+        ) from shown_cause(error)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager

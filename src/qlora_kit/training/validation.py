@@ -5,8 +5,10 @@ This module refuses; it chooses no defaults.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +16,7 @@ from typing import Any, Final
 from qlora_kit.engines.checkpointing import SPELLINGS
 from qlora_kit.errors import ConfigError, UnknownOptionError, did_you_mean, invalid_value
 from qlora_kit.messages import Call, Setting
+from qlora_kit.paths import trial_folder
 from qlora_kit.training.field_checks import check_fields
 from qlora_kit.values import is_finite_number, is_whole_number
 
@@ -68,6 +71,12 @@ _ELSEWHERE: Final[Mapping[str, str]] = {
     "formatting_func": "Use a formatter: train_sft(..., formatter=...); docs/data.md shows one.",
     "peft_config": "Attach the adapter first: attach_lora(model, r=16).",
 }  # fmt: skip
+
+#: As long as a path in a run's folder gets.
+_LONGEST: Final = f"checkpoint-{10**9}/{'x' * 64}"
+_ATTEMPTS: Final = 3
+#: Characters of a path that are shown.
+_SHOWN: Final = 200
 
 _AT_LEAST_ONE: Final = (
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
@@ -221,22 +230,44 @@ def check_output_folder(output_dir: object) -> Path:
     """
     if not isinstance(output_dir, str | os.PathLike) or not os.fspath(output_dir):
         raise invalid_value("output_dir", "must be the path of a folder", output_dir)
-    folder = Path(output_dir).expanduser()
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
+    try:
+        folder = Path(output_dir).expanduser()
+        _try_out(folder)
+    # RuntimeError: a home that nobody has; ValueError: a zero byte; TypeError: bytes.
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        shown = os.fspath(output_dir)
+        if len(shown) > _SHOWN:
+            shown = f"{shown[:_SHOWN]}... ({len(shown)} characters)"
         raise ConfigError(
-            Setting("output_dir", str(folder), "train_sft"),
-            f": {existing} is a file, not a folder.",
+            Setting("output_dir", shown),
+            f": {_explain(error, shown)}. Give the path of a folder of your own.",
             parameter="output_dir",
-            value=str(folder),
-        )
-    if not os.access(existing, os.W_OK):
-        raise ConfigError(
-            Setting("output_dir", str(folder), "train_sft"),
-            f": {existing} cannot be written to.",
-            parameter="output_dir",
-            value=str(folder),
-        )
+            value=output_dir,
+        ) from error
     return folder
+
+
+def _explain(error: Exception, shown: str) -> str:
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        path = Path(shown).expanduser()
+        file = next((one for one in (path, *path.parents) if one.exists()), path)
+        return f"{file} is a file, not a folder"
+    said = str(getattr(error, "strerror", None) or error).rstrip(".")
+    return f"it cannot be written to ({said})"
+
+
+def _try_out(folder: Path) -> None:
+    """Only the system knows whether a place takes files, and how long a path may be."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            with trial_folder(folder):
+                place = folder / f".{uuid.uuid4().hex}"
+                place.touch()
+                place.unlink()
+                with contextlib.suppress(FileNotFoundError):
+                    (folder / _LONGEST).stat()
+            return
+        except FileNotFoundError:
+            # Another rank may have removed the folder that it had made to try it out.
+            if attempt == _ATTEMPTS - 1:
+                raise

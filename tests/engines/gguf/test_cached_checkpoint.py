@@ -12,7 +12,7 @@ from forward import logits_of
 from gguf_llamacpp import Llama, kl_divergence
 from qlora_kit.engines.gguf.cached_checkpoint import dequantize_gguf
 from qlora_kit.engines.gguf.file_tokenizer import build_tokenizer
-from qlora_kit.errors import ModelNotFoundError, UnsupportedModelError
+from qlora_kit.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
 from qlora_kit.exporters.gguf.conversion.file_writer import convert
 from qlora_kit.exporters.gguf.tokenizer.probe_texts import list_probe_texts, mix_with_tokens
 from qlora_kit.weights.source import SafetensorsSource
@@ -121,6 +121,22 @@ def test_a_model_trained_again_under_the_same_name_is_read_anew(tmp_path):
     tensor.data[:] *= 2
     reader.data.flush()
     assert dequantize_gguf(path, tmp_path / "cache") != first
+
+
+def test_a_dead_process_leaves_nothing_and_a_cache_that_takes_nothing_is_named(tmp_path):
+    cache = tmp_path / "cache"
+    left = cache / ".other-model.qlora_kit-0a1b2c3d.partial" / "checkpoint"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half of one")
+    tokenizer = tiny.byte_level_tokenizer()
+    model = tiny.make_model(tiny.make_config("llama")).to(torch.bfloat16)
+    path = tmp_path / f"{'n' * 250}.gguf"
+    export(tmp_path, model, tokenizer, "f32").rename(path)
+    folder = dequantize_gguf(path, cache)
+    assert list(cache.iterdir()) == [folder]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"dequantized into the cache.*QLORA_KIT_CACHE"):
+        dequantize_gguf(path, tmp_path / "file" / "cache")
 
 
 # -- files that are not the whole model ------------------------------------------------------------

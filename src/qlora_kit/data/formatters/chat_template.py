@@ -286,7 +286,7 @@ class ChatTemplate:
                 chat_template=self.source,
                 add_generation_prompt=add_generation_prompt,
                 return_assistant_tokens_mask=with_markers,
-                range=LoopBudget().make_range,
+                range=LoopBudget.of(self.source).make_range,
                 **variables,
             )
         # Templates compute whatever they like; anything they trip over is between row and template.

@@ -21,6 +21,12 @@ from qlora_kit.errors import DataError
 __all__ = ["READERS", "RawRow", "drop_nulls_inside", "read_file"]
 
 
+#: Bytes that a table may have whatever its file has; and how many for each of the file's own.
+_SURELY_FITS: Final = 512 * 1024**2
+_MOST_UNPACKED: Final = 1000
+_ROWS_AT_ONCE: Final = 256
+
+
 class RawRow(NamedTuple):
     """A row as its source has it.
 
@@ -241,8 +247,10 @@ def _read_parquet(path: Path) -> list[RawRow]:
     import pyarrow.parquet
 
     try:
+        _check_unpacked_size(path)
         table = pyarrow.parquet.read_table(path)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+    # ArrowException: whatever a damaged file makes of it.
+    except pa.ArrowException as error:
         raise DataError(
             f"{path} is not a Parquet file that can be read ({error}). If it came from git, it may "
             "be a Git LFS pointer: run git lfs pull."
@@ -251,6 +259,32 @@ def _read_parquet(path: Path) -> list[RawRow]:
         RawRow(Location(index), drop_nulls_inside(value))
         for index, value in enumerate(table.to_pylist())
     ]
+
+
+def _check_unpacked_size(path: Path) -> None:
+    """Refuse a file that unpacks to far more than any table does, before it is unpacked.
+
+    A dictionary of one long text, and a number for each of a million rows, is a kilobyte.
+    """
+    import pyarrow.parquet
+
+    packed = path.stat().st_size
+    most = max(_SURELY_FITS, _MOST_UNPACKED * packed)
+    with pyarrow.parquet.ParquetFile(path) as file:
+        about = file.metadata
+        stored = sum(about.row_group(n).total_byte_size for n in range(about.num_row_groups))
+        unpacked = stored
+        if stored <= most and about.num_rows * stored > most:
+            unpacked = 0
+            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
+                unpacked += batch.nbytes
+                if unpacked > most:
+                    break
+    if unpacked > most:
+        raise DataError(
+            f"{path} has {packed:,} bytes and unpacks to more than {most:,}, which no table of "
+            "texts does. Look at what wrote it."
+        )
 
 
 def drop_nulls_inside(row: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from qlora_kit.boundaries import describe_cause, shown_cause
 from qlora_kit.data.sources.file_readers import READERS, RawRow, drop_nulls_inside, read_file
 from qlora_kit.data.sources.origins import (
     DataSource,
@@ -274,7 +275,9 @@ def _read_hub(name: str, path: Path, split: str, *, local_files_only: bool) -> R
         try:
             return _read_dataset(load_dataset(name, split=split), name)
         except (DatasetNotFoundError, OSError, ValueError) as error:
-            raise DataNotFoundError(f"{name!r} could not be downloaded: {error}") from error
+            raise DataNotFoundError(
+                f"{name!r} could not be downloaded: {describe_cause(error)}"
+            ) from shown_cause(error)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 

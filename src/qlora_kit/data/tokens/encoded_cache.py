@@ -12,11 +12,11 @@ import hashlib
 import json
 import logging
 import shutil
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from qlora_kit.boundaries import describe_cause
 from qlora_kit.paths import get_cache_folder
+from qlora_kit.private_folders import locked_folder, remove_abandoned
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,7 +47,10 @@ def find_cached(key: str) -> tuple[Dataset, dict[str, Any]] | None:
         dataset = load_from_disk(str(folder))
     # A damaged cache must never stop a training: whatever is wrong, encoding again mends it.
     except Exception as error:  # noqa: BLE001
-        logger.warning("The cached dataset in %s is damaged (%s); encoding again.", folder, error)
+        logger.warning(
+            "The cached dataset in %s cannot be read (%s); encoding again.",
+            folder, describe_cause(error),
+        )  # fmt: skip
         shutil.rmtree(folder, ignore_errors=True)
         return None
     return dataset, report
@@ -58,18 +61,15 @@ def store(key: str, dataset: Dataset, report: dict[str, Any]) -> Dataset:
     root = get_cache_folder() / "encoded"
     try:
         root.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(root)
         # Written beside its place and renamed, so that no reader ever sees half of it.
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=root))
-    except OSError as error:
-        logger.warning("The encoded dataset cannot be kept in %s: %s", root, error)
-        return dataset
-    try:
-        with _without_progress():
+        with locked_folder(root, key) as staging, _without_progress():
+            unfinished = staging / key
             dataset.save_to_disk(str(unfinished))
-        (unfinished / _REPORT).write_text(json.dumps(report), encoding="utf-8")
-        unfinished.rename(root / key)
+            (unfinished / _REPORT).write_text(json.dumps(report), encoding="utf-8")
+            unfinished.rename(root / key)
     except OSError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        # Another process may have kept the same rows meanwhile.
         if not (root / key).is_dir():
             logger.warning("The encoded dataset cannot be kept in %s: %s", root, error)
             return dataset

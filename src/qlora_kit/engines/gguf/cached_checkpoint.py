@@ -6,16 +6,17 @@ rebuilt from the file's own metadata.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from qlora_kit.boundaries import describe_cause, translate_errors
 from qlora_kit.engines.gguf.completeness import check_keys, check_tensors
 from qlora_kit.engines.gguf.file_tokenizer import (
     build_tokenizer,
@@ -23,7 +24,16 @@ from qlora_kit.engines.gguf.file_tokenizer import (
     read_value,
 )
 from qlora_kit.engines.gguf.split_files import find_parts, join_parts
-from qlora_kit.errors import MissingDependencyError, ModelNotFoundError, UnsupportedModelError
+from qlora_kit.errors import (
+    ConfigError,
+    MissingDependencyError,
+    ModelNotFoundError,
+    QloraKitError,
+    UnsupportedModelError,
+)
+from qlora_kit.messages import Setting
+from qlora_kit.paths import CACHE_VARIABLE
+from qlora_kit.private_folders import locked_folder, remove_abandoned
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -35,6 +45,9 @@ logger = logging.getLogger(__name__)
 
 #: Part of the cache key; raised when the files written here change.
 _CACHE_VERSION: Final = 3
+
+#: Characters of the file's name that names in the cache have.
+_STEM: Final = 48
 
 #: Architectures whose logits were compared with llama.cpp's (transformers 5.17). It drops
 #: gemma's norms and windows, and qwen3moe's experts do not load.
@@ -69,36 +82,56 @@ def dequantize_gguf(path: Path, cache_dir: Path) -> Path:
         ) from error
     reader = _open(path)
     parts = find_parts(path, reader)
-    folder = cache_dir / f"{path.stem}-{_fingerprint(parts)}"
+    folder = cache_dir / f"{path.stem[:_STEM]}-{_fingerprint(parts)}"
+    remove_abandoned(cache_dir)
     if (folder / "config.json").is_file():
         logger.info("Using the dequantized checkpoint %s", folder)
         return folder
-    cache_dir.mkdir(parents=True, exist_ok=True)
     # Written aside and renamed, so that a second process never sees half a checkpoint.
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.stem}-", dir=cache_dir))
-    whole = path
-    try:
+    with (
+        translate_errors(lambda error: _explain_writing(error, path, cache_dir)),
+        _staging(cache_dir, path) as staging,
+    ):
+        whole = path
         if len(parts) > 1:
             logger.info("Joining the %d parts of %s.", len(parts), path)
-            # Beside what is written from it, and never within: the checkpoint is moved away.
-            whole = staging.with_suffix(".gguf")
+            whole = staging / "joined.gguf"
             join_parts(parts, [_open(part) for part in parts], whole)
             reader = _open(whole)
         _check_architecture(reader, path)
         check_keys(reader, path)
         tokenizer = build_tokenizer(reader, path)
-        _write_checkpoint(path, whole, reader, tokenizer, staging)
-        os.replace(staging, folder)
-    except OSError:
+        checkpoint = staging / "checkpoint"
+        checkpoint.mkdir()
+        _write_checkpoint(path, whole, reader, tokenizer, checkpoint)
         # Another process may have finished the same folder first.
         if not (folder / "config.json").is_file():
-            raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if whole != path:
-            whole.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(checkpoint, folder)
     logger.info("Dequantized %s into %s", path, folder)
     return folder
+
+
+@contextlib.contextmanager
+def _staging(cache_dir: Path, path: Path) -> Iterator[Path]:
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with locked_folder(cache_dir, path.stem[:_STEM]) as folder:
+        yield folder
+
+
+def _explain_writing(error: Exception, path: Path, cache_dir: Path) -> QloraKitError:
+    text = describe_cause(error)
+    # safetensors writes through Rust, whose error has no number.
+    if isinstance(error, OSError) or "os error" in text or "PytorchStreamWriter" in text:
+        return ConfigError(
+            f"{path} cannot be dequantized into the cache {cache_dir}: {text} Free some of that "
+            f"disk, or keep the cache elsewhere: set {CACHE_VARIABLE}, or give ",
+            Setting("cache_dir", ..., "load_quantized"),
+            ".",
+            parameter="cache_dir",
+            value=str(cache_dir),
+        )
+    return UnsupportedModelError(f"{path} cannot be read: {text} Get another file.")
 
 
 def _fingerprint(parts: Sequence[Path]) -> str:
@@ -114,9 +147,13 @@ def _fingerprint(parts: Sequence[Path]) -> str:
 def _open(path: Path) -> GGUFReader:
     from gguf import GGUFReader
 
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ModelNotFoundError(f"{path} is not a GGUF file: it does not begin with 'GGUF'.")
+    try:
+        with path.open("rb") as file:
+            begins = file.read(4)
+    except OSError as error:
+        raise ModelNotFoundError(f"{path} cannot be read: {describe_cause(error)}") from error
+    if begins != b"GGUF":
+        raise ModelNotFoundError(f"{path} is not a GGUF file: it does not begin with 'GGUF'.")
     try:
         return GGUFReader(path)
     # The reader indexes a memory map; a truncated file surfaces as any of these.

@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
+from urllib.parse import urlsplit
 
+from qlora_kit.boundaries import hide_secrets
 from qlora_kit.errors import ConfigError, ExportError, OfflineError
 from qlora_kit.messages import Setting
 
@@ -96,11 +98,7 @@ class HubSession:
                 "token holds spaces or characters that no token has. Copy it again from "
                 "https://huggingface.co/settings/tokens."
             )
-        if self.endpoint and not self.endpoint.startswith(("http://", "https://")):
-            raise ConfigError(
-                f"endpoint must be an address such as 'https://huggingface.co', got "
-                f"{self.endpoint!r}."
-            )
+        _check_endpoint(self.endpoint or constants.ENDPOINT)
         self._api = HfApi(endpoint=self.endpoint, token=self.token, library_name="qlora_kit")
         self.endpoint = self._api.endpoint
 
@@ -294,7 +292,7 @@ class HubSession:
                 "not sent twice."
             )
         # An error whose text holds the token is not shown as the cause either.
-        if any(self.token in _text_of(link) for link in _chain(error) if self.token):
+        if any(self._hide(_text_of(link)) != _text_of(link) for link in _chain(error)):
             raise ExportError(text) from None
         raise ExportError(text) from error
 
@@ -302,7 +300,31 @@ class HubSession:
         """An error and its causes in one line, without the token."""
         texts = dict.fromkeys(_text_of(link) for link in _chain(error))
         text = " ".join(" ".join(texts).split())
-        return text.replace(str(self.token), "(token)").rstrip(".") + "."
+        return self._hide(text).rstrip(".") + "."
+
+    def _hide(self, text: str) -> str:
+        return hide_secrets(text.replace(str(self.token), "(token)"))
+
+
+def _check_endpoint(endpoint: str) -> None:
+    """Refuse what is no address, and one with credentials, without showing either."""
+    try:
+        parts = urlsplit(endpoint)
+    except ValueError:
+        parts = urlsplit("")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(
+            "endpoint must be an address such as 'https://huggingface.co', got "
+            f"{hide_secrets(endpoint) if '@' not in endpoint else 'something else'!r}."
+        )
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ConfigError(
+            f"endpoint must be an address alone: {parts.scheme}://"
+            f"{parts.hostname} came with credentials or a query, which links, logs and manifests "
+            "would show. Give the token with ",
+            Setting("token", ..., "export_model"),
+            ".",
+        )
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:

@@ -146,3 +146,36 @@ def test_compiled_steps_equal_plain_ones(make_adapted, token_rows):
     for name, gradient in gradients.items():
         error = (compiled_gradients[name] - gradient).norm() / gradient.norm()
         assert error < 0.03, (name, float(error))
+
+
+def test_a_step_that_a_card_has_no_room_for_is_computed_anew(make_adapted, token_rows, caplog):
+    """With a cap on the allocator; the gradients are those of the step computed whole."""
+    model = make_adapted("qwen3", dtype="float32").model
+    examples = split_rows(token_rows * 60)
+    options = {"compile": False, "cuda_graphs": False, "micro_batch_tokens": 10**6}
+    trained = sum(int((one.targets != -100).sum()) for one in examples)
+    loss, _ = _make_runner(model, **options).run_step(examples, trained)
+    expected = _gradients(model)
+    model.zero_grad()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    runner = _make_runner(model, **options)
+    before = torch.cuda.memory_reserved()
+    runner.run_step(examples, trained)
+    peak = torch.cuda.max_memory_reserved() - before
+    model.zero_grad()
+    capped = _make_runner(model, **options)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    room = torch.cuda.memory_reserved() + peak // 2
+    torch.cuda.set_per_process_memory_fraction(room / total)
+    try:
+        again, _ = capped.run_step(examples, trained)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    tokens = sum(len(one.input_ids) for one in examples)
+    assert capped.fused_model.plan.micro_batch_tokens <= tokens // 2
+    assert caplog.text.count("Memory ran out in a step") == 1
+    torch.testing.assert_close(again, loss, rtol=1e-5, atol=1e-6)
+    for name, gradient in _gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6)

@@ -56,6 +56,7 @@ class FusedModel:
     def __init__(self, model: Any, asked: FastPlan) -> None:
         base = model.get_base_model()
         self._decoder = base.model
+        self._trainable = [one for one in model.parameters() if one.requires_grad]
         self._embedding = base.get_input_embeddings()
         self._head: Tensor = base.get_output_embeddings().weight.detach()
         self.dtype: torch.dtype = self._embedding.weight.dtype
@@ -133,6 +134,19 @@ class FusedModel:
             )
             for layer, readers in zip(self._decoder.layers, self._readers, strict=True)
         ]
+
+    def apply_smaller(self, plan: ResolvedPlan) -> None:
+        """Give up what a plan asked for, for another one that takes less; gradients are dropped."""
+        for copies in self.adapter_copies:
+            copies.drop_gradients()
+        for parameter in self._trainable:
+            parameter.grad = None
+        if plan.caches_weights == self.plan.caches_weights:
+            self._plan = plan
+            return
+        # Before others are made.
+        self._layers = []
+        self.apply(plan)
 
     def memory_model(self) -> MemoryModel:
         """What a step takes, from shapes alone."""

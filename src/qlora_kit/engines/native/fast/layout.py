@@ -15,7 +15,9 @@ from torch import Tensor
 
 from qlora_kit.values import IGNORED_LABEL
 
-__all__ = ["Example", "MicroBatch", "RowBatch", "keep_rows", "lay_out", "split_rows"]
+__all__ = [
+    "Example", "MicroBatch", "RowBatch", "group_examples", "keep_rows", "lay_out", "split_rows",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Literal
 
 from qlora_kit.errors import ConfigError, UnknownOptionError, invalid_value
 from qlora_kit.values import is_whole_number
 
-__all__ = ["FastPlan", "MemoryModel", "ResolvedPlan", "parse_plan", "resolve_plan"]
+__all__ = [
+    "FastPlan",
+    "MemoryModel",
+    "ResolvedPlan",
+    "parse_plan",
+    "resolve_plan",
+    "shrink_plan",
+]
 
 _GIB: Final = 1024**3
 
@@ -23,6 +30,9 @@ _SATURATING_TOKENS: Final = 4096
 
 #: Steps up to this size are bound by the host's kernel launches and by reading weights.
 _SMALL_STEP_TOKENS: Final = 4096
+
+#: Shorter pieces of the loss save nothing that matters.
+_LEAST_CHUNK: Final = 256
 
 # Part of the free memory that may be planned for; the rest is fragmentation and other users.
 _USABLE_SHARE: Final = {"cuda": 0.90}
@@ -270,7 +280,11 @@ def resolve_plan(
         if asked.checkpointing == "selective" and checkpointed == 0:
             checkpointed = (layers + 1) // 2
     # What is left when memory is scarcer than that: smaller pieces, slower ones.
-    while shrinks and chunk > 256 and predict(max(tokens, longest), checkpointed, caches) > usable:
+    while (
+        shrinks
+        and chunk > _LEAST_CHUNK
+        and predict(max(tokens, longest), checkpointed, caches) > usable
+    ):
         chunk //= 2
     while (
         asked.micro_batch_tokens is None
@@ -293,6 +307,42 @@ def resolve_plan(
         predicted_bytes=predict(max(min(tokens, step_tokens), longest), checkpointed, caches),
         usable_bytes=usable,
         is_quantized=is_quantized,
+    )
+
+
+def shrink_plan(
+    plan: ResolvedPlan, memory: MemoryModel, *, largest: int, longest: int
+) -> ResolvedPlan | None:
+    """The next smaller plan after memory ran out, pinned choices or not; ``None`` after the last.
+
+    Args:
+        plan: What was too much.
+        memory: What a step of this model takes.
+        largest: Tokens of the largest micro-batch that was tried.
+        longest: Tokens of the step's longest example, which cannot be split.
+    """
+    most = min(plan.micro_batch_tokens, largest)
+    tokens = max(longest, most // 2)
+    if tokens < most:
+        smaller = replace(plan, micro_batch_tokens=tokens)
+    elif plan.checkpointed_layers < plan.layers:
+        smaller = replace(plan, checkpointed_layers=plan.layers)
+    elif plan.loss_chunk_tokens > _LEAST_CHUNK:
+        smaller = replace(plan, loss_chunk_tokens=_LEAST_CHUNK)
+    elif plan.caches_weights:
+        smaller = replace(plan, caches_weights=False)
+    else:
+        return None
+    predicted = memory.predict(
+        max(min(smaller.micro_batch_tokens, most), longest),
+        smaller.checkpointed_layers,
+        caches=smaller.caches_weights,
+        loss_chunk=smaller.loss_chunk_tokens,
+    )
+    return replace(
+        smaller,
+        predicted_bytes=predicted,
+        graph_tokens=min(plan.graph_tokens, smaller.micro_batch_tokens),
     )
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qlora_kit.boundaries import is_out_of_memory
 from qlora_kit.engines.native.fast.fused_model import FusedModel
 from qlora_kit.engines.native.fast.graphs import GraphPool
-from qlora_kit.engines.native.fast.layout import Example, MicroBatch, lay_out
+from qlora_kit.engines.native.fast.layout import Example, MicroBatch, group_examples, lay_out
+from qlora_kit.engines.native.fast.plan import ResolvedPlan, shrink_plan
+from qlora_kit.values import IGNORED_LABEL
 
 __all__ = ["StepRunner"]
 
@@ -55,16 +58,73 @@ class StepRunner:
             The mean loss over all ranks, and ``[hits, entropy]`` summed over ``trained`` tokens;
             both stay on the device.
         """
+        total, stats = self._in_what_fits(
+            examples, lambda: self._run_batches(examples, trained, scaler)
+        )
+        self.all_tokens: Tensor | int = sum(len(example.input_ids) for example in examples)
+        rank_sum = self.fused_model.rank_sum
+        if rank_sum is not None:
+            own = sum(int((one.targets != IGNORED_LABEL).sum()) for one in examples)
+            # Over all ranks from here on, the means of what were sums among them.
+            total, stats, self.all_tokens = rank_sum.add_up(own, self.all_tokens, total, stats)
+            stats *= trained
+        self.fused_model.end_step()
+        return total, stats
+
+    def evaluate(self, examples: Sequence[Example], trained: int) -> tuple[Tensor, Tensor]:
+        """The mean loss and ``[hits, entropy]`` without gradients."""
+        return self._in_what_fits(examples, lambda: self._evaluate(examples, trained))
+
+    def _in_what_fits(
+        self, examples: Sequence[Example], compute: Callable[[], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Compute with the plan; where memory runs out, anew and with less from then on.
+
+        Nothing of a step is the optimizer's before all of it is there, so that the effective batch
+        and its gradients stay the same.
+        """
+        asked = self.fused_model.plan
+        while True:
+            try:
+                found = compute()
+                break
+            except (RuntimeError, MemoryError) as error:
+                smaller = self._find_smaller(examples) if is_out_of_memory(error) else None
+                if smaller is None:
+                    raise
+            # Here, where the error no longer holds what the step had allocated.
+            self._graphs = None
+            self.fused_model.apply_smaller(smaller)
+            if self.fused_model.device.type == "cuda":
+                torch.cuda.empty_cache()
+        if self.fused_model.plan is not asked:
+            logger.warning(
+                "Memory ran out in a step. It was computed anew, and the rest of the run goes on, "
+                "with %s. The effective batch is the same.", self.fused_model.plan,
+            )  # fmt: skip
+        return found
+
+    def _find_smaller(self, examples: Sequence[Example]) -> ResolvedPlan | None:
+        fused_model = self.fused_model
+        groups = group_examples(examples, fused_model.plan.micro_batch_tokens)
+        sizes = [sum(len(example.input_ids) for example in group) for group in groups]
+        return shrink_plan(
+            fused_model.plan,
+            fused_model.memory_model(),
+            largest=max(sizes, default=1),
+            longest=max((len(example.input_ids) for example in examples), default=1),
+        )
+
+    def _run_batches(
+        self, examples: Sequence[Example], trained: int, scaler: Any
+    ) -> tuple[Tensor, Tensor]:
         fused_model, plan = self.fused_model, self.fused_model.plan
-        batches = self._lay_out(examples)
-        rank_sum = fused_model.rank_sum
-        self.all_tokens: Tensor | int = sum(batch.tokens for batch in batches)
         if plan.uses_cuda_graphs and self._graphs is None:
             self._graphs = GraphPool(fused_model)
         fused_model.begin_step()
         total = self.zero.clone()
         stats = torch.zeros(2, dtype=torch.float32, device=fused_model.device)
-        for batch in batches:
+        for batch in self._lay_out(examples):
             if batch.trained_tokens == 0:
                 continue
             if self._graphs is not None and batch.tokens <= plan.graph_tokens:
@@ -73,16 +133,9 @@ class StepRunner:
                 loss, part = self._run_plainly(batch.to(fused_model.device), trained, scaler)
             total += loss
             stats += part
-        if rank_sum is not None:
-            own = sum(batch.trained_tokens for batch in batches)
-            # Over all ranks from here on, the means of what were sums among them.
-            total, stats, self.all_tokens = rank_sum.add_up(own, self.all_tokens, total, stats)
-            stats *= trained
-        fused_model.end_step()
         return total, stats
 
-    def evaluate(self, examples: Sequence[Example], trained: int) -> tuple[Tensor, Tensor]:
-        """The mean loss and ``[hits, entropy]`` without gradients."""
+    def _evaluate(self, examples: Sequence[Example], trained: int) -> tuple[Tensor, Tensor]:
         fused_model = self.fused_model
         fused_model.begin_step()
         total = self.zero.clone()
