@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from adapter_folders import TOOLS, load_plain_adapter, load_plain_base
+from adapter_folders import TEMPLATE, TOOLS, load_plain_adapter, load_plain_base
 from exported import load_plain
 from forward import logits_of
 from qlora_kit import export_model, generate_stream, load_quantized
@@ -68,13 +68,13 @@ def merge_plain(case, dtype):
     return model.to(dtype).to(torch.float32).eval()
 
 
-def check_load(case, path):
+def check_load(case, path, caplog):
     import torch
 
     assert torch.equal(logits_of(case.ours.model), logits_of(case.plain))
 
 
-def check_generate(case, path):
+def check_generate(case, path, caplog):
     """Asked with the template beside the adapter, up to its end token."""
     import torch
     from transformers import AutoTokenizer
@@ -100,7 +100,7 @@ def check_generate(case, path):
     assert "".join(chunk.text for chunk in chunks) == expected
 
 
-def check_lora(case, path):
+def check_lora(case, path, caplog):
     import torch
 
     export_model(case.ours, "lora", path, verify="full")
@@ -108,7 +108,7 @@ def check_lora(case, path):
     assert torch.equal(logits_of(again), logits_of(case.plain))
 
 
-def check_merged_16bit(case, path):
+def check_merged_16bit(case, path, caplog):
     import torch
 
     export_model(case.ours, "merged_16bit", path, verify="full")
@@ -117,7 +117,7 @@ def check_merged_16bit(case, path):
     torch.testing.assert_close(written, expected, atol=1e-5, rtol=1e-5)
 
 
-def check_merged_4bit(case, path):
+def check_merged_4bit(case, path, caplog):
     """As if transformers had quantized peft's merge while loading it."""
     import torch
     from transformers import BitsAndBytesConfig
@@ -133,7 +133,7 @@ def check_merged_4bit(case, path):
     assert torch.equal(logits_of(written), logits_of(expected))
 
 
-def check_gguf(case, path):
+def check_gguf(case, path, caplog):
     """In llama.cpp itself."""
     import torch
 
@@ -147,13 +147,16 @@ def check_gguf(case, path):
     torch.testing.assert_close(written, expected[: len(written)], atol=2e-3, rtol=1e-3)
 
 
-def check_gguf_lora(case, path):
+def check_gguf_lora(case, path, caplog):
     """On the base in llama.cpp itself."""
     import torch
 
     from gguf_llamacpp import Llama
 
     export_model(case.ours, "gguf-lora", path / "lora")
+    # llama.cpp would ask in the base's words.
+    is_own = case.ours.tokenizer.chat_template == TEMPLATE
+    assert ("this adapter was trained with its own" in caplog.text) is is_own
     base = load_quantized(case.base, 64, "float32", False)
     export_model(base, "gguf", path / "base", quantization="f32", dtype="float32")
     ids = [5, 6, 7, 8, 9, 40, 41, 300]
@@ -185,10 +188,11 @@ CHECKS = {
         for use in CHECKS
     ],
 )
-def test_every_tools_adapter_is_right_or_refused_by_name(cases, tmp_path, tool, use):
+def test_every_tools_adapter_is_right_or_refused_by_name(cases, tmp_path, caplog, tool, use):
+    caplog.set_level("INFO")
     reason = REFUSED.get((tool, use))
     if reason is None:
-        CHECKS[use](cases(tool), tmp_path / "out")
+        CHECKS[use](cases(tool), tmp_path / "out", caplog)
         return
     with pytest.raises(UnsupportedModelError, match=reason):
-        CHECKS[use](cases(tool), tmp_path / "out")
+        CHECKS[use](cases(tool), tmp_path / "out", caplog)

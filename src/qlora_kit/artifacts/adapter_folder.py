@@ -9,10 +9,11 @@ from typing import Any, Final
 
 from qlora_kit.artifacts.files import hash_file, read_json_object
 from qlora_kit.errors import ModelNotFoundError, UnsupportedModelError
+from qlora_kit.handles import LoadedModel
 from qlora_kit.messages import Setting
 from qlora_kit.paths import looks_like_hub_name
 
-__all__ = ["find_base_of", "is_adapter", "read_adapter_config"]
+__all__ = ["find_base_of", "has_own_tokenizer", "is_adapter", "read_adapter_config"]
 
 _CONFIG: Final = "adapter_config.json"
 _WEIGHTS: Final = ("adapter_model.safetensors", "adapter_model.bin")
@@ -21,6 +22,11 @@ _WEIGHTS: Final = ("adapter_model.safetensors", "adapter_model.bin")
 def is_adapter(path: Path) -> bool:
     """Whether a path is the folder of a saved adapter; axolotl puts a config.json in as well."""
     return path.is_dir() and (path / _CONFIG).is_file()
+
+
+def has_own_tokenizer(model: LoadedModel) -> bool:
+    """Whether a model's tokenizer came with its adapter, and is another than the base's."""
+    return is_adapter(Path(model.tokenizer.name_or_path))
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

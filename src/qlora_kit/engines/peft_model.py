@@ -73,8 +73,8 @@ def attach_saved_adapter(loaded: LoadedModel, folder: Path, *, is_trainable: boo
         weights = read_weights(folder, loaded.model)
         resize_vocabulary(loaded.model, weights, config, folder)
         with warnings.catch_warnings():
-            # peft would go on with random weights for what is missing.
-            warnings.filterwarnings("error", message=".*missing adapter keys")
+            # refuse_misplaced says it in fewer words.
+            warnings.filterwarnings("ignore", message=".*missing adapter keys")
             model = PeftModel.from_pretrained(
                 loaded.model,
                 str(folder),
@@ -85,8 +85,13 @@ def attach_saved_adapter(loaded: LoadedModel, folder: Path, *, is_trainable: boo
         refuse_misplaced(model, weights, folder, loaded.base.name_or_path)
     except QloraKitError:
         raise
+    except KeyError as error:  # what peft says of modules_to_save that are not in the file
+        raise UnsupportedModelError(
+            f"The adapter in {folder} does not fit {loaded.base.name_or_path}: it lacks {error}, "
+            "which its adapter_config.json asks for. Copy the adapter again."
+        ) from error
     except (
-        ValueError, TypeError, KeyError, RuntimeError, UserWarning, SafetensorError, OSError,
+        ValueError, TypeError, RuntimeError, UserWarning, SafetensorError, OSError,
         AttributeError, IndexError, ArithmeticError, EOFError, pickle.UnpicklingError, ImportError,
     ) as error:  # fmt: skip
         if changes_base(start) or start == "loftq":

@@ -101,7 +101,7 @@ def resize_vocabulary(
 def refuse_misplaced(
     model: Any, weights: Mapping[str, torch.Tensor], folder: Path, base: str
 ) -> None:
-    """Refuse tensors of an adapter's file that nothing in the adapted model takes.
+    """Refuse tensors of an adapter's file that nothing takes, and a file that lacks some.
 
     Args:
         model: The base with the adapter on it.
@@ -118,6 +118,15 @@ def refuse_misplaced(
     found = set_peft_model_state_dict(model, dict(weights), adapter_name=_ADAPTER)
     names = [_plain_name(name) for name in found.unexpected_keys]
     homeless = [name for name in names if not _is_repeated(name, weights)]
+    # peft alone would go on with random numbers for them.
+    missing = [name for name in found.missing_keys if _plain_name(name) != name]
+    if missing:
+        others = f", and holds others, such as {homeless[0]}" if homeless else ""
+        raise UnsupportedModelError(
+            f"The adapter in {folder} does not fit {base}: it lacks {len(missing)} tensors that "
+            f"its adapter_config.json asks for, such as {_plain_name(missing[0])}{others}. Load it "
+            "on the base it was trained on, or copy the adapter again."
+        )
     if not homeless:
         return
     name = homeless[0]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from qlora_kit.artifacts.adapter_folder import has_own_tokenizer
 from qlora_kit.errors import ConfigError, ExportError, UnsupportedModelError, invalid_value
 from qlora_kit.exporters.gguf.conversion.file_plan import pad
 from qlora_kit.exporters.gguf.conversion.file_writer import convert
@@ -34,6 +35,11 @@ if TYPE_CHECKING:
 __all__ = ["GgufLoraExporter", "GgufLoraOptions"]
 
 _MERGE_INSTEAD: Final = "Export with 'gguf', which merges the adapter."
+
+_BASES_TOKENIZER: Final = (
+    "llama.cpp takes tokenizer, chat template and end token from the base's file, and this adapter "
+    "was trained with its own: ask with its template and stop at its end token. " + _MERGE_INSTEAD
+)
 
 #: Largest relative error of an update ``B A``; half precision rounds both factors.
 _TOLERANCES: Final = {"f32": 1e-5, "f16": 2e-3}
@@ -98,7 +104,8 @@ class GgufLoraExporter:
             _check_base(request)
         bits = RECIPES[request.options.stored_type].bits
         numbers = sum(f.a.numel() + f.b.numel() for f in _collect_factors(request))
-        return ExportEstimate(int(numbers * bits / 8) + 65536)
+        notes = (_BASES_TOKENIZER,) if has_own_tokenizer(request.model) else ()
+        return ExportEstimate(int(numbers * bits / 8) + 65536, notes)
 
     def write(self, request: ExportRequest, folder: Path) -> Mapping[str, Any]:
         """Write the adapter file."""
