@@ -15,7 +15,7 @@ from adapter_folders import (
 )
 from checkpoints import make_checkpoint
 from forward import logits_of
-from qlora_kit import export_model, generate_stream, load_quantized
+from qlora_kit import attach_lora, export_model, generate_stream, load_quantized, train_sft
 from qlora_kit.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
 
 #: 384 tokens of the tiny base and the one that is added.
@@ -255,3 +255,26 @@ def test_what_cannot_be_loaded_is_named(plain, tmp_path, changes, named):
     with pytest.raises(UnsupportedModelError, match=named) as raised:
         load(folder)
     assert "damaged" not in str(raised.value)
+
+
+@pytest.mark.parametrize("modules", [None, ["embed_tokens", "lm_head"]], ids=["frozen", "trained"])
+def test_a_checkpoint_of_a_resized_vocabulary_comes_back(
+    tiny_llama, tmp_path, alpaca_rows, modules
+):
+    import torch
+
+    model = load(tiny_llama)
+    model.tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn_end|>"]})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model.model.resize_token_embeddings(ROWS)
+    model = attach_lora(model, r=2, modules_to_save=modules)
+    train_sft(
+        model, alpaca_rows, output_dir=tmp_path / "run", max_steps=1, save_steps=1,
+        learning_rate=0.01, disable_tqdm=True,
+    )  # fmt: skip
+    again = load(tmp_path / "run" / "checkpoint-1")
+    assert again.tokenizer.convert_tokens_to_ids("<|turn_end|>") == 384
+    assert torch.equal(logits_of(again.model), logits_of(model.model))
+    export_model(model, "lora", tmp_path / "lora", verify="full")
+    assert torch.equal(logits_of(load(tmp_path / "lora").model), logits_of(model.model))
