@@ -341,3 +341,32 @@ def test_a_format_may_have_an_option_called_format(trained, capsys):
     arguments = ["export", str(trained / "lora"), "hub", "--set", "repo_id=me/it"]
     assert main([*arguments, "--set", "format=nothing", "--max-seq-length", "128"]) == 1
     assert "'nothing'" in capsys.readouterr().err
+
+
+def test_the_doctor_looks_at_the_parts_and_says_what_to_do(capsys, monkeypatch, no_network):
+    import re
+    from pathlib import Path
+
+    from qlora_kit import diagnosis
+    from qlora_kit.errors import MissingDependencyError
+
+    constraints = (Path(__file__).parents[1] / "constraints.txt").read_text(encoding="utf-8")
+    for name, version in diagnosis.TESTED.items():
+        assert re.search(rf"^{name}=={re.escape(version)}\b", constraints, re.MULTILINE), name
+    main(["doctor", "--json"])
+    found = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
+    assert {"python", "torch", "device", "4 bits", "exports", "cache"} <= set(found)
+    assert found["4 bits"]["state"] == "ok"
+    assert no_network == [], "nothing is asked unless --network is given"
+
+    def refuse(*arguments):
+        raise MissingDependencyError("no 4 bits here. Load with load_in_4bit=False.")
+
+    monkeypatch.setattr("qlora_kit.engines.quantization.check_bitsandbytes", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert main(["doctor", "--network"]) == 1
+    printed = capsys.readouterr().out
+    assert "!!  4 bits        no 4 bits here." in printed
+    assert "!!  hub" in printed
+    assert "Set HF_ENDPOINT to a mirror" in printed
+    assert no_network

@@ -277,7 +277,7 @@ def test_every_recipe_that_comes_along_trains(name, tiny_qwen3, tmp_path):
         "model": {"name": str(tiny_qwen3)},
         "training": {"max_steps": 2, "output_dir": str(tmp_path / "run"), "disable_tqdm": True},
     }
-    recipe = read_recipe(RECIPES / name)
+    recipe = merge_recipes(read_recipe(RECIPES / name), {})
     formats = recipe["export"]["formats"]
     if "gguf" in recipe["export"] or "quantization" in recipe["export"]:
         # Rows of 64 weights are no whole block of a k-quant.

@@ -35,6 +35,7 @@ __all__ = [
     "Segment",
     "TextChunk",
     "TrainResult",
+    "TrainingForecast",
     "Verification",
     "__version__",
     "attach_lora",
@@ -54,6 +55,7 @@ __all__ = [
     "load_quantized",
     "nest_export",
     "pack_examples",
+    "plan_training",
     "recipe_from_run",
     "run_pipeline",
     "run_recipe",
@@ -84,6 +86,7 @@ _HOME_OF: Final = {
     "Answer": "results",
     "TextChunk": "results",
     "TrainResult": "results",
+    "TrainingForecast": "planning",
     "Verification": "results",
     "attach_lora": "adapters",
     "available_exporters": "export",
@@ -101,6 +104,7 @@ _HOME_OF: Final = {
     "load_quantized": "loading",
     "nest_export": "export",
     "pack_examples": "data",
+    "plan_training": "planning",
     "recipe_from_run": "recipes",
     "run_pipeline": "pipeline",
     "run_recipe": "recipes",
@@ -136,6 +140,7 @@ if TYPE_CHECKING:
     from qlora_kit.hookspecs import Exporter, ExportEstimate, ExportRequest, hookimpl, hookspec
     from qlora_kit.loading import load_quantized
     from qlora_kit.pipeline import Pipeline, PipelineResult, check_pipeline, run_pipeline
+    from qlora_kit.planning import TrainingForecast, plan_training
     from qlora_kit.recipes import recipe_from_run, run_recipe
     from qlora_kit.results import (
         Answer,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.cli.completion import write_completion
 from qlora_kit.cli.flags import FlagWriter
@@ -22,6 +22,9 @@ from qlora_kit.cli.settings import read_loading, read_training
 from qlora_kit.cli.values import read_settings, split_names
 from qlora_kit.errors import ConfigError
 from qlora_kit.manifest import to_jsonable
+
+if TYPE_CHECKING:
+    from qlora_kit.pipeline import Pipeline
 
 __all__ = ["INTERRUPTED", "RUN"]
 
@@ -40,18 +43,8 @@ def _load(options: argparse.Namespace) -> Any:
 
 def _train(options: argparse.Namespace, write: FlagWriter) -> int:
     from qlora_kit.pipeline import check_pipeline, run_pipeline
-    from qlora_kit.recipes import make_pipeline, merge_recipes, read_recipe
-    from qlora_kit.recipes.files import is_recipe
 
-    if is_recipe(options.model):
-        recipe = read_recipe(options.model)
-        if options.data is not None:
-            recipe = merge_recipes(recipe, {"data": {"train": options.data}})
-    elif options.data is None:
-        raise ConfigError("train takes a model and data, or a recipe's .toml or .yaml file.")
-    else:
-        recipe = {"model": {"name": options.model}, "data": {"train": options.data}}
-    pipeline = make_pipeline(merge_recipes(recipe, read_training(options)))
+    pipeline = _read_pipeline(options)
     checked = check_pipeline(pipeline)
     result = run_pipeline(checked, on_trained=None if options.json else print)
     exports = {} if result.exports is None else result.exports
@@ -70,6 +63,37 @@ def _train(options: argparse.Namespace, write: FlagWriter) -> int:
     if result.exports is None:
         return 0
     return int(bool(failures)) if options.json else print_results(result.exports, write)
+
+
+def _read_pipeline(options: argparse.Namespace) -> Pipeline:
+    """What a recipe and flags ask for."""
+    from qlora_kit.recipes import make_pipeline, merge_recipes, read_recipe
+    from qlora_kit.recipes.files import is_recipe
+
+    if is_recipe(options.model):
+        recipe = read_recipe(options.model)
+        if options.data is not None:
+            recipe = merge_recipes(recipe, {"data": {"train": options.data}})
+    elif options.data is None and options.command == "train":
+        raise ConfigError("train takes a model and data, or a recipe's .toml or .yaml file.")
+    else:
+        recipe = {"model": {"name": options.model}, "data": {"train": options.data}}
+    return make_pipeline(merge_recipes(recipe, read_training(options)))
+
+
+def _plan(options: argparse.Namespace, write: FlagWriter) -> int:
+    from qlora_kit.planning import plan_training
+
+    pipeline = _read_pipeline(options)
+    forecasts = [
+        plan_training(pipeline, card=card, row_tokens=options.row_tokens)
+        for card in options.card or [None]
+    ]
+    if options.json:
+        print_json([one.describe() for one in forecasts])
+    else:
+        print("\n\n".join(map(str, forecasts)))
+    return int(not all(one.fits for one in forecasts))
 
 
 # -- generate --------------------------------------------------------------------------------
@@ -151,6 +175,17 @@ def _exporters(options: argparse.Namespace, write: FlagWriter) -> None:
         print_exporters(described)
 
 
+def _doctor(options: argparse.Namespace, write: FlagWriter) -> int:
+    from qlora_kit.diagnosis import diagnose
+
+    findings = diagnose(network=options.network)
+    if options.json:
+        print_json(findings)
+    else:
+        print("\n".join(map(str, findings)))
+    return int(any(one.state == "problem" for one in findings))
+
+
 def _recipe(options: argparse.Namespace, write: FlagWriter) -> None:
     from qlora_kit.recipes import recipe_from_run, write_recipe
     from qlora_kit.recipes.files import format_recipe
@@ -181,9 +216,11 @@ def _completion(options: argparse.Namespace, write: FlagWriter) -> None:
 #: Each command; it returns the exit status, ``None`` for 0.
 RUN: Final[Mapping[str, Callable[[argparse.Namespace, FlagWriter], int | None]]] = {
     "train": _train,
+    "plan": _plan,
     "generate": _generate,
     "export": _export,
     "exporters": _exporters,
+    "doctor": _doctor,
     "recipe": _recipe,
     "templates": _templates,
     "completion": _completion,

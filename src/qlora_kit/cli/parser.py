@@ -52,7 +52,7 @@ def list_commands(parser: argparse.ArgumentParser) -> dict[str, argparse.Argumen
 def _explain(word: str, command: str, commands: dict[str, argparse.ArgumentParser]) -> str:
     flag = word.partition("=")[0]
     name = flag.strip("-").replace("-", "_")
-    if command == "train" and name in _list_training_fields():
+    if command in ("train", "plan") and name in _list_training_fields():
         return f"{flag} has no flag of its own; give it as --set {name}=VALUE."
     own = [name for name in commands[command]._option_string_actions if name.startswith("--")]
     others = [name for name, p in commands.items() if flag in p._option_string_actions]
@@ -79,9 +79,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("-v", "--verbose", action="store_true", help="say what is being done")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     _add_train(commands)
+    _add_plan(commands)
     _add_generate(commands)
     _add_export(commands)
     _add_json(commands.add_parser("exporters", help="list the export formats"))
+    doctor = commands.add_parser("doctor", help="look at this machine: what works, what to do")
+    doctor.add_argument("--network", action="store_true", help="ask the hub whether it answers")
+    _add_json(doctor)
     _add_json(commands.add_parser("templates", help="list what --template takes by name"))
     recipe = commands.add_parser("recipe", help="write the recipe that repeats a past run")
     recipe.add_argument(
@@ -105,6 +109,26 @@ def _add_train(commands: Any) -> None:
         help="train a LoRA adapter",
         usage="%(prog)s MODEL DATA [options]\n       %(prog)s RECIPE [options]",
     )
+    _add_pipeline(train)
+    _add_json(train)
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="say what a training will take, without reading a weight",
+        usage="%(prog)s MODEL [DATA] [options]\n       %(prog)s RECIPE [options]",
+    )
+    plan.add_argument(
+        "--card", action="append", default=[], metavar="NAME",
+        help="'RTX 3060 12GB', 24GB, ...; several times for several; this machine by default",
+    )  # fmt: skip
+    plan.add_argument("--row-tokens", type=int, help="tokens of a row, where no data is given")
+    _add_pipeline(plan)
+    _add_json(plan)
+
+
+def _add_pipeline(train: argparse.ArgumentParser) -> None:
     _add_model(train, "; or a recipe's .toml or .yaml file, with the data in it")
     train.add_argument(
         "data", nargs="?", help=".json, .jsonl, .csv, .parquet, a folder, a pattern or a hub name"
@@ -136,7 +160,6 @@ def _add_train(commands: Any) -> None:
         help="an option of the formats, for example quantization=q4_k_m,q8_0",
     )  # fmt: skip
     export.add_argument("--overwrite", action="store_true", help="replace earlier exports")
-    _add_json(train)
 
 
 def _add_generate(commands: Any) -> None:

@@ -36,6 +36,7 @@ __all__ = [
     "OpenedCheckpoint",
     "explain_load_errors",
     "open_checkpoint",
+    "read_model_config",
     "refuse_missing_tensors",
 ]
 
@@ -113,7 +114,7 @@ def open_checkpoint(config: LoadConfig) -> OpenedCheckpoint:
     quantization = stored or wanted
     if quantization is not None:
         check_bitsandbytes(device, quantization)
-    model_config = _read_model_config(folder, config)
+    model_config = read_model_config(folder, config)
     _warn_beyond_positions(config.max_seq_length, model_config)
     tokenizer = load_tokenizer(folder, trust_remote_code=config.trust_remote_code)
     _check_tensors(
@@ -267,7 +268,12 @@ def _without_reports() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _read_model_config(folder: Path, config: LoadConfig) -> Any:
+def read_model_config(folder: Path, config: LoadConfig) -> Any:
+    """Transformers' configuration of the model in a folder.
+
+    Raises:
+        UnsupportedModelError: When transformers does not know the model, or the file is damaged.
+    """
     from transformers import AutoConfig
 
     with translate_errors(

@@ -44,12 +44,13 @@ from qlora_kit.training.arguments import DataOptions, Optimizer
 from qlora_kit.training.checkpoint import CHECKPOINT_PREFIX, Checkpoint
 from qlora_kit.training.examples import TrainingData
 from qlora_kit.training.identity import RunIdentity
-from qlora_kit.training.memory import advise_on_memory
+from qlora_kit.training.memory import advise_on_memory, describe_memory
 from qlora_kit.training.resumption import Resumption
 
 if TYPE_CHECKING:
     import torch
 
+    from qlora_kit.engines.base import StepPlan
     from qlora_kit.training.callbacks import CheckpointKeeper
     from qlora_kit.training.interrupts import InterruptCallback
 
@@ -177,7 +178,7 @@ def _train(model: AdaptedModel, run: Run, interrupts: InterruptCallback) -> tupl
         seconds = time.perf_counter() - started
         # Gone once the trainer is released.
         plan = str(trainer.fast_plan or "TRL and peft")
-        predicted = None if trainer.fast_plan is None else trainer.fast_plan.predicted_bytes
+        resolved = trainer.fast_plan
     peak = device_module.measure_peak_memory_gib(run.device)
     measured = _Measured(seconds, memory_before, max(peak, memory_before))
     result = _make_result(model, run, trainer, interrupts, saves, measured, plan)
@@ -186,7 +187,7 @@ def _train(model: AdaptedModel, run: Run, interrupts: InterruptCallback) -> tupl
     if trainer.is_world_process_zero():
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
-            write_manifest(run.folder, "training", _describe_run(model, run, result, predicted))
+            write_manifest(run.folder, "training", _describe_run(model, run, result, resolved))
         # The model is trained; losing hours of it over a full disk would help nobody.
         except OSError as error:
             logger.error(
@@ -395,7 +396,7 @@ def _make_result(
 
 
 def _describe_run(
-    model: AdaptedModel, run: Run, result: TrainResult, predicted_bytes: int | None
+    model: AdaptedModel, run: Run, result: TrainResult, plan: StepPlan | None
 ) -> dict[str, Any]:
     args = run.job.args
     return {
@@ -406,8 +407,11 @@ def _describe_run(
         "data_options": dataclasses.asdict(run.options),
         # Beyond the loaded model: what the plan promised, and what was then taken.
         "memory": {
-            "predicted_gib": None if predicted_bytes is None else predicted_bytes / 1024**3,
+            "predicted_gib": None if plan is None else plan.predicted_bytes / 1024**3,
             "measured_gib": result.peak_memory_gib - result.memory_before_gib,
+            # The whole of it: the same numbers as before a run.
+            "parts": describe_memory(model, run.data.dataset, args, plan, run.device.type),
+            "peak_gib": result.peak_memory_gib,
         },
         "seeds": {"training": args.seed, "adapter": model.adapter.random_state},
         # Sanitized: without tokens.

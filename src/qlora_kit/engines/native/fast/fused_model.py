@@ -152,25 +152,23 @@ class FusedModel:
         """What a step takes, from shapes alone."""
         shape, size = self.shape, self.dtype.itemsize
         hidden = self._embedding.weight.shape[1]
-        queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         groups = [group for layer in self._readers for group in layer.values()
                   if isinstance(group, GroupReader)]  # fmt: skip
         sizes = [sum(group.rows) * group.columns * size for group in groups]
-        # Kept per token: normalized inputs, q/k/v before and after rotation, attention output,
-        # gate and up, their product. Measured peaks lie within this.
-        saved = (3 * hidden + 2 * (queries + 2 * keys) + queries + 3 * shape.intermediate) * size
-        return MemoryModel(
+        return MemoryModel.of_layers(
             layers=len(self._readers),
-            saved_per_token=saved,
-            boundary_per_token=hidden * size,
-            transient_per_token=(4 * hidden + 4 * shape.intermediate) * size,
+            hidden=hidden,
+            queries=shape.heads * shape.head_dim,
+            keys=shape.kv_heads * shape.head_dim,
+            intermediate=shape.intermediate,
+            item_bytes=size,
+            vocabulary=self._head.shape[0],
+            has_triton=self._has_triton,
             dequantized=sum(
                 taken for taken, group in zip(sizes, groups, strict=True) if group.scales
             ),
             largest_group=max(sizes, default=0),
-            # Triton's kernel turns logits into their gradient in place.
-            loss_per_token=self._head.shape[0] * (size if self._has_triton else 2 * size + 8),
-            gradients=2 * sum(copies.nbytes() for copies in self.adapter_copies),
+            copies=sum(copies.nbytes() for copies in self.adapter_copies),
         )
 
     def begin_step(self) -> None:

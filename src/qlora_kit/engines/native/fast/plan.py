@@ -116,6 +116,52 @@ class MemoryModel:
     loss_per_token: int
     gradients: int
 
+    @classmethod
+    def of_layers(
+        cls,
+        *,
+        layers: int,
+        hidden: int,
+        queries: int,
+        keys: int,
+        intermediate: int,
+        item_bytes: int,
+        vocabulary: int,
+        has_triton: bool,
+        dequantized: int,
+        largest_group: int,
+        copies: int,
+    ) -> MemoryModel:
+        """What a step takes, from widths in numbers and from sizes in bytes.
+
+        Args:
+            layers: Number of decoder layers.
+            hidden: Width of a token's state.
+            queries: Width of all heads' queries.
+            keys: Width of all heads' keys.
+            intermediate: Width within the MLP.
+            item_bytes: Bytes of a number.
+            vocabulary: Tokens that the head scores.
+            has_triton: Whether logits turn into their gradient in place.
+            dequantized: Bytes of all projection weights, dequantized.
+            largest_group: Bytes of the largest group of them.
+            copies: Bytes of the adapters' copies.
+        """
+        # Kept per token: normalized inputs, q/k/v before and after rotation, attention output,
+        # gate and up, their product. Measured peaks lie within this.
+        saved = 3 * hidden + 2 * (queries + 2 * keys) + queries + 3 * intermediate
+        return cls(
+            layers=layers,
+            saved_per_token=saved * item_bytes,
+            boundary_per_token=hidden * item_bytes,
+            transient_per_token=(4 * hidden + 4 * intermediate) * item_bytes,
+            dequantized=dequantized,
+            largest_group=largest_group,
+            # Triton's kernel turns logits into their gradient in place.
+            loss_per_token=vocabulary * (item_bytes if has_triton else 2 * item_bytes + 8),
+            gradients=2 * copies,
+        )
+
     def predict(self, tokens: int, checkpointed: int, *, caches: bool, loss_chunk: int) -> int:
         """Peak bytes beyond the loaded model for a micro-batch of ``tokens``."""
         # A layer that is not recomputed keeps its activations; every layer keeps its input; of

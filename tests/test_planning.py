@@ -1,0 +1,149 @@
+"""Plans: from a configuration alone, beside what the same training then takes."""
+
+import json
+import shutil
+
+import pytest
+
+from qlora_kit import Pipeline, attach_lora, load_quantized, plan_training, train_sft
+from qlora_kit.cli import main
+from qlora_kit.errors import ConfigError, ModelNotFoundError, OfflineError
+from qlora_kit.forecast import find_card, list_cards, read_shape
+
+#: Qwen3-4B, as its config.json has it.
+QWEN3_4B = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 2560,
+    "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+    "intermediate_size": 9728, "vocab_size": 151936, "tie_word_embeddings": True,
+    "hidden_act": "silu", "max_position_embeddings": 40960,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory):
+    """A model of 4 billion parameters without any weights."""
+    folder = tmp_path_factory.mktemp("big")
+    (folder / "config.json").write_text(json.dumps(QWEN3_4B), encoding="utf-8")
+    return folder
+
+
+def plan(model, card, *, row_tokens=None, **options):
+    training = {"plan": options.pop("step", None), **options.pop("training", {})}
+    asked = Pipeline(model=model, data=None, training=training, **options)
+    return plan_training(asked, card=card, row_tokens=row_tokens)
+
+
+@pytest.mark.parametrize(
+    ("step", "measured"),
+    [
+        ({"checkpointing": "none", "weights": "nf4"}, 66.3),
+        ({"checkpointing": "none", "weights": "cache"}, 73.1),
+        ({"checkpointing": "full", "weights": "nf4"}, 8.3),
+    ],
+)
+def test_a_plan_is_near_what_was_measured_on_an_h200(big, step, measured):
+    """docs/performance.md, packed rows of 16,384 tokens; what torch allocated at most."""
+    rows = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    made = plan(big, "H200", row_tokens=16384, loading={"max_seq_length": 16384}, step=step,
+                training=rows)  # fmt: skip
+    allocated = (made.memory.total - made.memory.runtime) / 1024**3
+    assert measured <= allocated <= measured * 1.15
+    assert made.fits
+    assert made.parameters == pytest.approx(4.02e9, rel=0.01)
+
+
+def test_what_does_not_fit_says_what_would(big):
+    loading = {"max_seq_length": 8192, "load_in_4bit": False}
+    made = plan(big, "RTX 3060 12GB", row_tokens=8192, loading=loading)
+    assert not made.fits
+    assert "does NOT fit" in str(made)
+    assert any("load_in_4bit=True" in one for one in made.remedies)
+    again = plan(big, "RTX 3060 12GB", row_tokens=8192, loading={"max_seq_length": 8192})
+    assert again.fits
+    small = plan(big, "4GB", row_tokens=8192, loading={"max_seq_length": 8192})
+    assert not small.fits
+    (one, *_) = small.remedies
+    assert "max_seq_length=" in one or "smaller model" in one
+
+
+def test_exports_take_disk(big):
+    made = plan(big, "24GB", exports={"lora": {}, "merged_16bit": {}, "gguf": {
+        "quantization": ["q4_k_m", "q8_0"]}})  # fmt: skip
+    assert made.disk["merged_16bit"] == pytest.approx(2 * 4.02e9, rel=0.02)
+    assert made.disk["gguf"] == pytest.approx((4.9 + 8.5) / 8 * 4.02e9, rel=0.02)
+    assert made.disk["lora"] < 0.2e9
+    assert made.seconds is None, "nothing is known of the speed of a card of 24 GB"
+    assert plan(big, "RTX 3090").seconds > plan(big, "H100").seconds > 0
+
+
+def test_cards_are_found_by_the_names_people_type():
+    for name in list_cards():
+        assert find_card(name).name == name
+        assert find_card(f"NVIDIA GeForce {name}".lower()).name == name
+    assert find_card("RTX 3060").name == "RTX 3060 12GB"
+    assert find_card("rtx3090 24gb").name == "RTX 3090"
+    assert find_card("11.5 GB").memory_gib == 11.5
+    for name, near in (("RTX 3095", "RTX 3090"), ("A100", "one of A100 40GB, A100 80GB")):
+        with pytest.raises(ConfigError, match=near):
+            find_card(name)
+    with pytest.raises(ConfigError, match="no card 'RTX 3090 12GB'"):
+        find_card("RTX 3090 12GB")
+
+
+def test_a_plan_counts_what_training_then_does(tiny_llama, alpaca_rows, tmp_path):
+    """Without weights, with the same data: steps, parameters and memory are the run's own."""
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_llama, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    data = tmp_path / "rows.json"
+    data.write_text(json.dumps(alpaca_rows), encoding="utf-8")
+    training = {"num_train_epochs": 2, "disable_tqdm": True,
+                "plan": {"compile": False, "micro_batch_tokens": 200}}  # fmt: skip
+    asked = Pipeline(
+        model=bare, data=str(data), loading={"max_seq_length": 128, "dtype": "float32"},
+        adapter={"r": 4}, training={**training, "output_dir": str(tmp_path / "planned")},
+    )  # fmt: skip
+    made = plan_training(asked)
+    assert list(tmp_path.iterdir()) == [bare, data] or not (tmp_path / "planned").exists()
+    model = attach_lora(load_quantized(tiny_llama, 128, "float32"), r=4)
+    result = train_sft(model, str(data), output_dir=tmp_path / "run", **training)
+    assert made.steps == result.steps
+    assert made.trainable_parameters == result.trainable_parameters
+    assert made.parameters == result.total_parameters - result.trainable_parameters
+    manifest = json.loads(result.manifest_path.read_text(encoding="utf-8"))
+    assert manifest["memory"]["peak_gib"] == result.peak_memory_gib
+    assert manifest["memory"]["parts"] == made.memory.describe()
+    weights = sum(p.nbytes for n, p in model.model.named_parameters() if "lora_" not in n)
+    assert made.memory.weights == pytest.approx(weights, rel=0.05)
+
+
+def test_other_architectures_are_planned_coarsely(tmp_path):
+    from transformers import GemmaConfig
+
+    config = GemmaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+                         vocab_size=500)  # fmt: skip
+    shape = read_shape(config)
+    assert "not of the Llama family" in shape.obstacle
+    config.save_pretrained(tmp_path / "gemma")
+    made = plan(tmp_path / "gemma", "8GB", row_tokens=100)
+    assert made.seconds is None
+    assert made.memory.logits == 200 * 500 * 8
+    assert "estimated coarsely" in str(made)
+
+
+def test_what_cannot_be_planned_is_said(big, tmp_path, capsys):
+    with pytest.raises(ModelNotFoundError, match=r"no config\.json"):
+        plan(tmp_path, "8GB")
+    with pytest.raises(OfflineError, match="Allow downloading its configuration"):
+        plan("owner/name", "8GB")
+    (tmp_path / "m.gguf").touch()
+    with pytest.raises(ConfigError, match=r"reads config\.json"):
+        plan(tmp_path / "m.gguf", "8GB")
+    with pytest.raises(ConfigError, match="row_tokens"):
+        plan(big, "8GB", row_tokens=0)
+    assert main(["plan", str(big), "--card", "H100", "--card", "2GB", "--row-tokens", "512",
+                 "--json"]) == 1  # fmt: skip
+    fits = [one["fits"] for one in json.loads(capsys.readouterr().out)]
+    assert fits == [True, False]
+    assert main(["plan", str(big), "--card", "H1000"]) == 1
+    assert "Did you mean 'H100'" in capsys.readouterr().err
