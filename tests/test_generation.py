@@ -277,7 +277,7 @@ def test_errors_in_the_thread_reach_the_reader(model, monkeypatch):
 
 
 def test_settings_that_transformers_finds_wrong_only_when_it_starts(model):
-    chunks = generate_stream(model, PROMPT, max_new_tokens=2, encoder_repetition_penalty=-1.0)
+    chunks = generate_stream(model, PROMPT, max_new_tokens=2, sequence_bias={(10**6,): 1.0})
     with pytest.raises(ConfigError, match="transformers cannot generate with these settings"):
         list(chunks)
     assert not _threads()
@@ -352,3 +352,16 @@ def test_answers_come_as_they_end_when_asked(model):
     assert list(generate_batch(model, [])) == []
     with pytest.raises(ConfigError, match="at_once"):
         generate_batch(model, [short], at_once=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("typical_p", float("nan")), ("bad_words_ids", [[]]), ("no_repeat_ngram_size", -1),
+        ("do_sample", "x"), ("eos_token_id", 1.5), ("eos_token_id", [10**9]), ("pad_token_id", 5),
+        ("max_time", 0), ("forced_eos_token_id", "x"),
+    ],
+)  # fmt: skip
+def test_settings_of_another_kind_are_refused_before_anything_is_computed(adapted16, name, value):
+    with pytest.raises(ConfigError, match=name):
+        generate_stream(adapted16, "a", **{name: value})

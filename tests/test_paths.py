@@ -1,10 +1,12 @@
 """What messages offer in place of a path that does not exist."""
 
+from pathlib import Path
+
 import pytest
 
 from qlora_kit import AlpacaFormatter, load_quantized
-from qlora_kit.errors import DataNotFoundError, ModelNotFoundError, OfflineError
-from qlora_kit.paths import looks_like_hub_name
+from qlora_kit.errors import ConfigError, DataNotFoundError, ModelNotFoundError, OfflineError
+from qlora_kit.paths import expand_path, looks_like_hub_name
 
 
 @pytest.fixture
@@ -71,3 +73,20 @@ def test_a_path_is_offered_what_resembles_it_or_else_what_is_there(beside, tiny_
 )
 def test_what_may_be_a_hub_name(name, suffixes, expected):
     assert looks_like_hub_name(name, suffixes) is expected
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("~nobody-here/x", "home of a user that does not exist"),
+        ("a\0b", "cannot be a path: embedded null"),
+        ("x" * 300, "cannot be a path: File name too long"),
+        ("/".join(["x" * 99] * 60), r"\.\.\., 5999 characters, cannot be a path"),
+    ],
+)
+def test_what_no_file_system_can_hold_is_named(path, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert expand_path("~") == Path.home()
+    assert expand_path("not-there/x") == Path("not-there/x")
+    with pytest.raises(ConfigError, match=said):
+        expand_path(path)

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from qlora_kit.boundaries import describe_cause, is_out_of_memory, translate_errors
 from qlora_kit.config import (
     ATTENTION_MODULES,
     DEFAULT_TARGET_MODULES,
@@ -18,7 +19,13 @@ from qlora_kit.config import (
     AdapterConfig,
 )
 from qlora_kit.engines.contract import check_handle
-from qlora_kit.errors import ConfigError, did_you_mean, invalid_value
+from qlora_kit.errors import (
+    ConfigError,
+    EngineError,
+    QloraKitError,
+    did_you_mean,
+    invalid_value,
+)
 from qlora_kit.handles import AdaptedModel, LoadedModel
 from qlora_kit.messages import Setting
 from qlora_kit.script_arguments import ADAPTER_ARGUMENTS, refuse_unknown
@@ -130,6 +137,10 @@ def attach_lora(
     _check_names(modules_to_save or (), "modules_to_save", model.model)
     _check_layers(layers_to_transform, model.model)
     for pattern, parameter in ((rank_pattern, "rank_pattern"), (alpha_pattern, "alpha_pattern")):
+        if pattern is not None and not isinstance(pattern, Mapping):
+            raise invalid_value(
+                parameter, "must be a mapping of module names to numbers", pattern, "attach_lora"
+            )
         _check_pattern(pattern, parameter, targets)
     if loftq_config is not None and not isinstance(loftq_config, Mapping):
         raise invalid_value(
@@ -155,7 +166,10 @@ def attach_lora(
         rank_pattern=dict(rank_pattern) if rank_pattern else None,
         alpha_pattern=dict(alpha_pattern) if alpha_pattern else None,
     )
-    adapted = check_handle(model.engine, "attach", model.engine.attach(model, config), AdaptedModel)
+    _check_ranks(config, targets, model.model)
+    with translate_errors(lambda error: _explain_attaching(error, config)):
+        attached = model.engine.attach(model, config)
+    adapted = check_handle(model.engine, "attach", attached, AdaptedModel)
     logger.info(
         "Training %s of %s parameters (%.2f%%) in %s.",
         f"{adapted.trainable_parameters:,}",
@@ -261,6 +275,31 @@ def _check_layers(layers: Sequence[int] | int | None, model: Any) -> None:
         raise ConfigError(
             f"layers_to_transform: this model has layers 0 to {count - 1}, got {layers!r}."
         )
+
+
+def _check_ranks(config: AdapterConfig, targets: Sequence[str], model: Any) -> None:
+    """Refuse ranks beyond every adapted matrix: they would fill memory with nothing."""
+    largest = max(
+        getattr(module, name, 0)
+        for path, module in model.named_modules()
+        if path.endswith(tuple(targets))
+        for name in ("in_features", "out_features", "num_embeddings", "embedding_dim")
+    )
+    for rank in (config.r, *(config.rank_pattern or {}).values()):
+        if rank > largest:
+            raise invalid_value(
+                "r", f"is beyond the {largest} rows of the largest adapted matrix", rank,
+                "attach_lora",
+            )  # fmt: skip
+
+
+def _explain_attaching(error: Exception, config: AdapterConfig) -> QloraKitError:
+    if is_out_of_memory(error):
+        return EngineError(
+            f"There is not enough memory to attach an adapter of rank {config.r}: "
+            f"{describe_cause(error)} Load the base again and attach a smaller one."
+        )
+    return ConfigError(f"peft refuses this adapter: {describe_cause(error)} Load the base again.")
 
 
 def _check_pattern(

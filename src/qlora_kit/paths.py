@@ -9,9 +9,12 @@ import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from qlora_kit.errors import ConfigError
+
 __all__ = [
     "CACHE_VARIABLE",
     "describe_nearest",
+    "expand_path",
     "get_cache_folder",
     "looks_like_hub_name",
     "suggest_existing",
@@ -20,6 +23,9 @@ __all__ = [
 
 #: Where files that are made once and kept go, instead of ``~/.cache/qlora_kit``.
 CACHE_VARIABLE = "QLORA_KIT_CACHE"
+
+#: Characters of a path that are shown.
+_SHOWN = 200
 
 #: Files that neither a model nor a data set of the hub is called after.
 _OTHER_SUFFIXES = (".txt", ".tsv", ".xlsx", ".gz", ".zip", ".bin", ".pt", ".safetensors")
@@ -33,9 +39,32 @@ def get_cache_folder(chosen: str | None = None) -> Path:
     """
     chosen = chosen or os.environ.get(CACHE_VARIABLE)
     if chosen:
-        return Path(chosen).expanduser()
+        return expand_path(chosen)
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "qlora_kit"
+
+
+def expand_path(path: str | os.PathLike[str]) -> Path:
+    """A path with its ``~`` replaced, if it is one that a file system can hold.
+
+    Raises:
+        ConfigError: For the home of nobody, zero bytes, and names that are too long.
+    """
+    shown, length = repr(os.fspath(path)), len(os.fspath(path))
+    shown = shown if length <= _SHOWN else f"{shown[:_SHOWN]}..., {length} characters,"
+    try:
+        expanded = Path(path).expanduser()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            expanded.lstat()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{shown} names the home of a user that does not exist here. Give the whole path."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{shown} cannot be a path: {getattr(error, 'strerror', None) or error}."
+        ) from error
+    return expanded
 
 
 @contextlib.contextmanager

@@ -431,3 +431,20 @@ def test_csv_with_another_separator(
     path = tmp_path / "rows.csv"
     path.write_text(delimiter.join(("instruction", "output")) + f'\n"a, b"{delimiter}c\n')
     assert list(formatter.load(path)) == [{"instruction": "a, b", "input": "", "output": "c"}]
+
+
+def test_a_parquet_file_that_unpacks_without_end_is_refused_before_it_does(tmp_path, monkeypatch):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    from qlora_kit.data.sources import file_readers
+
+    monkeypatch.setattr(file_readers, "_SURELY_FITS", 2**20)
+    path = tmp_path / "rows.parquet"
+    column = pa.chunked_array([pa.array(["x" * 1000] * 1000)] * 40)
+    pyarrow.parquet.write_table(pa.table({"instruction": column, "output": column}), path)
+    with pytest.raises(DataError, match="bytes and unpacks to more than"):
+        file_readers.read_file(path)
+    rows = pa.table({"instruction": ["a"] * 50, "output": [f"b{n}" for n in range(50)]})
+    pyarrow.parquet.write_table(rows, path)
+    assert len(file_readers.read_file(path)) == 50

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from qlora_kit.boundaries import describe_cause
 from qlora_kit.config import AdapterConfig
 from qlora_kit.engines.saved_adapter import (
     find_carried,
@@ -21,7 +22,7 @@ from qlora_kit.engines.saved_adapter import (
     resize_vocabulary,
 )
 from qlora_kit.engines.saved_adapter_config import changes_base, read_lora_config
-from qlora_kit.errors import ConfigError, QloraKitError, UnsupportedModelError
+from qlora_kit.errors import ConfigError, EngineError, QloraKitError, UnsupportedModelError
 from qlora_kit.handles import AdaptedModel, LoadedModel
 from qlora_kit.messages import Setting
 
@@ -63,6 +64,7 @@ def attach_saved_adapter(loaded: LoadedModel, folder: Path, *, is_trainable: boo
     Raises:
         UnsupportedModelError: When it does not fit the base, or lacks tensors.
     """
+    import torch
     from peft import PeftModel
     from safetensors import SafetensorError
 
@@ -89,6 +91,10 @@ def attach_saved_adapter(loaded: LoadedModel, folder: Path, *, is_trainable: boo
         raise UnsupportedModelError(
             f"The adapter in {folder} does not fit {loaded.base.name_or_path}: it lacks {error}, "
             "which its adapter_config.json asks for. Copy the adapter again."
+        ) from error
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise EngineError(
+            f"There is not enough memory for the adapter in {folder}: {describe_cause(error)}"
         ) from error
     except (
         ValueError, TypeError, RuntimeError, UserWarning, SafetensorError, OSError,

@@ -48,7 +48,13 @@ def read_stored_quantization(folder: Path) -> QuantizationName | None:
         )
     if stored.get("load_in_8bit") or stored.get("_load_in_8bit"):
         return "int8"
-    return cast("QuantizationName", stored.get("bnb_4bit_quant_type", "fp4"))
+    kind = stored.get("bnb_4bit_quant_type", "fp4")
+    if kind not in ("nf4", "fp4"):
+        raise UnsupportedModelError(
+            f"{folder / 'config.json'} is damaged: its bnb_4bit_quant_type is {kind!r}. Download "
+            "it again."
+        )
+    return cast("QuantizationName", kind)
 
 
 def make_quantization_config(config: LoadConfig, dtype: str) -> BitsAndBytesConfig | None:

@@ -273,7 +273,7 @@ def _encode(model: LoadedModel, prompt: Any) -> list[int]:
                 f"{describe_cause(error)} Give text, or formatter.prompt(...)."
             ) from error
     else:
-        ids = [part for part in prompt if isinstance(part, int)]
+        ids = [part for part in prompt if is_whole_number(part)]
         if len(ids) != len(prompt):
             raise ConfigError(f"Token ids must be whole numbers, got {prompt!r}.")
     if not ids:

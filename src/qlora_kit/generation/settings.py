@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from qlora_kit.boundaries import describe_cause
 from qlora_kit.errors import ConfigError, UnknownOptionError, did_you_mean, invalid_value
+from qlora_kit.generation.field_types import check_fields
 from qlora_kit.handles import LoadedModel
 from qlora_kit.messages import Setting
 from qlora_kit.values import is_finite_number, is_whole_number
@@ -26,6 +28,7 @@ _REFUSED: Final[Mapping[str, str]] = {
     "penalty_alpha": "Contrastive search is not streamed; sample or decode greedily.",
     "max_length": "It would count the prompt as well; use max_new_tokens.",
     "return_dict_in_generate": "Chunks are what is returned.",
+    "pad_token_id": "A single answer needs no padding.",
     "stop_strings": "Use stop=.",
 }
 
@@ -146,6 +149,7 @@ def make_config(model: LoadedModel, fields: Mapping[str, Any]) -> GenerationConf
                 value=fields[name],
                 advice=advice,
             )
+    check_fields(fields)
     if not fields["do_sample"]:
         ignored = [name for name in _NEUTRAL if fields.get(name) is not None]
         if ignored:
@@ -164,16 +168,22 @@ def make_config(model: LoadedModel, fields: Mapping[str, Any]) -> GenerationConf
     config.pad_token_id = model.tokenizer.pad_token_id
     try:
         config.validate()
-    except ValueError as error:
-        raise ConfigError(f"transformers refuses these settings: {error}") from error
+    # It compares and computes with what it is given, whatever that is.
+    except Exception as error:
+        raise ConfigError(
+            f"transformers refuses these settings: {describe_cause(error)}"
+        ) from error
     return config
 
 
 def _stop_token_ids(model: LoadedModel, given: Any) -> list[int]:
     """What ends an answer: what the model was loaded with, and what it was trained to end with."""
     if given is not None:
-        ids = [given] if isinstance(given, int) else list(given)
-        if not ids or not all(is_whole_number(token) for token in ids):
-            raise invalid_value("eos_token_id", "must be token ids", given, "generate_stream")
+        ids = list(given) if isinstance(given, list | tuple) else [given]
+        vocabulary = model.model.get_input_embeddings().weight.shape[0]
+        if not ids or not all(is_whole_number(id_, at_least=0) and id_ < vocabulary for id_ in ids):
+            raise invalid_value(
+                "eos_token_id", f"must be token ids below {vocabulary}", given, "generate_stream"
+            )
         return ids
     return list(model.stop_token_ids)

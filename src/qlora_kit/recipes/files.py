@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from qlora_kit.errors import ConfigError
-from qlora_kit.paths import describe_nearest
+from qlora_kit.paths import describe_nearest, expand_path
 
 __all__ = ["SUFFIXES", "format_recipe", "is_recipe", "read_recipe", "write_recipe"]
 
@@ -45,7 +45,7 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ConfigError: When there is no such file, or it cannot be read as what it is.
     """
-    file = Path(path).expanduser()
+    file = expand_path(path)
     if not is_recipe(file):
         raise ConfigError(f"A recipe is a {', '.join(SUFFIXES)} file, got {file}.")
     try:
@@ -102,7 +102,7 @@ def _anchor(section: str, content: Any, folder: Path) -> Any:
             anchored[name] = _place(anchored[name], folder)
     for name in _WRITTEN.get(section, ()):
         if isinstance(anchored.get(name), str):
-            anchored[name] = str(folder / Path(anchored[name]).expanduser())
+            anchored[name] = str(folder / expand_path(anchored[name]))
     return anchored
 
 
@@ -114,10 +114,10 @@ def _place(value: Any, folder: Path) -> Any:
         return {**value, "path": _place(value["path"], folder)} if "path" in value else value
     if not isinstance(value, str) or "\n" in value or len(value) > 1000:
         return value
-    path = folder / Path(value).expanduser()
+    path = folder / os.path.expanduser(value)  # noqa: PTH111 - names of nobody stay
     # A file that is missing is missed where the recipe says it is.
     is_file = Path(value).suffix.lower() in _FILES or bool(set("*?[") & set(value))
-    is_path = is_file or path.exists() or value.startswith((".", "~"))
+    is_path = is_file or os.path.exists(path) or value.startswith((".", "~"))  # noqa: PTH110
     return str(path) if is_path else value
 
 
@@ -134,7 +134,7 @@ def write_recipe(
     Raises:
         ConfigError: When the file exists or cannot be written.
     """
-    file = Path(path).expanduser()
+    file = expand_path(path)
     try:
         with file.open("x", encoding="utf-8") as out:
             out.write(format_recipe(recipe, note=note))

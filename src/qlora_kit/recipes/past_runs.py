@@ -10,7 +10,7 @@ from typing import Any
 
 from qlora_kit.errors import ConfigError
 from qlora_kit.manifest import MANIFEST_NAME, read_manifest
-from qlora_kit.paths import describe_nearest
+from qlora_kit.paths import describe_nearest, expand_path
 
 __all__ = ["recipe_from_run"]
 
@@ -33,7 +33,7 @@ def recipe_from_run(output_dir: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ConfigError: When the folder holds no run, or one that a file cannot repeat; says why.
     """
-    folder = Path(output_dir).expanduser()
+    folder = expand_path(output_dir)
     try:
         manifest = read_manifest(folder)
     except (OSError, ValueError) as error:

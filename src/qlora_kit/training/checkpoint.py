@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -78,7 +79,8 @@ class Checkpoint:
     @functools.cached_property
     def damage(self) -> str | None:
         """What keeps anything from going on from it; every file is read to find out."""
-        if not (self.path / _STATE).is_file():
+        # Not Path.is_file, which raises over names that no file system can hold.
+        if not os.path.isfile(self.path / _STATE):  # noqa: PTH113
             return f"it has no {_STATE}"
         files = self.manifest.get("files")
         if isinstance(files, list):

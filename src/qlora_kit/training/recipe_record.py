@@ -124,8 +124,8 @@ def _shorten(source: Mapping[str, Any]) -> Any:
 
 def _find_eval_paths(rows: Any) -> Any:
     if isinstance(rows, str | os.PathLike):
-        path = Path(rows).expanduser()
-        return str(path.absolute()) if path.exists() else os.fspath(rows)
+        path = Path(os.path.expanduser(rows))  # noqa: PTH111 - names of nobody stay
+        return str(path.absolute()) if os.path.exists(path) else os.fspath(rows)  # noqa: PTH110
     origin = getattr(rows, "origin", None)
     if origin is None or origin.held_out is not None:
         return None
@@ -170,5 +170,5 @@ def _make_plain(value: Any) -> Any:
         value = {name: one for name, one in kept.items() if one != fields[name]}
     value = getattr(value, "value", value)
     if isinstance(value, os.PathLike):
-        return str(Path(value).expanduser().absolute())
+        return os.path.abspath(os.path.expanduser(value))  # noqa: PTH111
     return to_jsonable(value)

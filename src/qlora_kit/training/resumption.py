@@ -14,6 +14,7 @@ from qlora_kit.errors import ConfigError, invalid_value
 from qlora_kit.handles import AdaptedModel
 from qlora_kit.manifest import MANIFEST_NAME
 from qlora_kit.messages import Setting
+from qlora_kit.paths import expand_path
 from qlora_kit.training.checkpoint import CHECKPOINT_PREFIX, Checkpoint, list_checkpoints
 from qlora_kit.training.identity import RunIdentity
 
@@ -61,7 +62,7 @@ def find_checkpoints(
     if asked is not True and not isinstance(asked, str | os.PathLike):
         raise invalid_value("resume_from_checkpoint", "must be True or a path, or 'auto'", asked)
     if asked is not True and asked != "auto":
-        return [_take_one(Path(asked).expanduser(), folder, model)]
+        return [_take_one(expand_path(asked), folder, model)]
     found = list_checkpoints(folder)
     whole = _pass_over_damaged(found)
     if not whole and asked is True:

@@ -10,7 +10,6 @@ import logging
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.data.formatters.alpaca import AlpacaFormatter
@@ -23,6 +22,7 @@ from qlora_kit.data.sources.raw_rows import RawRows
 from qlora_kit.data.sources.row_checks import check_columns, parse_rows
 from qlora_kit.data.sources.row_problems import BadRows
 from qlora_kit.errors import ConfigError, did_you_mean
+from qlora_kit.paths import expand_path
 from qlora_kit.plugins import get_formatter_registry
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def _find_kind(name: str) -> type[FormatterBase]:
 def _read_template(template: str) -> tuple[type[FormatterBase], dict[str, Any]]:
     if template in BUILTIN_TEMPLATES or "{" in template:
         return AlpacaFormatter, {"template": template}
-    path = Path(template).expanduser()
+    path = expand_path(template)
     known = list_templates()
     if not path.is_file():
         raise ConfigError(

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 
 from qlora_kit.data.sources.file_readers import READERS
 from qlora_kit.errors import ConfigError, DataNotFoundError, UnknownOptionError, did_you_mean
-from qlora_kit.paths import describe_nearest
+from qlora_kit.paths import describe_nearest, expand_path
 from qlora_kit.values import is_finite_number
 
 __all__ = ["DataSource", "RowOrigin", "find_files", "list_paths", "pick_rows"]
@@ -119,7 +119,7 @@ def find_files(name: str) -> list[str] | None:
     Raises:
         DataNotFoundError: When it names none.
     """
-    path = Path(name).expanduser()
+    path = expand_path(name)
     if not _MAGIC & set(name) or os.path.exists(path):  # noqa: PTH110
         return None
     found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207

@@ -24,7 +24,7 @@ from qlora_kit.data.sources.origins import (
 from qlora_kit.data.sources.row_problems import Location
 from qlora_kit.errors import DataError, DataNotFoundError, OfflineError, QloraKitError, did_you_mean
 from qlora_kit.messages import Setting
-from qlora_kit.paths import describe_nearest, looks_like_hub_name, suggest_existing
+from qlora_kit.paths import describe_nearest, expand_path, looks_like_hub_name, suggest_existing
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -90,7 +90,7 @@ def read_source(
                 read = _read_several(parts, split, seed, local_files_only=local_files_only)
                 return read._replace(label=f"{name} ({len(files)} files)")
             read = _read_named(name, split, local_files_only=local_files_only)
-            where = Path(name).expanduser()
+            where = expand_path(name)
             kept = str(where.absolute()) if where.exists() else name
             return read._replace(origin=RowOrigin((DataSource(kept, split),), seed))
         except QloraKitError:
@@ -185,7 +185,7 @@ def _read_named(name: str, split: str, *, local_files_only: bool) -> RawRows:
         raise DataError("The source is an empty name; give a file, a folder or a dataset's name.")
     if "://" in name:
         raise DataError(f"{name} is an address. Download the file first, then give its path.")
-    path = Path(name).expanduser()
+    path = expand_path(name)
     if path.is_file():
         return RawRows(str(path), read_file(path))
     if path.is_dir():
