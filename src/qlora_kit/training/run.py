@@ -141,8 +141,10 @@ def _train(model: AdaptedModel, run: Run, interrupts: InterruptCallback) -> tupl
         ProgressLine,
         replace_progress_callbacks,
     )
+    from qlora_kit.training.shared_cores import SharedCores
     from qlora_kit.training.stopping import StopTogether
 
+    cores = SharedCores(run.device)
     line = ProgressLine()
     saves = CheckpointKeeper(
         lambda folder: write_checkpoint_manifest(model, folder, run.describe()),
@@ -159,6 +161,7 @@ def _train(model: AdaptedModel, run: Run, interrupts: InterruptCallback) -> tupl
         replace_progress_callbacks(trainer, line)
         trainer.add_callback(interrupts)
         trainer.add_callback(saves)
+        trainer.add_callback(cores)
         if ranks.find_place().world > 1:
             trainer.add_callback(StopTogether(interrupts))
         # Only now: exports take their stop token from it, and a refused run trained nothing.
@@ -169,8 +172,9 @@ def _train(model: AdaptedModel, run: Run, interrupts: InterruptCallback) -> tupl
         started = time.perf_counter()
         checkpoint = run.resumption.checkpoint
         try:
-            with translate_errors(
-                lambda error: _explain_failure(error, model, trainer, run.folder)
+            with (
+                translate_errors(lambda error: _explain_failure(error, model, trainer, run.folder)),
+                cores.sharing(),
             ):
                 _take_steps(trainer, interrupts, saves, checkpoint)
         finally:
