@@ -56,11 +56,13 @@ class RunRecord:
         formatter: The formatter whose template the model was last trained with.
         training: The result of the last training.
         adapter_path: Where the adapter was loaded from; ``None`` for a new one.
+        examples: What it was last trained on, a dataset with ``input_ids``.
     """
 
     formatter: Any = None
     training: TrainResult | None = None
     adapter_path: Path | None = None
+    examples: Any = None
 
 
 @dataclass(frozen=True)

@@ -122,11 +122,13 @@ class Exporter(Protocol):
             checked against their annotations before anything else happens. A field declared
             with ``repr=False`` is a secret: it is left out of manifests and messages.
 
-    Three more attributes are optional:
+    Four more attributes are optional:
 
     * ``needs_path`` (default true): false for a format that leaves nothing on this disk.
     * ``shares_merge`` (default false): true for a format whose merged tensors others of the same
       call may read back; it is written first.
+    * ``check_base(model, options)``: refuses a model that no training makes an export of, before
+      it is trained; called by ``check_export`` where a model is given, as by the pipeline.
     * ``find_missing()``: what keeps the format from running on this machine, one phrase each,
       without a model; shown by ``python -m qlora_kit exporters``.
 

@@ -152,12 +152,7 @@ def check_pipeline(pipeline: Pipeline) -> CheckedPipeline:
     AdapterConfig(**_fields_of(AdapterConfig, pipeline.adapter))
     training = _training_arguments(pipeline)
     if pipeline.exports:
-        check_export(
-            _formats(pipeline),
-            _export_path(pipeline),
-            overwrite=pipeline.overwrite,
-            **pipeline.export_options,
-        )
+        _check_exports(pipeline, None)
     rows, eval_rows, plan = _read_data(pipeline)
     has_eval = eval_rows is not None or pipeline.eval_fraction is not None
     check_training(has_eval=has_eval, **training)
@@ -190,6 +185,8 @@ def run_pipeline(
         model = attach_lora(model, **asked.adapter)
     else:
         _check_against_saved(model, asked.adapter)
+    if asked.exports:
+        _check_exports(asked, model)
     formatter = None if checked.formatter is None else checked.formatter.make(model.tokenizer)
     rows: Any = checked.rows
     eval_rows: Any = checked.eval_rows
@@ -215,6 +212,16 @@ def run_pipeline(
         **asked.export_options,
     )
     return PipelineResult(model, training, exports)
+
+
+def _check_exports(pipeline: Pipeline, model: AdaptedModel | None) -> None:
+    check_export(
+        _formats(pipeline),
+        _export_path(pipeline),
+        overwrite=pipeline.overwrite,
+        model=model,
+        **pipeline.export_options,
+    )
 
 
 def _training_arguments(pipeline: Pipeline) -> dict[str, Any]:

@@ -1,19 +1,21 @@
-"""What ``llama-quantize`` itself makes of a file, through a build of llama.cpp's own library.
+"""What ``llama-quantize`` itself makes of a file, run as the program it is.
 
-    python tests/helpers/gguf_llama_quantize.py FOLDER
+    python tests/helpers/gguf_llama_quantize.py PATH/TO/llama-quantize
 
-FOLDER holds ``libllama`` and ggml's libraries (the npm package ``@node-llama-cpp/linux-x64`` has
-them in ``bins/linux-x64``; xllamacpp leaves the quantizer out). Every case is exported here in
-f32 and in every type, the f32 file is quantized by llama.cpp, and all tensors must be of the same
-types and bytes. Then ``llama_quantize_types.json`` is written, which the tests compare with where
-no such library is at hand.
+llama.cpp's source comes in the source package of ``llama-cpp-python`` on PyPI (in its folder
+``vendor/llama.cpp``); ``cmake --build build --target llama-quantize`` makes the program. Every case
+is exported here in f32, some of them in every type, without and with an importance matrix and with
+types asked for by tensor. llama.cpp quantizes the f32 file, and all tensors must be of the same
+types, and where they were exported of the same bytes. Then ``llama_quantize_types.json`` is
+written, which the tests compare with where no such program is at hand.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
+import re
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -42,15 +44,87 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "phi3-unaligned": ("phi3", "unaligned", {"num_hidden_layers": 2}),
     "qwen3-moe": ("qwen3-moe", "aligned", {"num_hidden_layers": 9, "moe_intermediate_size": 256}),
     "qwen3-moe-8": ("qwen3-moe", "aligned", {"num_hidden_layers": 9, "num_experts": 8}),
+    "qwen3-moe-small": ("qwen3-moe", "aligned", {"moe_intermediate_size": 256}),
 }
+
+#: Types asked for by tensor, as ``--tensor-type`` and its kin take them.
+REQUESTS = {
+    "tensor_types": {r"blk\.1\.ffn_down": "q8_0", "attn_k": "q5_k", "ffn_up": "iq4_nl"},
+    "output_type": "q5_k",
+    "embedding_type": "q8_0",
+}
+
+#: How a case is quantized: with an importance matrix, and with the requests above.
+WAYS = {"plain": (False, False), "importance": (True, False), "requests": (True, True)}
 
 TYPES_FILE = Path(__file__).parent.parent / "exporters" / "gguf" / "llama_quantize_types.json"
 
 
-def export_case(case: str, folder: Path) -> Any:
-    """A random model of a case in every type."""
-    from qlora_kit.exporters.gguf.conversion.file_writer import convert
+def list_recipes(case: str, way: str) -> list[str]:
+    """The quantizations that a case is compared in."""
     from qlora_kit.exporters.gguf.quantization.recipes import RECIPES
+
+    # q2_k_l is not llama-quantize's.
+    names = [name for name in RECIPES if name not in ("f32", "q2_k_l")]
+    if "moe" not in case:
+        names.remove("mxfp4_moe")
+    if not WAYS[way][0]:
+        names = [name for name in names if name not in NEEDS_IMPORTANCE]
+    if WAYS[way][1]:
+        names = ["f16", "q4_0", "q4_k_m", "q2_k", "iq4_xs", "iq2_m"]
+    return names
+
+
+#: Cases whose bytes are compared as well; types are compared in all.
+BYTE_CASES = ("llama-tied", "llama-unaligned", "qwen3-moe-small")
+
+#: ggml builds large tables for these in every process that encodes them.
+SLOW = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs")
+
+NEEDS_IMPORTANCE = (
+    "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "q2_k_s",
+)  # fmt: skip
+
+
+def make_settings(way: str) -> Any:
+    """The file settings of a way, planned as if everything in blocks had an importance."""
+    from qlora_kit.exporters.gguf.conversion.file_plan import FileSettings
+    from qlora_kit.exporters.gguf.quantization.type_requests import TypeRequests, parse_requests
+
+    is_guided, is_asked = WAYS[way]
+    return FileSettings(
+        parse_requests(**REQUESTS) if is_asked else TypeRequests(),
+        (lambda name: name.startswith("blk.")) if is_guided else None,
+    )
+
+
+def make_importance(tensors: dict[str, tuple[int, ...]]) -> Any:
+    """Random importances for the matrices of a file's blocks; one expert is never reached."""
+    import numpy as np
+
+    from qlora_kit.exporters.gguf.quantization.importance import Importance, ImportanceMatrix
+    from qlora_kit.exporters.gguf.quantization.mixtures import allows_quantization
+
+    rng = np.random.default_rng(20261128)
+    entries = {}
+    for name, shape in sorted(tensors.items()):
+        if name.startswith("blk.") and allows_quantization(name, shape):
+            count = shape[0] if len(shape) > 2 else 1
+            counts = rng.integers(1, 100, count)
+            if count > 1:
+                counts[1] = 0
+            sums = rng.exponential(size=(count, shape[-1])) ** 2 * counts[:, None]
+            entries[name] = Importance(sums.astype(np.float32), counts)
+    return ImportanceMatrix(entries, ("a text",), 7, 512)
+
+
+def export_case(case: str, folder: Path, way: str = "plain") -> Any:
+    """A random model of a case in f32 and every type."""
+    import dataclasses
+
+    from qlora_kit.exporters.gguf.conversion.file_plan import plan_conversion
+    from qlora_kit.exporters.gguf.conversion.file_writer import convert
+    from qlora_kit.exporters.gguf.quantization.importance import read_importance, write_importance
     from qlora_kit.weights.source import SafetensorsSource
 
     family, shape, changes = CASES[case]
@@ -60,7 +134,26 @@ def export_case(case: str, folder: Path) -> Any:
     )
     config = json.loads((folder / "config.json").read_text())
     with SafetensorsSource(folder) as source:
-        return convert(source, config, tokenizer, folder, quantization=list(RECIPES))
+        importance, settings = None, make_settings(way)
+        if WAYS[way][0]:
+            plan = plan_conversion(source, config, quantization="f16")
+            path = folder / "case.imatrix.gguf"
+            write_importance(path, make_importance({t.name: t.shape for t in plan.tensors}))
+            importance = dataclasses.replace(read_importance(path), path=path)
+        names = ["f32", *(list_recipes(case, way) if case in BYTE_CASES else ())]
+        if WAYS[way][1]:  # f32 must stay f32 throughout
+            plain = convert(source, config, tokenizer, folder, quantization="f32", name="plain")
+            if not names[1:]:
+                return plain
+            done = convert(
+                source, config, tokenizer, folder, quantization=names[1:], settings=settings,
+                importance=importance,
+            )  # fmt: skip
+            return dataclasses.replace(done, files={**plain.files, **done.files})
+        return convert(
+            source, config, tokenizer, folder, quantization=names, settings=settings,
+            importance=importance,
+        )  # fmt: skip
 
 
 def describe_types(types: dict[str, str]) -> dict[str, str]:
@@ -86,88 +179,105 @@ def _run_together(types: list[str]) -> str:
     return " ".join(name if count == 1 else f"{name}*{count}" for name, count in runs)
 
 
-class _Parameters(ctypes.Structure):
-    """``llama_model_quantize_params``, of which only the first two members are set here."""
+def quantize(
+    program: Path, source: Path, target: Path | None, name: str, way: str
+) -> dict[str, str]:
+    """Run llama-quantize; without a target it only says what types it would choose.
 
-    _fields_ = [
-        ("threads", ctypes.c_int32),
-        ("file_type", ctypes.c_int32),
-        ("rest", ctypes.c_ubyte * 504),
-    ]
+    Returns:
+        The types, by tensor; what a dry run says; a whole one names only what the source has.
 
-
-class Quantizer:
-    """llama.cpp's quantizer.
-
-    Args:
-        folder: Where its shared libraries are.
+    Raises:
+        RuntimeError: When it fails.
     """
-
-    def __init__(self, folder: Path) -> None:
-        base, ggml, llama = (
-            min(folder.glob(f"{stem}*"), key=lambda path: len(path.name))
-            for stem in ("libggml-base.", "libggml.", "libllama.")
-        )
-        ctypes.CDLL(str(base), mode=ctypes.RTLD_GLOBAL)
-        backends = ctypes.CDLL(str(ggml), mode=ctypes.RTLD_GLOBAL)
-        backends.ggml_backend_load_all_from_path(str(folder).encode())
-        self._library = ctypes.CDLL(str(llama))
-        self._library.llama_backend_init()
-        self._library.llama_model_quantize_default_params.restype = _Parameters
-        self._library.llama_model_quantize.argtypes = [
-            ctypes.c_char_p,
-            ctypes.c_char_p,
-            ctypes.POINTER(_Parameters),
-        ]
-
-    def quantize(self, source: Path, target: Path, file_type: int) -> None:
-        parameters = self._library.llama_model_quantize_default_params()
-        parameters.threads, parameters.file_type = 1, file_type
-        failed = self._library.llama_model_quantize(
-            str(source).encode(), str(target).encode(), ctypes.byref(parameters)
-        )
-        if failed:
-            raise RuntimeError(f"llama.cpp did not quantize {source} to {target.name}")
+    is_guided, is_asked = WAYS[way]
+    options = ["--imatrix", str(source.with_name("case.imatrix.gguf"))] if is_guided else []
+    if is_asked:
+        for pattern, kind in REQUESTS["tensor_types"].items():
+            options += ["--tensor-type", f"{pattern}={kind}"]
+        options += ["--output-tensor-type", REQUESTS["output_type"]]
+        options += ["--token-embedding-type", REQUESTS["embedding_type"]]
+    command = [program, *options, *(["--dry-run"] if target is None else [])]
+    command += [source, *([] if target is None else [target]), name.upper(), "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"llama-quantize did not make {name} of {source}: {done.stderr[-600:]}")
+    kept = {line[1]: line[2] for line in _SAID.finditer(done.stdout + done.stderr)}
+    changed = {line[1]: line[2] for line in _CHANGED.finditer(done.stdout + done.stderr)}
+    return {tensor: spelled.upper() for tensor, spelled in {**kept, **changed}.items()}
 
 
-def main(folder: Path) -> None:
+_SAID = re.compile(r"\[ *\d+/ *\d+\] +(\S+) +- .*?type = +(\w+),")
+_CHANGED = re.compile(r"\[ *\d+/ *\d+\] +(\S+) +- .*?type = .*MiB -> .*MiB \((\w+)\)")
+
+
+def main(program: Path) -> None:
     import numpy as np
 
-    from qlora_kit.exporters.gguf.quantization.recipes import RECIPES
+    from qlora_kit.exporters.gguf.conversion.file_plan import plan_conversion
     from qlora_kit.exporters.gguf.verification.gguf_file import GgufFile
 
-    quantizer = Quantizer(folder)
-    recorded: dict[str, dict[str, dict[str, str]]] = {}
+    recorded: dict[str, dict[str, dict[str, dict[str, str]]]] = {}
     compared, wrong = 0, []
-    for case in CASES:
-        with tempfile.TemporaryDirectory() as scratch:
-            done = export_case(case, Path(scratch))
-            for name, recipe in RECIPES.items():
-                if name == "f32":
-                    continue
-                theirs = Path(scratch) / f"theirs-{name}.gguf"
-                quantizer.quantize(done.files["f32"], theirs, recipe.file_type)
-                right, ours = GgufFile(theirs), GgufFile(done.files[name])
-                types = {tensor: right.type_of(tensor) for tensor in right.tensors}
-                recorded.setdefault(case, {})[name] = describe_types(types)
-                for tensor in right.tensors:
-                    compared += 1
-                    if types[tensor] != ours.type_of(tensor) or not np.array_equal(
-                        right.tensors[tensor].data, ours.tensors[tensor].data
-                    ):
-                        wrong.append((case, name, tensor, types[tensor], ours.type_of(tensor)))
-    print(f"{compared} tensors compared, {len(wrong)} differ", *wrong[:20], sep="\n")
+    for case, (family, shape, changes) in CASES.items():
+        config = tiny.make_config(family, shape, **changes)
+        for way in WAYS:
+            names = list_recipes(case, way)
+            plan = plan_conversion(
+                tiny.make_shapes(config), config.to_dict(), quantization=names,
+                settings=make_settings(way),
+            )  # fmt: skip
+            with tempfile.TemporaryDirectory() as scratch:
+                done = export_case(case, Path(scratch), way)
+                for name in names:
+                    whole = Path(scratch) / "theirs.gguf" if name in done.files else None
+                    types = quantize(program, done.files["f32"], whole, name, way)
+                    if whole is not None:
+                        right = GgufFile(whole)
+                        types = {tensor: right.type_of(tensor) for tensor in right.tensors}
+                    found = recorded.setdefault(case, {}).setdefault(way, {})
+                    found[name] = describe_types(types)
+                    ours = dict(plan.types[name])
+                    for tensor in sorted({*types, *ours}):
+                        if types.get(tensor) != ours.get(tensor):
+                            wrong.append(
+                                (case, way, name, tensor, types.get(tensor), ours.get(tensor))
+                            )
+                    if whole is None:
+                        continue
+                    written = GgufFile(done.files[name])
+                    for tensor in right.tensors:
+                        compared += 1
+                        mine, theirs = written.tensors[tensor].data, right.tensors[tensor].data
+                        if mine.shape != theirs.shape or not np.array_equal(mine, theirs):
+                            wrong.append((case, way, name, tensor, "bytes", ours[tensor]))
+        print(f"{case}: bytes of {compared} tensors compared, {len(wrong)} differ", flush=True)
+    print(*wrong[:40], sep="\n")
     if wrong:
         raise SystemExit(1)
-    lines = [
-        f"  {json.dumps(case)}: {{\n"
-        + ",\n".join(f"    {json.dumps(n)}: {json.dumps(t)}" for n, t in found.items())
-        + "\n  }"
-        for case, found in recorded.items()
-    ]
-    TYPES_FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    TYPES_FILE.write_text(spell(recorded))
+
+
+def spell(recorded: dict[str, dict[str, dict[str, dict[str, str]]]]) -> str:
+    """One line for every set of types, with the quantizations that it is of."""
+    lines = []
+    for case, ways in recorded.items():
+        for way, found in ways.items():
+            by_types: dict[str, list[str]] = {}
+            for name, types in found.items():
+                by_types.setdefault(json.dumps(types), []).append(name)
+            lines += [
+                f"{json.dumps([case, way, names])[:-1]}, {types}]"
+                for types, names in by_types.items()
+            ]
+    return "[\n" + ",\n".join(lines) + "\n]\n"
+
+
+def read_recorded() -> list[tuple[str, str, list[str], dict[str, str]]]:
+    """What was written."""
+    return [tuple(line) for line in json.loads(TYPES_FILE.read_text())]
 
 
 if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"] = "1"
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]).absolute())

@@ -243,6 +243,176 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+#: Families whose blocks normalize, rotate or gate otherwise, see ``families/dense.py``.
+NEW: dict[str, tuple[str, dict[str, Any]]] = {
+    "granite": (
+        "GraniteConfig",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 2.0,
+            "head_dim": None,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    "olmo": ("OlmoConfig", {"head_dim": None, "clip_qkv": 3.0}),
+    "olmo2": ("Olmo2Config", {"head_dim": None}),
+    "olmo3": ("Olmo3Config", {"head_dim": None, "sliding_window": 16, "num_hidden_layers": 5}),
+    "smollm3": ("SmolLM3Config", {"head_dim": None, "num_hidden_layers": 5}),
+    "cohere": ("CohereConfig", {"head_dim": None, "logit_scale": 0.2}),
+    "cohere2": (
+        "Cohere2Config",
+        {"head_dim": None, "logit_scale": 0.2, "sliding_window": 16, "num_hidden_layers": 5},
+    ),
+    "gemma": ("GemmaConfig", {}),
+    "ministral3": (
+        "Ministral3Config",
+        {
+            "sliding_window": None,
+            "rope_parameters": {
+                **_YARN,
+                "llama_4_scaling_beta": 0.1,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "glm4": ("Glm4Config", {"attention_bias": True}),
+    "exaone4": (
+        "Exaone4Config",
+        {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+    ),
+    "seed_oss": ("SeedOssConfig", {"attention_bias": True}),
+    "arcee": ("ArceeConfig", {}),
+    "phi": ("PhiConfig", {"head_dim": None, "num_key_value_heads": None}),
+    "stablelm": ("StableLmConfig", {"head_dim": None, "use_qkv_bias": True}),
+    "starcoder2": ("Starcoder2Config", {"head_dim": None, "sliding_window": None}),
+    "ernie4_5": ("Ernie4_5Config", {}),
+    "hunyuan_v1_dense": ("HunYuanDenseV1Config", {}),
+    "nemotron": ("NemotronConfig", {"partial_rotary_factor": 0.5}),
+    "lfm2": (
+        "Lfm2Config",
+        {
+            "head_dim": None,
+            "num_hidden_layers": 4,
+            "layer_types": ["conv", "full_attention"] * 2,
+            "block_auto_adjust_ff_dim": False,
+        },
+    ),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "sliding_window": None}),
+    "granitemoe": (
+        "GraniteMoeConfig",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": None,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 2.0,
+        },
+    ),
+    "olmoe": (
+        "OlmoeConfig",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": None,
+            "num_key_value_heads": None,
+        },
+    ),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {
+            **_MOE,
+            "norm_topk_prob": False,
+            "head_dim": None,
+            "shared_expert_intermediate_size": 128,
+        },
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 16,
+            "rope_parameters": {**_YARN, "rope_theta": 150000.0, "truncate": True},
+        },
+    ),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "first_k_dense_replace": 1,
+            "attention_bias": True,
+            "num_hidden_layers": 3,
+        },
+    ),
+    "dots1": (
+        "Dots1Config",
+        {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "first_k_dense_replace": 1,
+            "n_shared_experts": 1,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": None,
+        },
+    ),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "first_k_dense_replace": 1,
+            "kv_lora_rank": 32,
+            "q_lora_rank": 48,
+            "qk_rope_head_dim": 16,
+            "qk_nope_head_dim": 32,
+            "v_head_dim": 32,
+            "n_shared_experts": 1,
+            "num_key_value_heads": None,
+            "head_dim": 16,
+        },
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "first_k_dense_replace": 1,
+            "kv_lora_rank": 32,
+            "q_lora_rank": 48,
+            "qk_rope_head_dim": 16,
+            "qk_nope_head_dim": 32,
+            "v_head_dim": 32,
+            "n_group": 2,
+            "topk_group": 1,
+            "num_key_value_heads": None,
+            "head_dim": 16,
+        },
+    ),
+}
+for _name in ("deepseek_v2", "deepseek_v3"):
+    NEW[f"{_name}-yarn"] = (
+        NEW[_name][0],
+        {
+            **NEW[_name][1],
+            "rope_parameters": {**_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+        },
+    )
+CASES |= NEW
+
 
 def longrope_case(dimensions: int) -> dict[str, Any]:
     """phi3's long-context tables, random but fixed."""
@@ -273,17 +443,38 @@ def make_config(case: str, shape: str = "aligned", *, vocabulary: int = 500, **c
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,
-        "tie_word_embeddings": class_name.startswith("Gemma"),
+        "tie_word_embeddings": class_name.startswith(("Gemma", "Cohere")),
         **_SHAPES[shape],
         **own,
         **changes,
     }
+    if values["num_key_value_heads"] is None:
+        values["num_key_value_heads"] = values["num_attention_heads"]
     if values["head_dim"] is None:
         del values["head_dim"]
         values["hidden_size"] = _SHAPES[shape]["hidden_size"]
     if class_name.startswith("Gemma"):
         values.setdefault("query_pre_attn_scalar", values["head_dim"])
     return getattr(transformers, class_name)(**values)
+
+
+def make_wrapper(kind: str) -> Any:
+    """The configuration of a model that also sees, around a text model of a test case."""
+    import transformers
+
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    case, class_name, own = {
+        "gemma3": ("gemma3", "Gemma3Config", {"mm_tokens_per_image": 4}),
+        "mistral3": ("mistral", "Mistral3Config", {}),
+    }[kind]
+    text = make_config(case).to_dict()
+    return getattr(transformers, class_name)(
+        text_config=text,
+        vision_config={**vision, **({"head_dim": 16} if kind == "mistral3" else {})},
+        tie_word_embeddings=text["tie_word_embeddings"],
+        **own,
+    )
 
 
 def make_model(config: Any, seed: int = 0) -> Any:

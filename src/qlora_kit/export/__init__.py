@@ -144,22 +144,25 @@ def check_export(
     *,
     overwrite: bool = False,
     verify: Verify = True,
+    model: LoadedModel | None = None,
     **options: Any,
 ) -> None:
     """Refuse what no model could be exported to, before there is one: ahead of a training.
 
-    What the model decides is checked when there is one; what is missing on this machine is
-    logged, since not every option of a format needs it.
+    What is missing on this machine is logged, since not every option of a format needs it.
 
     Args:
         format: As for :func:`export_model`: a name, several, or a mapping of names to options.
         path: As for :func:`export_model`.
         overwrite: As for :func:`export_model`.
         verify: As for :func:`export_model`.
+        model: The model that is to be trained, where it is loaded: formats that know which models
+            they can hold refuse the others.
         **options: The formats' own options.
 
     Raises:
         ConfigError: When there is no such format, or an option or a path is wrong.
+        UnsupportedModelError: When a format cannot hold the model.
         DestinationExistsError: When a folder to write holds files and ``overwrite`` is off.
     """
     _check_verify(verify)
@@ -171,7 +174,10 @@ def check_export(
     else:
         parts = list(divide(registry, format, destination, options).values())
     for part in parts:
-        check_request(part.exporter, part.path, part.options, overwrite=overwrite)
+        built, _ = check_request(part.exporter, part.path, part.options, overwrite=overwrite)
+        check_base = getattr(part.exporter, "check_base", None)
+        if model is not None and check_base is not None:
+            check_base(model, built)
     for part in parts:
         for phrase in _find_missing(part.exporter):
             logger.warning("%s may not run here: missing: %s", part.exporter.name, phrase)

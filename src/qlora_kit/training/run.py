@@ -167,6 +167,7 @@ def _train(model: AdaptedModel, run: Run, interrupts: InterruptCallback) -> tupl
         # Only now: exports take their stop token from it, and a refused run trained nothing.
         # Rows without a formatter leave none: an earlier one would ask for what was not learned.
         model.record.formatter = run.data.formatter
+        model.record.examples = run.data.dataset
         if run.data.formatter is not None:
             _adopt_chat_template(model, run.data.formatter)
         started = time.perf_counter()

@@ -170,7 +170,7 @@ def test_a_killed_conversion_leaves_a_file_that_nothing_takes_for_whole(checkpoi
 def test_verification_reads_the_file_and_not_the_plan(checkpoint, tmp_path):
     done = run(checkpoint, tmp_path, quantization=["q8_0", "q4_k_m"])
     config = json.loads((checkpoint / "config.json").read_text())
-    files = [(RECIPES[name], path) for name, path in done.files.items()]
+    files = [(RECIPES[name], [path]) for name, path in done.files.items()]
     with SafetensorsSource(checkpoint) as source:
         checks = check_files(files, done.plan, source, tiny.byte_level_tokenizer())
         assert [check.passed for check in checks] == [True] * 4, checks
@@ -185,12 +185,12 @@ def test_verification_reads_the_file_and_not_the_plan(checkpoint, tmp_path):
         assert "blk.1.ffn_down.weight" in checks[2].detail
         # A plan of another type does not fit the file.
         other = plan_conversion(source, config, quantization="q5_k_m")
-        wrong = [(RECIPES["q5_k_m"], done.files["q8_0"])]
+        wrong = [(RECIPES["q5_k_m"], [done.files["q8_0"]])]
         assert not check_files(wrong, other, source, tiny.byte_level_tokenizer())[0].passed
 
 
 def test_the_size_is_known_before(checkpoint, tmp_path):
-    done = run(checkpoint, tmp_path, quantization=list(RECIPES))
+    done = run(checkpoint, tmp_path, quantization=["f32", "f16", "q8_0", "q4_k_m", "iq4_xs"])
     for name, path in done.files.items():
         file = GgufFile(path)
         start = min(int(tensor.data_offset) for tensor in file.tensors.values())

@@ -18,25 +18,29 @@ from qlora_kit.exporters.gguf.conversion.file_plan import plan_conversion
 from qlora_kit.exporters.gguf.conversion.file_writer import convert
 from qlora_kit.exporters.gguf.quantization import blocks as encoding
 from qlora_kit.exporters.gguf.quantization import ggml
-from qlora_kit.exporters.gguf.quantization.recipes import (
-    RECIPES,
-    ModelShape,
-    choose_types,
-    resolve_recipes,
-)
+from qlora_kit.exporters.gguf.quantization.mixtures import ModelShape, choose_types
+from qlora_kit.exporters.gguf.quantization.recipes import BLOCK_SIZES, RECIPES, resolve_recipes
 from qlora_kit.exporters.gguf.verification.file_checks import TENSOR_TOLERANCES
 from qlora_kit.exporters.gguf.verification.gguf_file import GgufFile
 from qlora_kit.weights.source import SafetensorsSource
 
 torch = pytest.importorskip("torch")
 
-BLOCK_TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+BLOCK_TYPES = [
+    pytest.param(name, marks=pytest.mark.slow) if name.startswith(("IQ1", "IQ2")) else name
+    for name, size in BLOCK_SIZES.items()
+    if size > 1
+]
+NEEDING = ["IQ2_XXS", "IQ2_XS", "IQ1_S"]
 
 #: Mean KL divergence of random 2-layer models, twice what was measured for the worst family.
 KL_LIMITS = {"f32": 1e-6, "f16": 2e-6, "bf16": 1e-4, "q8_0": 1e-3, "q6_k": 5e-3}
 KL_LIMITS |= {"q5_k_m": 2e-2, "q5_k_s": 2e-2, "q5_0": 2.5e-2, "q5_1": 2e-2}
 KL_LIMITS |= {"q4_k_m": 6e-2, "q4_k_s": 6e-2, "q4_0": 9e-2, "q4_1": 7e-2}
 KL_LIMITS |= {"q3_k_l": 0.1, "q3_k_m": 0.1, "q3_k_s": 0.2, "q2_k": 0.3}
+KL_LIMITS |= {"q2_k_s": 0.4, "q2_k_l": 0.3, "iq4_nl": 8e-2, "iq4_xs": 8e-2, "iq3_m": 0.15}
+KL_LIMITS |= {"iq3_s": 0.25, "iq3_xs": 0.3, "iq3_xxs": 0.5, "iq2_m": 0.6, "iq2_s": 0.7}
+KL_LIMITS |= {"iq2_xs": 0.8, "iq2_xxs": 1.0, "iq1_m": 1.5, "iq1_s": 1.6, "tq2_0": 4, "tq1_0": 4}
 
 
 def random_rows(rows, columns, seed=0):
@@ -44,18 +48,39 @@ def random_rows(rows, columns, seed=0):
 
 
 def test_every_type_has_a_limit():
-    assert set(KL_LIMITS) == set(RECIPES)
+    assert set(KL_LIMITS) == set(RECIPES) - {"mxfp4_moe"}
+
+
+#: ggml builds tables of many seconds for these, in every process and build that encodes them.
+TABLED_RECIPES = [*llama_quantize.SLOW]
 
 
 @pytest.mark.parametrize("shape", ["aligned", "unaligned"])
 @pytest.mark.parametrize("case", ["llama", "gemma3", "phi3"])
 def test_every_type_runs_in_llama_cpp_as_close_as_its_bits_allow(case, shape, tmp_path):
+    check_every_type(case, shape, tmp_path, [n for n in KL_LIMITS if n not in TABLED_RECIPES])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["llama", "gemma3", "phi3"])
+def test_types_of_one_and_two_bits_run_in_llama_cpp(case, tmp_path):
+    check_every_type(case, "aligned", tmp_path, TABLED_RECIPES)
+
+
+def check_every_type(case, shape, tmp_path, names):
     tokenizer = tiny.byte_level_tokenizer()
     model = tiny.make_model(tiny.make_config(case, shape))
     tiny.save_checkpoint(model, tokenizer, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     with SafetensorsSource(tmp_path) as source:
-        done = convert(source, config, tokenizer, tmp_path, quantization=list(RECIPES))
+        plan = plan_conversion(source, config)
+        importance = llama_quantize.make_importance({t.name: t.shape for t in plan.tensors})
+        for entry in importance.entries.values():
+            entry.sums[:] = 1  # no column matters more in a random model
+        done = convert(
+            source, config, tokenizer, tmp_path, quantization=names,
+            importance=importance,
+        )  # fmt: skip
     ids = tokenizer(" ".join(tiny.TEXT[:3]))["input_ids"][:64]
     with torch.no_grad():
         right = model(torch.tensor([ids])).logits[0].numpy()
@@ -68,8 +93,9 @@ def test_every_type_runs_in_llama_cpp_as_close_as_its_bits_allow(case, shape, tm
     assert not wrong, wrong
 
 
+@pytest.mark.parametrize("is_guided", [False, True])
 @pytest.mark.parametrize("type_name", BLOCK_TYPES)
-def test_bytes_are_those_of_the_quantizer_inside_llama_cpp(type_name):
+def test_bytes_are_those_of_the_quantizer_inside_llama_cpp(type_name, is_guided):
     """Two builds of ggml: the one that writes here, and the one in xllamacpp that runs files."""
     xllamacpp = pytest.importorskip("xllamacpp.xllamacpp", reason="a second build of ggml")
     other = ctypes.CDLL(xllamacpp.__file__)
@@ -81,11 +107,18 @@ def test_bytes_are_those_of_the_quantizer_inside_llama_cpp(type_name):
         ctypes.c_void_p,
     ]
     rows = random_rows(64, 1024) * np.linspace(0.001, 10, 64, dtype=np.float32)[:, None]
-    ours = ggml.encode_rows(rows, type_name)
+    if type_name in NEEDING and not is_guided:
+        pytest.skip("ggml has no such quantizer")
+    importance = np.abs(random_rows(1, 1024, seed=9)[0]) ** 3 if is_guided else None
+    ours = ggml.encode_rows(rows, type_name, importance)
     theirs = np.zeros_like(ours)
     other.ggml_quantize_chunk(
-        ggml.type_number(type_name), rows.ctypes.data, theirs.ctypes.data, 0, 64, 1024, None
-    )
+        ggml.type_number(type_name), rows.ctypes.data, theirs.ctypes.data, 0, 64, 1024,
+        None if importance is None else importance.ctypes.data,
+    )  # fmt: skip
+    unguided = ("Q8_0", "TQ1_0", "TQ2_0", "MXFP4", *NEEDING)
+    if is_guided and type_name not in unguided:
+        assert not np.array_equal(ours, ggml.encode_rows(rows, type_name))
     assert np.array_equal(ours, theirs)
 
 
@@ -113,6 +146,8 @@ def test_without_ggml_k_quants_are_refused_before_anything_is_read(monkeypatch):
     ggml.check_encoder({"Q8_0", "F16", "Q4_0"})
     with pytest.raises(MissingDependencyError, match=r"qlora-kit\[gguf\]"):
         ggml.check_encoder({"Q8_0", "Q4_K"})
+    with pytest.raises(MissingDependencyError, match="importance"):
+        ggml.check_encoder({"Q4_0"}, has_importance=True)
 
 
 def test_a_library_of_another_layout_is_refused(monkeypatch):
@@ -127,7 +162,8 @@ def test_tolerances_hold_normal_weights_and_reject_twice_the_error(type_name):
     from gguf import GGMLQuantizationType, quants
 
     rows = random_rows(64, 1024, seed=3)
-    encoded = encoding.encode_piece(torch.from_numpy(rows), type_name, "x")
+    importance = np.ones(1024, np.float32) if type_name in NEEDING else None
+    encoded = encoding.encode_piece(torch.from_numpy(rows), type_name, "x", importance)
     if type_name == "BF16":
         back = torch.from_numpy(encoded.copy()).view(torch.bfloat16).float().numpy()
     elif type_name.startswith("F"):
@@ -141,21 +177,22 @@ def test_tolerances_hold_normal_weights_and_reject_twice_the_error(type_name):
 
 
 @given(
-    rows=st.integers(1, 40),
+    rows=st.integers(1, 20),
+    matrices=st.sampled_from([1, 2, 3]),
     columns=st.sampled_from([32, 64, 256, 512]),
     limit=st.integers(100, 5000),
     type_name=st.sampled_from(["F32", "F16", "Q8_0", "Q4_0"]),
 )
 @settings(max_examples=60, deadline=None)
-def test_cutting_changes_no_byte(rows, columns, limit, type_name):
-    tensor = torch.from_numpy(random_rows(rows, columns))
+def test_cutting_changes_no_byte(rows, matrices, columns, limit, type_name):
+    tensor = torch.from_numpy(random_rows(rows * matrices, columns))
     whole = encoding.encode_piece(tensor, type_name, "x").tobytes()
     before = encoding._PIECE_NUMBERS
     encoding._PIECE_NUMBERS = limit
     try:
         pieces = [
             encoding.encode_piece(piece, type_name, "x").tobytes()
-            for piece in encoding.cut_rows(tensor)
+            for _, piece in encoding.cut_rows(tensor, matrices)
         ]
     finally:
         encoding._PIECE_NUMBERS = before
@@ -268,14 +305,19 @@ def test_rows_that_do_not_divide_fall_back(name, columns, wanted):
 @pytest.mark.parametrize("case", sorted(llama_quantize.CASES))
 def test_types_are_those_that_llama_quantize_chose(case):
     """Recorded from llama.cpp's own quantizer; the recording compared the bytes as well."""
-    recorded = json.loads(llama_quantize.TYPES_FILE.read_text())[case]
+    recorded = [line for line in llama_quantize.read_recorded() if line[0] == case]
     family, shape, changes = llama_quantize.CASES[case]
     config = tiny.make_config(family, shape, **changes)
     source = tiny.make_shapes(config)
-    plan = plan_conversion(source, config.to_dict(), quantization=list(recorded))
-    for name, wanted in recorded.items():
-        assert llama_quantize.describe_types(dict(plan.types[name])) == wanted, name
-    assert set(recorded) == set(RECIPES) - {"f32"}
+    for way in llama_quantize.WAYS:
+        found = {name: types for _, w, names, types in recorded if w == way for name in names}
+        assert set(found) == set(llama_quantize.list_recipes(case, way))
+        plan = plan_conversion(
+            source, config.to_dict(), quantization=list(found),
+            settings=llama_quantize.make_settings(way),
+        )  # fmt: skip
+        for name, wanted in found.items():
+            assert llama_quantize.describe_types(dict(plan.types[name])) == wanted, (way, name)
 
 
 def test_a_file_of_llama_cpp_has_the_same_types(smollm2):
@@ -295,7 +337,7 @@ def test_names_of_types():
     ]
     with pytest.raises(ConfigError, match="q4_k_m"):
         resolve_recipes("q4_k_n")
-    with pytest.raises(ConfigError, match="importance"):
-        resolve_recipes(["iq2_xxs"])
+    with pytest.raises(ConfigError, match="'iq3_xs'"):
+        resolve_recipes(["iq3_xz"])
     with pytest.raises(ConfigError, match="empty"):
         resolve_recipes([])

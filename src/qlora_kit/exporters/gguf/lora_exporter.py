@@ -12,14 +12,22 @@ from qlora_kit.artifacts.adapter_folder import has_own_tokenizer
 from qlora_kit.errors import ConfigError, ExportError, UnsupportedModelError, invalid_value
 from qlora_kit.exporters.gguf.conversion.file_plan import pad
 from qlora_kit.exporters.gguf.conversion.file_writer import convert
+from qlora_kit.exporters.gguf.conversion.origin import (
+    Origin,
+    describe_size,
+    read_origin,
+    write_origin,
+)
 from qlora_kit.exporters.gguf.conversion.tensors import make_name_mapper
-from qlora_kit.exporters.gguf.families.table import Config, Family, find_family
+from qlora_kit.exporters.gguf.conversion.text_model import name_in_text_model
+from qlora_kit.exporters.gguf.families.table import Family, read_family
 from qlora_kit.exporters.gguf.model_exporter import choose_name
 from qlora_kit.exporters.gguf.quantization.ggml import check_encoder, find_missing_encoder
 from qlora_kit.exporters.gguf.quantization.recipes import ALIASES, RECIPES
 from qlora_kit.exporters.gguf.verification.gguf_file import GgufFile
 from qlora_kit.exporters.gguf.verification.llama_run import check_runner
 from qlora_kit.exporters.gguf.verification.run_checks import check_run
+from qlora_kit.handles import LoadedModel
 from qlora_kit.hookspecs import ExportEstimate, ExportRequest
 from qlora_kit.messages import Setting
 from qlora_kit.results import Check, Verification
@@ -102,17 +110,22 @@ class GgufLoraExporter:
         check_runner(request.verify)
         if request.verify == "full":
             _check_base(request)
-        bits = RECIPES[request.options.stored_type].bits
+        size = {"f32": 4, "f16": 2}[request.options.stored_type]
         numbers = sum(f.a.numel() + f.b.numel() for f in _collect_factors(request))
         notes = (_BASES_TOKENIZER,) if has_own_tokenizer(request.model) else ()
-        return ExportEstimate(int(numbers * bits / 8) + 65536, notes)
+        return ExportEstimate(numbers * size + 65536, notes)
+
+    def check_base(self, model: LoadedModel, options: GgufLoraOptions) -> None:
+        """Refuse an adapter that no training makes a file of, before it is trained."""
+        for _ in _collect_factors(ExportRequest(model, options, None, verify=False)):
+            pass
 
     def write(self, request: ExportRequest, folder: Path) -> Mapping[str, Any]:
         """Write the adapter file."""
         family = _find_family(request)
         path = folder / _file_name(request)
         parts = list(_encode_factors(request))
-        _write_header(path, family, _alpha(request), parts)
+        _write_header(path, family, _alpha(request), parts, read_origin(request.model))
         # Not through GGUFWriter: numpy's tofile does not notice that the disk is full.
         with path.open("ab") as handle:
             pad(handle)
@@ -174,13 +187,24 @@ def _encode_factors(request: ExportRequest) -> Iterator[tuple[str, NDArray[Any]]
 
 
 def _write_header(
-    path: Path, family: Family, alpha: float, parts: Sequence[tuple[str, NDArray[Any]]]
+    path: Path,
+    family: Family,
+    alpha: float,
+    parts: Sequence[tuple[str, NDArray[Any]]],
+    origin: Origin,
 ) -> None:
-    from gguf import GGUFWriter
+    from gguf import GGML_QUANT_VERSION, GGUFWriter
 
     writer = GGUFWriter(path, family.architecture)
     writer.add_type("adapter")
     writer.add_name(path.stem)
+    # What the converter counts: the sizes of the updates, not of their factors.
+    shapes = [values.shape for _, values in parts]
+    updates = zip(parts[::2], shapes[::2], shapes[1::2], strict=True)
+    sizes = [(part[0], (b[0], a[-1])) for part, a, b in updates]
+    writer.add_size_label(describe_size(sizes))
+    write_origin(writer, origin)
+    writer.add_quantization_version(GGML_QUANT_VERSION)
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", alpha)
     for name, values in parts:
@@ -212,7 +236,7 @@ def _file_name(request: ExportRequest) -> str:
 
 
 def _find_family(request: ExportRequest) -> Family:
-    return find_family(request.model.model.config.to_dict())
+    return read_family(request.model.model.config.to_dict())[0]
 
 
 def _peft_config(request: ExportRequest) -> tuple[str, Any]:
@@ -256,11 +280,12 @@ def _collect_factors(request: ExportRequest) -> Iterator[_Factors]:
         UnsupportedModelError: When a module is adapted that llama.cpp has no place for.
     """
     adapter, config = _peft_config(request)
-    family = _find_family(request)
-    wrapped = Config(request.model.model.config.to_dict())
+    family, wrapped = read_family(request.model.model.config.to_dict())
     to_gguf = make_name_mapper(family, wrapped.layers)
     alpha = float(config.lora_alpha)
-    for module_name, module in request.model.model.base_model.model.named_modules():
+    modules = dict(request.model.model.base_model.model.named_modules())
+    is_wrapped = any("language_model." in name for name in modules)
+    for module_name, module in modules.items():
         if getattr(module, "lora_embedding_A", None):
             raise UnsupportedModelError(
                 f"{module_name} is an adapted embedding, which is not supported as GGUF. "
@@ -268,7 +293,16 @@ def _collect_factors(request: ExportRequest) -> Iterator[_Factors]:
             )
         if adapter not in getattr(module, "lora_A", {}):
             continue
-        name = f"{module_name}.weight"
+        name: str | None = f"{module_name}.weight"
+        if is_wrapped:
+            name = name_in_text_model(f"{module_name}.weight")
+        if name is None and not module.lora_B[adapter].weight.any():
+            continue  # text alone never trained it
+        if name is None:
+            raise UnsupportedModelError(
+                f"{module_name} is adapted and no part of the text model, which is what llama.cpp "
+                f"applies an adapter to. {_MERGE_INSTEAD}"
+            )
         if wrapped.get("tie_word_embeddings", False) and module_name == "lm_head":
             raise UnsupportedModelError(
                 "The adapted language-model head is tied to the embeddings, which llama.cpp cannot "

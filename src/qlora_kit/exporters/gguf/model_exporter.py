@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
-from qlora_kit.errors import ConfigError
-from qlora_kit.exporters.gguf.conversion.file_plan import plan_conversion
+from qlora_kit.exporters.gguf.calibration.guide import make_settings, open_guide
+from qlora_kit.exporters.gguf.conversion.file_plan import FileSettings, Plan, plan_conversion
 from qlora_kit.exporters.gguf.conversion.file_writer import convert
 from qlora_kit.exporters.gguf.conversion.merged_source import choose_rounding, open_merged
+from qlora_kit.exporters.gguf.conversion.origin import read_origin
 from qlora_kit.exporters.gguf.modelfile import describe_prompt, write_modelfile
+from qlora_kit.exporters.gguf.options import GgufOptions
 from qlora_kit.exporters.gguf.quantization.ggml import find_missing_encoder
-from qlora_kit.exporters.gguf.quantization.recipes import resolve_recipes
 from qlora_kit.exporters.gguf.tokenizer.comparison import check_vocabulary
 from qlora_kit.exporters.gguf.tokenizer.vocabulary import Vocabulary, read_vocabulary
 from qlora_kit.exporters.gguf.verification.file_checks import check_files
@@ -27,55 +28,8 @@ from qlora_kit.verification.levels import compare_by_level
 
 __all__ = ["GgufExporter", "GgufOptions", "choose_name", "read_config"]
 
-_DEFAULT: Final = "q8_0"
-
-_Rounding = Literal["auto", "float32", "bfloat16", "float16"]
-
 # A base read from "model.Q4_1.gguf" is no longer of that type.
 _TYPE_SUFFIX: Final = re.compile(r"[.-](I?Q\d\w*|B?F16|F32)$", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class GgufOptions:
-    """Options of ``gguf``.
-
-    Attributes:
-        quantization: One type or several, such as ``["q4_k_m", "q8_0"]``; each becomes a file,
-            and they share the merge.
-        quantization_method: The same under the name Unsloth users type.
-        base: What a quantized base is merged into: ``"original"``, the 16-bit checkpoint it was
-            quantized from; ``"dequantized"``, exactly the weights the adapter was trained on; or
-            ``"auto"``: original, unless none exists or LoftQ started the adapter.
-        dtype: What merged weights are rounded to before they are encoded. ``"auto"`` is the
-            base checkpoint's own 16-bit dtype, as for ``merged_16bit``, with which the merge is
-            then shared; a base stored in float32 is not rounded, nor is anything with
-            ``"float32"``.
-        threads: Workers that encode; all cores by default.
-        name: The model's name in the files and beginning of their names; by default the base's.
-        modelfile: Whether to write an Ollama ``Modelfile``.
-    """
-
-    quantization: str | Sequence[str] = _DEFAULT
-    quantization_method: str | Sequence[str] | None = None
-    base: Literal["auto", "original", "dequantized"] = "auto"
-    dtype: _Rounding = "auto"
-    threads: int | None = None
-    name: str | None = None
-    modelfile: bool = True
-
-    def __post_init__(self) -> None:
-        if self.quantization != _DEFAULT and self.quantization_method is not None:
-            raise ConfigError(
-                "quantization and quantization_method are the same option; give one of them."
-            )
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"threads must be at least 1, got {self.threads}.")
-        resolve_recipes(self.chosen)
-
-    @property
-    def chosen(self) -> str | Sequence[str]:
-        """The quantizations asked for, under either name."""
-        return self.quantization if self.quantization_method is None else self.quantization_method
 
 
 class GgufExporter:
@@ -92,26 +46,36 @@ class GgufExporter:
     def check(self, request: ExportRequest) -> ExportEstimate:
         """Plan every tensor, compare the tokenizers and count the bytes."""
         check_runner(request.verify)
-        options: GgufOptions = request.options
-        # Nothing is written yet that could be shared.
-        with _open_source(request, shared=None) as source:
-            plan = plan_conversion(
-                source,
-                read_config(request.model, source),
-                quantization=options.chosen,
-                name=choose_name(request),
-            )
-        vocabulary = read_vocabulary(
-            request.model.tokenizer, plan.vocabulary_size, request.model.stop_token_ids
-        )
-        _, notes = check_vocabulary(vocabulary, request.model.tokenizer)
+        # Rows that cannot be read, and files of other models, are refused here.
+        guide = open_guide(request)
+        plan, vocabulary, notes = self._look_at(request, guide.settings)
+        guide.check(plan)
         size = sum(plan.data_bytes(recipe) + _count_bytes(vocabulary) for recipe in plan.recipes)
-        return ExportEstimate(size, (*plan.description.notes, *vocabulary.notes, *notes))
+        return ExportEstimate(size + guide.count_bytes(plan), notes)
+
+    def check_base(self, model: LoadedModel, options: GgufOptions) -> None:
+        """Refuse a model that no training makes a file of, before it is trained."""
+        request = ExportRequest(model, options, None, verify=False)
+        self._look_at(request, make_settings(options))
+
+    def _look_at(
+        self, request: ExportRequest, settings: FileSettings
+    ) -> tuple[Plan, Vocabulary, tuple[str, ...]]:
+        """What will be written, its vocabulary, and what the user should know of them."""
+        plan = self._plan(request, settings)
+        model = request.model
+        vocabulary = read_vocabulary(model.tokenizer, plan.vocabulary_size, model.stop_token_ids)
+        _, notes = check_vocabulary(vocabulary, model.tokenizer)
+        return plan, vocabulary, (
+            *plan.description.notes, *plan.notes, *vocabulary.notes, *notes,
+        )  # fmt: skip
 
     def write(self, request: ExportRequest, folder: Path) -> Mapping[str, Any]:
         """Stream every tensor into every file, then write the Modelfile."""
         options: GgufOptions = request.options
         model = request.model
+        guide = open_guide(request)
+        importance = guide.read()
         with _open_source(request, shared=request.shared) as source:
             done = convert(
                 source,
@@ -123,6 +87,9 @@ class GgufExporter:
                 threads=options.threads,
                 progress=request.progress,
                 stop_token_ids=model.stop_token_ids,
+                origin=read_origin(model),
+                settings=guide.settings,
+                importance=importance,
             )
             base = source.base
         rounding = choose_rounding(model, options.dtype)
@@ -135,6 +102,15 @@ class GgufExporter:
             "tokenizer_texts": done.tokenizer_texts,
             "notes": list(done.notes),
         }
+        if importance is not None:
+            facts["imatrix"] = guide.write(importance, folder, choose_name(request))
+        if options.part_bytes is not None:
+            facts["parts"] = {r.name: len(done.plan.parts(r)) for r in done.plan.recipes}
+            if any(count > 1 for count in facts["parts"].values()):
+                facts["notes"].append(
+                    "llama.cpp finds the other parts of a split file by its first one; Ollama "
+                    "does not read split files."
+                )
         if options.modelfile:
             formatter = model.record.formatter
             spec = None if formatter is None else formatter.template_spec()
@@ -151,22 +127,39 @@ class GgufExporter:
 
     def verify(self, request: ExportRequest, folder: Path) -> Verification:
         """Read the files back; with ``"full"``, also run them beside the live model."""
-        options: GgufOptions = request.options
         model = request.model
         # Merged anew: files that another format wrote are no evidence about the live model.
         with _open_source(request, shared=None) as source:
-            plan = plan_conversion(
-                source,
-                read_config(model, source),
-                quantization=options.chosen,
-                name=choose_name(request),
-            )
-            files = [(recipe, folder / plan.file_name(recipe)) for recipe in plan.recipes]
+            plan = self._plan(request, open_guide(request).settings, source)
+            files = [
+                (recipe, [folder / part.name for part in plan.parts(recipe)])
+                for recipe in plan.recipes
+            ]
             into_original = source.base == "original"
             return compare_by_level(
                 request.verify,
                 lambda: check_files(files, plan, source, model.tokenizer, model.stop_token_ids),
-                lambda: (check_run(model, files, merges_into_original=into_original), {}),
+                lambda: (
+                    check_run(
+                        model,
+                        [(recipe, parts[0]) for recipe, parts in files],
+                        merges_into_original=into_original,
+                    ),
+                    {},
+                ),
+            )
+
+    def _plan(self, request: ExportRequest, settings: FileSettings, source: Any = None) -> Plan:
+        with contextlib.ExitStack() as stack:
+            if source is None:
+                # Nothing is written yet that could be shared.
+                source = stack.enter_context(_open_source(request, shared=None))
+            return plan_conversion(
+                source,
+                read_config(request.model, source),
+                quantization=request.options.chosen,
+                name=choose_name(request),
+                settings=settings,
             )
 
 

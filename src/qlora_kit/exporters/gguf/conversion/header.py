@@ -3,36 +3,60 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_kit.exporters.gguf.conversion.file_plan import Plan, count_tensor_bytes
+from qlora_kit.exporters.gguf.conversion.origin import Origin, describe_size, write_origin
 from qlora_kit.exporters.gguf.quantization.ggml import type_number
+from qlora_kit.exporters.gguf.quantization.importance import ImportanceMatrix
 from qlora_kit.exporters.gguf.quantization.recipes import Recipe
 from qlora_kit.exporters.gguf.tokenizer.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
 
 __all__ = ["write_header"]
 
 
 def write_header(
-    path: Path, plan: Plan, recipe: Recipe, vocabulary: Vocabulary, model_name: str
+    path: Path,
+    plan: Plan,
+    recipe: Recipe,
+    vocabulary: Vocabulary,
+    model_name: str,
+    origin: Origin,
+    *,
+    importance: ImportanceMatrix | None = None,
+    part: int = 0,
 ) -> None:
-    """Write everything before the tensors' data; the file ends where alignment begins."""
+    """Write everything before the tensors' data; the file ends where alignment begins.
+
+    Args:
+        path: Where to.
+        plan: What will be written.
+        recipe: The quantization of this file.
+        vocabulary: Its vocabulary.
+        model_name: ``general.name``.
+        origin: Where the model comes from.
+        importance: What guides the quantizer.
+        part: Which of the recipe's files this is; the first one carries the metadata.
+    """
     import numpy as np
     from gguf import GGMLQuantizationType, GGUFWriter
 
+    parts = plan.parts(recipe)
     writer = GGUFWriter(path, plan.family.architecture)
-    writer.add_type("model")
-    writer.add_name(model_name)
-    writer.add_file_type(recipe.file_type)
-    if recipe.is_quantized:
-        # GGML_QNT_VERSION of ggml.h: the layout of the blocks.
-        writer.add_quantization_version(2)
-    for key, value in plan.description.metadata.items():
-        _add_value(writer, f"{plan.family.architecture}.{key}", value)
-    writer.add_vocab_size(plan.vocabulary_size)
-    _add_vocabulary(writer, vocabulary)
+    if part == 0:
+        _add_metadata(writer, plan, recipe, model_name, origin)
+        if importance is not None:
+            _add_importance(writer, importance)
+        _add_vocabulary(writer, vocabulary)
+    if len(parts) > 1:
+        writer.add_uint16("split.no", part)
+        writer.add_uint16("split.count", len(parts))
+        writer.add_int32("split.tensors.count", len(plan.tensors))
     types = plan.types[recipe.name]
-    for tensor in plan.tensors:
+    for tensor in parts[part].tensors:
         # The writer turns shapes round: the file counts columns first, (columns, rows, experts).
         writer.add_tensor_info(
             tensor.name,
@@ -47,6 +71,34 @@ def write_header(
         writer.write_ti_data_to_file()
     finally:
         writer.close()
+
+
+def _add_metadata(
+    writer: GGUFWriter, plan: Plan, recipe: Recipe, model_name: str, origin: Origin
+) -> None:
+    from gguf import GGML_QUANT_VERSION
+
+    writer.add_type("model")
+    writer.add_name(model_name)
+    writer.add_size_label(describe_size([(t.name, t.shape) for t in plan.tensors]))
+    write_origin(writer, origin)
+    writer.add_file_type(recipe.file_type)
+    # GGML_QNT_VERSION of ggml.h: the layout of the blocks. Written always, as the converter does.
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    for key, value in plan.description.metadata.items():
+        _add_value(writer, f"{plan.family.architecture}.{key}", value)
+    writer.add_vocab_size(plan.vocabulary_size)
+
+
+def _add_importance(writer: GGUFWriter, importance: ImportanceMatrix) -> None:
+    """What ``llama-quantize`` says of the matrix it was given."""
+    if importance.path is not None:
+        writer.add_string("quantize.imatrix.file", importance.path.name)
+    if importance.datasets:
+        writer.add_string("quantize.imatrix.dataset", importance.datasets[0])
+    writer.add_uint32("quantize.imatrix.entries_count", len(importance.entries))
+    if importance.chunk_count > 0:
+        writer.add_uint32("quantize.imatrix.chunks_count", importance.chunk_count)
 
 
 def _add_value(writer: Any, key: str, value: Any) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from qlora_kit.errors import UnsupportedModelError
+from qlora_kit.exporters.gguf.families.family import Transform
 from qlora_kit.exporters.gguf.families.table import Config, Description, Family
 from qlora_kit.weights.source import TensorSource
 
@@ -19,8 +20,13 @@ __all__ = ["PlannedTensor", "make_name_mapper", "plan_tensors"]
 # Rotary tables that old checkpoints store and every reader recomputes.
 _DERIVED: Final = ("rotary_emb.inv_freq", "self_attn.masked_bias")
 
-_EXPERT = re.compile(r"(model\.layers\.(\d+)\.mlp)\.experts\.(\d+)\.(\w+)\.weight")
-_FUSED_EXPERTS = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)")
+_EXPERT = re.compile(r"model\.layers\.(\d+)\.\w+\.experts\.(\d+)\.(\w+)\.weight")
+_FUSED_EXPERTS = re.compile(r"model\.layers\.(\d+)\.\w+\.experts\.(gate_up_proj|down_proj)")
+
+#: What an expert's three matrices are called, by what Mixtral calls them.
+_PROJECTIONS: Final = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+_BLOCK = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ def make_name_mapper(family: Family, layers: int) -> Callable[[str], str]:
 def _find_own_name(family: Family, name: str) -> str | None:
     """The name that the family itself gives a tensor, if any."""
     stem, _, kind = name.rpartition(".")
-    number = re.search(r"\.(\d+)\.", stem)
+    number = _BLOCK.search(stem)
     block = number[1] if number else ""
     for pattern, gguf_name in family.names.items():
         if pattern.replace("{bid}", block) == stem:
@@ -91,7 +97,8 @@ def plan_tensors(
         UnsupportedModelError: When a tensor has no place in the file, or one is missing.
     """
     to_gguf = make_name_mapper(family, config.layers)
-    names = [name for name in source.names() if not name.endswith(_DERIVED)]
+    unused = (*_DERIVED, *family.ignored)
+    names = [name for name in source.names() if not name.endswith(unused)]
     is_tied = bool(config.get("tie_word_embeddings", family.ties_by_default))
     if is_tied:
         names = [name for name in names if name != "lm_head.weight"]
@@ -105,9 +112,12 @@ def plan_tensors(
     for name in names:
         expert = _EXPERT.fullmatch(name) if family.has_experts else None
         fused = _FUSED_EXPERTS.fullmatch(name) if family.has_experts else None
-        if expert:
-            key = (int(expert[2]), expert[4])
-            experts.setdefault(key, {})[int(expert[3])] = name
+        split = next((parts for end, parts in family.splits.items() if name.endswith(end)), None)
+        if split is not None:
+            planned.extend(_plan_split(source, config, name, split))
+        elif expert:
+            key = (int(expert[1]), _PROJECTIONS.get(expert[3], expert[3]))
+            experts.setdefault(key, {})[int(expert[2])] = name
         elif fused:
             planned.extend(_plan_fused_experts(source, name, int(fused[1]), fused[2]))
         else:
@@ -131,7 +141,35 @@ def _plan_plain(
         tensor = source.load(name)
         return tensor if transform is None else transform(tensor, config)
 
-    return PlannedTensor(gguf_name, source.shape(name), (name,), load)
+    shape = source.shape(name)
+    if transform is not None:
+        shape = _shape_after(transform, shape, config)
+    return PlannedTensor(gguf_name, shape, (name,), load)
+
+
+def _shape_after(transform: Transform, shape: tuple[int, ...], config: Config) -> tuple[int, ...]:
+    import torch
+
+    # On the meta device nothing is computed but shapes.
+    return tuple(transform(torch.empty(shape, device="meta"), config).shape)
+
+
+def _plan_split(
+    source: TensorSource, config: Config, name: str, parts: Mapping[str, Transform]
+) -> list[PlannedTensor]:
+    """One tensor of transformers that is several of llama.cpp's."""
+    block = _BLOCK.search(name)
+    assert block is not None, name
+    shape = source.shape(name)
+    return [
+        PlannedTensor(
+            f"blk.{block[1]}.{part}",
+            _shape_after(cut, shape, config),
+            (name,),
+            lambda source, cut=cut: cut(source.load(name), config).contiguous(),  # type: ignore[misc]
+        )
+        for part, cut in parts.items()
+    ]
 
 
 def _plan_table(name: str, values: list[float]) -> PlannedTensor:
@@ -205,7 +243,7 @@ def _check_complete(planned: list[PlannedTensor], family: Family, config: Config
     )
     if repeated:
         raise UnsupportedModelError(f"Two tensors would both be called {sorted(repeated)[0]!r}.")
-    needed = {"token_embd.weight", "output_norm.weight"}
+    needed = {f"{table}.weight" for table in family.tables}
     needed |= {
         f"blk.{layer}.{part}.weight"
         for layer in range(config.layers)

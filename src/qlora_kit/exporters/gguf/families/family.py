@@ -6,8 +6,8 @@ The families themselves stand in :mod:`.table`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.errors import UnsupportedModelError
 from qlora_kit.exporters.gguf.families.rope import describe_rope, read_rope
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["Config", "Description", "Family", "Transform"]
+
+#: Keys of a configuration that name the activation, the first one that is there counts.
+_ACTIVATIONS: Final = ("hidden_activation", "hidden_act", "activation_function")
 
 Transform = Callable[["torch.Tensor", "Config"], "torch.Tensor"]
 
@@ -100,7 +103,11 @@ class Family:
         describe: Adds to, or corrects, the metadata that all families share.
         transforms: Changes to tensors, by the end of their Hugging Face name.
         biases: Modules whose bias llama.cpp reads; any other bias is refused.
+        epsilon: The configuration's entry for what is added under a norm's root.
+        default_epsilon: That number where no configuration names it.
+        has_layer_norm: Whether its norms subtract the mean as well (LayerNorm).
         rotary_kinds: Kinds of rotary scaling that llama.cpp computes for it, besides none.
+        rounds_yarn: Whether a YaRN that does not round its range is said rather than refused.
         rotary_layer_type: The entry of ``rope_parameters`` that is the main one, if it has any.
         default_theta: Base of the rotary embedding where none is stated.
         has_experts: Whether blocks hold experts.
@@ -109,6 +116,10 @@ class Family:
         names: GGUF names of tensors that the ``gguf`` package's map does not know, by Hugging
             Face name, block numbers as ``{bid}`` in both, without ``.weight`` or ``.bias``.
         block_tensors: What every block must have, by GGUF name.
+        tables: What must be there besides blocks, by GGUF name.
+        splits: Tensors that llama.cpp has in several parts: by the end of the Hugging Face name,
+            each part's GGUF name in its block, with ``.weight`` or ``.bias``, and how it is cut.
+        ignored: Ends of names that llama.cpp has no use for.
     """
 
     model_type: str
@@ -117,13 +128,25 @@ class Family:
     describe: Callable[[Config, Description], None] = _describe_nothing
     transforms: Mapping[str, Transform] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
+    epsilon: str = "rms_norm_eps"
+    default_epsilon: float | None = None
+    has_layer_norm: bool = False
     rotary_kinds: tuple[str, ...] = ()
+    rounds_yarn: bool = False
     rotary_layer_type: str | None = None
     default_theta: float = 10000.0
     has_experts: bool = False
     ties_by_default: bool = False
     names: Mapping[str, str] = field(default_factory=dict)
     block_tensors: tuple[str, ...] = ("attn_norm", "attn_output", "ffn_norm")
+    tables: tuple[str, ...] = ("token_embd", "output_norm")
+    splits: Mapping[str, Mapping[str, Transform]] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+
+    def _find_epsilon(self, config: Config) -> float:
+        if self.default_epsilon is not None:
+            return float(config.get(self.epsilon, self.default_epsilon))
+        return float(config.require(self.epsilon))
 
     def describe_model(self, config: Config) -> Description:
         """The metadata, extra tensors and notes of a model of this family.
@@ -131,13 +154,16 @@ class Family:
         Raises:
             UnsupportedModelError: When llama.cpp would compute something else.
         """
-        activation = config.get("hidden_activation", config.get("hidden_act", self.activation))
+        stated = (config.get(key) for key in _ACTIVATIONS)
+        activation = next((name for name in stated if name is not None), self.activation)
         if activation != self.activation:
             raise UnsupportedModelError(
                 f"This {self.model_type} model computes {activation!r}; llama.cpp computes "
                 f"{self.activation!r} for {self.architecture!r}."
             )
         context = int(config.require("max_position_embeddings"))
+        kind = "epsilon" if self.has_layer_norm else "rms_epsilon"
+        epsilon = f"attention.layer_norm_{kind}"
         description = Description(
             {
                 "context_length": context,
@@ -146,7 +172,7 @@ class Family:
                 "feed_forward_length": int(config.require("intermediate_size")),
                 "attention.head_count": config.heads,
                 "attention.head_count_kv": config.kv_heads,
-                "attention.layer_norm_rms_epsilon": float(config.require("rms_norm_eps")),
+                epsilon: self._find_epsilon(config),
                 "attention.key_length": config.head_dim,
                 "attention.value_length": config.head_dim,
             }
@@ -161,6 +187,12 @@ class Family:
         partial = rope.parameters.get(
             "partial_rotary_factor", config.get("partial_rotary_factor", 1.0)
         )
+        if self.rounds_yarn and not rope.parameters.get("truncate", True):
+            rope = replace(rope, parameters={**rope.parameters, "truncate": True})
+            description.notes.append(
+                "llama.cpp rounds the range in which YaRN fades, and this model's configuration "
+                "does not: answers far into a long context can differ."
+            )
         metadata, description.tables = describe_rope(
             rope, int(config.head_dim * float(partial)), context
         )

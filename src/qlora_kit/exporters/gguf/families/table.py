@@ -8,71 +8,32 @@ come from the ``gguf`` package's maps, so a family states only what is particula
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from qlora_kit.errors import PluginError, UnsupportedModelError
-from qlora_kit.exporters.gguf.families.family import Config, Description, Family, Transform
+from qlora_kit.exporters.gguf.families.dense import DENSE
+from qlora_kit.exporters.gguf.families.experts import EXPERTS
+from qlora_kit.exporters.gguf.families.family import Config, Description, Family
 from qlora_kit.exporters.gguf.families.rope import read_rope
+from qlora_kit.exporters.gguf.families.transforms import NORMS_PLUS_ONE, ROTARY
+from qlora_kit.exporters.gguf.families.windows import check_windows, note_sliding_window
 
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["FAMILIES", "Config", "Description", "Family", "find_family", "register_family"]
-
-
-def unpermute_rotary(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Interleave the two halves that transformers rotates against each other.
-
-    Meta's checkpoints and llama.cpp pair neighbouring dimensions; transformers pairs a
-    dimension with the one half a head away.
-
-    Args:
-        weight: Shape (heads * head_dim, ...).
-        heads: Number of heads in it.
-    """
-    # transformers (H, 2, D/2, ...): dimension i turns with i + D/2. llama.cpp's "norm" rotation
-    # (ggml-cpu/ops.cpp) turns 2i with 2i + 1, so the two axes change places: (H, D/2, 2, ...).
-    # The same permutation on q and k leaves their products, hence attention, as they were; v has
-    # no positions and stays. conversion/llama.py calls it permute().
-    rest = weight.shape[1:]
-    return (
-        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *rest)
-        .swapaxes(1, 2)
-        .reshape(weight.shape)
-    )
-
-
-def _permute_query(weight: torch.Tensor, config: Config) -> torch.Tensor:
-    return unpermute_rotary(weight, config.heads)
-
-
-def _permute_key(weight: torch.Tensor, config: Config) -> torch.Tensor:
-    return unpermute_rotary(weight, config.kv_heads)
-
-
-def _add_one(weight: torch.Tensor, config: Config) -> torch.Tensor:
-    """Gemma stores its norms around zero."""
-    # Gemma's layer multiplies by 1 + w, ggml's rms_norm by w. In float32, as norms are written:
-    # in bfloat16 the sum would lose what is below 2**-8 (conversion/gemma.py, norm_shift()).
-    return weight.float() + 1.0
-
-
-def _note_sliding_window(config: Config, description: Description) -> None:
-    """llama.cpp attends to everything in families whose window it does not implement."""
-    window = config.get("sliding_window")
-    is_used = config.get("use_sliding_window", True)
-    if window is not None and is_used and window < description.metadata["context_length"]:
-        description.notes.append(
-            f"The model attends to the last {window} tokens only; llama.cpp attends to all, so "
-            "longer contexts can differ."
-        )
+__all__ = [
+    "FAMILIES",
+    "Config",
+    "Description",
+    "Family",
+    "find_family",
+    "read_family",
+    "register_family",
+]
 
 
 def _describe_gemma2(config: Config, description: Description) -> None:
     layers = config.layers
     # Not a key of the file: src/models/gemma2.cpp lets every second layer attend to everything,
     # and takes the 27B model, whose attention is scaled otherwise, by its 46 layers.
-    _check_windows(config, [bool((i + 1) % 2) for i in range(layers)])
+    check_windows(config, [bool((i + 1) % 2) for i in range(layers)])
     _check_query_scale(config, is_27b=layers == 46)
     description.metadata |= {
         "attention.sliding_window": int(config.require("sliding_window")),
@@ -117,16 +78,8 @@ def _sliding_period(config: Config) -> int:
     period = types.index("full_attention") + 1 if "full_attention" in types else stated
     if period <= len(types) and "full_attention" not in types:
         period = len(types) + 1
-    _check_windows(config, [bool((i + 1) % period) for i in range(config.layers)])
+    check_windows(config, [bool((i + 1) % period) for i in range(config.layers)])
     return period
-
-
-def _check_windows(config: Config, is_sliding: list[bool]) -> None:
-    types = config.get("layer_types")
-    if types is not None and [kind == "sliding_attention" for kind in types] != is_sliding:
-        raise UnsupportedModelError(
-            f"llama.cpp does not have this order of sliding and full attention: {types}."
-        )
 
 
 def _check_query_scale(config: Config, *, is_27b: bool) -> None:
@@ -148,7 +101,7 @@ def _describe_phi3(config: Config, description: Description) -> None:
         "rope.scaling.original_context_length",
         int(config.get("original_max_position_embeddings", description.metadata["context_length"])),
     )
-    _note_sliding_window(config, description)
+    note_sliding_window(config, description)
 
 
 def _describe_qwen3_moe(config: Config, description: Description) -> None:
@@ -165,18 +118,10 @@ def _describe_qwen3_moe(config: Config, description: Description) -> None:
         "expert_used_count": int(config.require("num_experts_per_tok")),
         "expert_feed_forward_length": int(config.require("moe_intermediate_size")),
     }
-    _note_sliding_window(config, description)
+    note_sliding_window(config, description)
 
 
 _ATTENTION_BIASES: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
-_ROTARY: Final[Mapping[str, Transform]] = {
-    "q_proj.weight": _permute_query,
-    "q_proj.bias": _permute_query,
-    "k_proj.weight": _permute_key,
-    "k_proj.bias": _permute_key,
-}
-_GEMMA: Final[Mapping[str, Transform]] = {"norm.weight": _add_one}
-
 #: Families by ``model_type``.
 FAMILIES: Final[dict[str, Family]] = {}
 
@@ -202,25 +147,25 @@ for _family in (
     Family(
         "llama",
         "llama",
-        transforms=_ROTARY,
+        transforms=ROTARY,
         rotary_kinds=("linear", "llama3", "yarn"),
         biases=(*_ATTENTION_BIASES, "gate_proj", "up_proj", "down_proj"),
     ),
     Family(
         "mistral",
         "llama",
-        transforms=_ROTARY,
+        transforms=ROTARY,
         rotary_kinds=("linear", "llama3", "yarn"),
-        describe=_note_sliding_window,
+        describe=note_sliding_window,
     ),
     Family(
         "qwen2",
         "qwen2",
         biases=("q_proj", "k_proj", "v_proj"),
         rotary_kinds=("linear", "yarn"),
-        describe=_note_sliding_window,
+        describe=note_sliding_window,
     ),
-    Family("qwen3", "qwen3", rotary_kinds=("linear", "yarn"), describe=_note_sliding_window),
+    Family("qwen3", "qwen3", rotary_kinds=("linear", "yarn"), describe=note_sliding_window),
     Family(
         "qwen3_moe",
         "qwen3moe",
@@ -233,7 +178,7 @@ for _family in (
         "gemma2",
         activation="gelu_pytorch_tanh",
         ties_by_default=True,
-        transforms=_GEMMA,
+        transforms=NORMS_PLUS_ONE,
         describe=_describe_gemma2,
     ),
     Family(
@@ -241,32 +186,46 @@ for _family in (
         "gemma3",
         activation="gelu_pytorch_tanh",
         ties_by_default=True,
-        transforms=_GEMMA,
+        transforms=NORMS_PLUS_ONE,
         describe=_describe_gemma3,
         rotary_kinds=("linear",),
         rotary_layer_type="full_attention",
         default_theta=1_000_000.0,
     ),
     Family("phi3", "phi3", rotary_kinds=("longrope",), describe=_describe_phi3),
+    *DENSE,
+    *EXPERTS,
 ):
     register_family(_family)
 
 
+def read_family(config: Mapping[str, Any]) -> tuple[Family, Config]:
+    """The family of a configuration, and the configuration of its text model.
+
+    A model that also sees or hears wraps a text model; that one is what a file holds.
+
+    Raises:
+        UnsupportedModelError: When the table has no such family; names those it has.
+    """
+    inner = config.get("text_config")
+    kind = config.get("model_type")
+    if kind not in FAMILIES and isinstance(inner, Mapping):
+        # What the wrapper says of the head is what counts; an export may have untied it.
+        own = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
+        return find_family(inner), Config({**inner, **own})
+    return find_family(config), Config(config)
+
+
 def find_family(config: Mapping[str, Any]) -> Family:
-    """The family of a configuration.
+    """The family of a text model's configuration.
 
     Raises:
         UnsupportedModelError: When the table has no such family; names those it has.
     """
     kind = config.get("model_type")
     if kind not in FAMILIES:
-        hint = (
-            " It wraps a text model; load and export that one."
-            if isinstance(config.get("text_config"), Mapping)
-            else ""
-        )
         raise UnsupportedModelError(
-            f"GGUF export does not know models of type {kind!r}.{hint} Known: "
+            f"GGUF export does not know models of type {kind!r}. Known: "
             f"{', '.join(sorted(FAMILIES))}. Export with 'merged_16bit', or add the family with "
             "qlora_kit.exporters.gguf.register_family."
         )

@@ -14,6 +14,7 @@ from qlora_kit.exporters.gguf.quantization.ggml import encode_rows
 from qlora_kit.messages import Setting
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from numpy.typing import NDArray
 
@@ -26,22 +27,38 @@ _PIECE_NUMBERS: Final = 1 << 20
 _LARGEST_F16: Final = 65504.0
 
 
-def cut_rows(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A tensor's rows, all leading dimensions taken as one, in pieces of a few megabytes."""
+def cut_rows(tensor: torch.Tensor, matrices: int = 1) -> Iterator[tuple[int, torch.Tensor]]:
+    """A tensor's rows, all leading dimensions taken as one, in pieces of a few megabytes.
+
+    Args:
+        tensor: Shape (..., columns).
+        matrices: How many matrices it stacks that no piece may reach across.
+
+    Returns:
+        Pieces in order, each with the number of its matrix.
+    """
     columns = tensor.shape[-1]
-    rows = tensor.reshape(-1, columns)
+    rows = tensor.reshape(matrices, -1, columns)
     step = max(1, _PIECE_NUMBERS // columns)
-    for start in range(0, rows.shape[0], step):
-        yield rows[start : start + step]
+    for matrix in range(matrices):
+        for start in range(0, rows.shape[1], step):
+            yield matrix, rows[matrix, start : start + step]
 
 
-def encode_piece(rows: torch.Tensor, type_name: str, name: str) -> NDArray[Any]:
+def encode_piece(
+    rows: torch.Tensor,
+    type_name: str,
+    name: str,
+    importance: NDArray[np.float32] | None = None,
+) -> NDArray[Any]:
     """Encode some rows.
 
     Args:
         rows: Shape (rows, columns), any floating dtype, on the CPU.
         type_name: The type to store them in, as ``gguf.GGMLQuantizationType`` spells it.
         name: The tensor's name, for messages.
+        importance: How much each column matters, shape (columns,); what is not quantized ignores
+            it.
 
     Returns:
         A contiguous array with the bytes of the file.
@@ -79,5 +96,5 @@ def encode_piece(rows: torch.Tensor, type_name: str, name: str) -> NDArray[Any]:
             # torch rounds to nearest even, as ggml_compute_fp32_to_bf16 (ggml-impl.h) does.
             encoded = values.to(torch.bfloat16).view(torch.int16).numpy()
         case _:
-            encoded = encode_rows(values.numpy(), type_name)
+            encoded = encode_rows(values.numpy(), type_name, importance)
     return encoded

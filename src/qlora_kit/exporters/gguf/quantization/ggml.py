@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.errors import MissingDependencyError
+from qlora_kit.exporters.gguf.quantization.recipes import BLOCK_SIZES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,8 +48,12 @@ def row_size(type_name: str, columns: int) -> int:
     return size_of_row
 
 
-def check_encoder(type_names: set[str]) -> None:
+def check_encoder(type_names: set[str], *, has_importance: bool = False) -> None:
     """Refuse types that nothing installed here can encode.
+
+    Args:
+        type_names: Types of the tensors to be written.
+        has_importance: Whether an importance matrix guides the encoder; only ggml takes one.
 
     Raises:
         MissingDependencyError: Names the package to install.
@@ -57,8 +62,8 @@ def check_encoder(type_names: set[str]) -> None:
         import gguf  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(f"Writing GGUF needs the gguf package: {_INSTALL}.") from error
-    wanted = {name for name in type_names if name.startswith("Q")}
-    if wanted <= set(_NUMPY_TYPES):
+    wanted = {name for name in type_names if BLOCK_SIZES[name] > 1}
+    if wanted <= set(_NUMPY_TYPES) and not has_importance:
         return
     _load_library()
 
@@ -72,12 +77,15 @@ def find_missing_encoder() -> list[str]:
     return []
 
 
-def encode_rows(rows: NDArray[np.float32], type_name: str) -> NDArray[np.uint8]:
+def encode_rows(
+    rows: NDArray[np.float32], type_name: str, importance: NDArray[np.float32] | None = None
+) -> NDArray[np.uint8]:
     """Quantize rows.
 
     Args:
         rows: Contiguous float32, shape (rows, columns); columns a multiple of the block size.
         type_name: A block type, such as ``"Q4_K"``.
+        importance: How much each column matters, contiguous float32, shape (columns,).
 
     Returns:
         Bytes of shape (rows, row_size).
@@ -88,7 +96,7 @@ def encode_rows(rows: NDArray[np.float32], type_name: str) -> NDArray[np.uint8]:
     try:
         library = _load_library()
     except MissingDependencyError:
-        if type_name not in _NUMPY_TYPES:
+        if type_name not in _NUMPY_TYPES or importance is not None:
             raise
         return _encode_with_numpy(rows, type_name)
     out = np.empty((count, row_size(type_name, columns)), dtype=np.uint8)
@@ -101,7 +109,7 @@ def encode_rows(rows: NDArray[np.float32], type_name: str) -> NDArray[np.uint8]:
         0,
         count,
         columns,
-        None,
+        None if importance is None else importance.ctypes.data_as(ctypes.c_void_p),
     )
     if written != out.nbytes:
         raise MissingDependencyError(
@@ -128,8 +136,9 @@ def _load_library() -> Any:
     path = _find_library()
     if path is None:
         raise MissingDependencyError(
-            f"K-quants are encoded by ggml, from the package libggml-python: {_INSTALL}. Without "
-            f"it these types can be written: f32, f16, bf16, {', '.join(_NUMPY_TYPES).lower()}."
+            "K-quants, iq types and importance matrices are ggml's, from the package "
+            f"libggml-python: {_INSTALL}. Without it these types can be written, unguided: f32, "
+            f"f16, bf16, {', '.join(_NUMPY_TYPES).lower()}."
         )
     try:
         library = ctypes.CDLL(str(path))
@@ -157,7 +166,7 @@ def _load_library() -> Any:
 
 
 def _check_layout(library: Any, path: Path) -> None:
-    for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"):
+    for name in (name for name, size in BLOCK_SIZES.items() if size > 1):
         number = type_number(name)
         said = library.ggml_type_name(number).decode()
         size = library.ggml_row_size(number, 1024)

@@ -8,6 +8,7 @@ SentencePiece-style BPE its ``llama`` one.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -76,6 +77,11 @@ TAKEN_FOR_SPECIAL: Final = frozenset(
         "<REPO>",
         "<|file_sep|>",
     }
+)
+
+# Texts of control tokens, see _looks_special.
+_CONTROL_TEXT: Final = re.compile(
+    r"<\|.*\|>|<\uff5c.*\uff5c>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL
 )
 
 _SPACE: Final = "\u2581"
@@ -221,8 +227,18 @@ def _list_tokens(
         tokens.append(name)
         types.append(UNUSED)
     for added in description.get("added_tokens", ()):
-        types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+        is_control = added["special"] or _looks_special(added["content"])
+        types[added["id"]] = CONTROL if is_control else USER_DEFINED
     return tokens, types
+
+
+def _looks_special(token: str) -> bool:
+    """Whether an added token is a control token although the tokenizer does not call it one.
+
+    Qwen's tokens for filling in the middle and Gemma's reserved ones are such; llama.cpp's
+    converter (``does_token_look_special``) goes by their text, and so does its runtime.
+    """
+    return _CONTROL_TEXT.fullmatch(token) is not None
 
 
 def find_special_ids(

@@ -38,7 +38,20 @@ TENSOR_TOLERANCES: Final[Mapping[str, float]] = {
     "Q4_1": 0.17,
     "Q4_0": 0.20,
     "Q3_K": 0.33,
-    "Q2_K": 0.55,
+    "Q2_K": 0.62,
+    "MXFP4": 0.24,
+    "IQ4_NL": 0.17,
+    "IQ4_XS": 0.17,
+    "IQ3_S": 0.34,
+    "IQ3_XXS": 0.48,
+    "IQ2_S": 0.58,
+    "IQ2_XS": 0.74,
+    "IQ2_XXS": 0.85,
+    # A tensor of nothing but zeros would be off by 1.
+    "IQ1_M": 0.95,
+    "IQ1_S": 0.95,
+    "TQ1_0": 0.99,
+    "TQ2_0": 0.99,
 }
 
 # Enough to meet every way in which rows can be out of order, few enough to decode in no time.
@@ -46,7 +59,7 @@ _ROWS_COMPARED: Final = 64
 
 
 def check_files(
-    files: Sequence[tuple[Recipe, Path]],
+    files: Sequence[tuple[Recipe, Sequence[Path]]],
     plan: Plan,
     source: TensorSource,
     tokenizer: PreTrainedTokenizerBase,
@@ -54,10 +67,11 @@ def check_files(
 ) -> list[Check]:
     """Read files back: their tensors against the source, their vocabulary against the tokenizer.
 
-    Every tensor is read from the source once, whatever the number of files. The special ids
+    Each recipe comes with its file, or the parts that it is split into. Every tensor is read from
+    the source once, whatever the number of files. The special ids
     must be those that the tokenizer and ``stop_token_ids`` ask for.
     """
-    opened = [(recipe, GgufFile(path)) for recipe, path in files]
+    opened = [(recipe, GgufFile(*parts)) for recipe, parts in files]
     faults = {recipe.name: _find_layout_fault(file, plan, recipe) for recipe, file in opened}
     sound = [(recipe, file) for recipe, file in opened if not faults[recipe.name]]
     worst = {recipe.name: (0.0, "none") for recipe, _ in sound}

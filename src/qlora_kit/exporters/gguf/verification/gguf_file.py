@@ -25,22 +25,18 @@ class GgufFile:
 
     Args:
         path: A ``.gguf`` file.
+        others: The parts that follow it, where the model is split into several.
 
     Raises:
         ExportError: When it cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
-        from gguf import GGUFReader
-
+    def __init__(self, path: Path, *others: Path) -> None:
         self.path = path
-        try:
-            self._reader: GGUFReader = GGUFReader(path)
-        # The reader indexes a memory map; a truncated file surfaces as any of these.
-        except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
-            raise ExportError(f"{path} cannot be read back: {error}") from error
+        readers = [_open(part) for part in (path, *others)]
+        self._reader: GGUFReader = readers[0]
         self.tensors: Mapping[str, ReaderTensor] = {
-            tensor.name: tensor for tensor in self._reader.tensors
+            tensor.name: tensor for reader in readers for tensor in reader.tensors
         }
 
     def value(self, key: str, default: Any = None) -> Any:
@@ -92,3 +88,13 @@ class GgufFile:
             strips_after_special=is_called_like_phi3(self.value("general.name", "")),
             chat_template=self.value("tokenizer.chat_template"),
         )
+
+
+def _open(path: Path) -> GGUFReader:
+    from gguf import GGUFReader
+
+    try:
+        return GGUFReader(path)
+    # The reader indexes a memory map; a truncated file surfaces as any of these.
+    except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
+        raise ExportError(f"{path} cannot be read back: {error}") from error

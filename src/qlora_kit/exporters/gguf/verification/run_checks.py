@@ -30,6 +30,18 @@ LOG_PROBABILITY_TOLERANCES: Final[Mapping[str, float]] = {
     "Q4_0": 1.2,
     "Q3_K": 2.0,
     "Q2_K": 4.0,
+    "MXFP4": 1.5,
+    "IQ4_NL": 0.9,
+    "IQ4_XS": 0.9,
+    "IQ3_S": 2.5,
+    "IQ3_XXS": 3.0,
+    "IQ2_S": 5.0,
+    "IQ2_XS": 6.0,
+    "IQ2_XXS": 7.0,
+    "IQ1_M": 9.0,
+    "IQ1_S": 9.0,
+    "TQ1_0": 12.0,
+    "TQ2_0": 12.0,
 }
 
 # Merging into the original weights leaves the live 4-bit base's own error between the two.

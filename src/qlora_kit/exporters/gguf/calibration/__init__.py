@@ -1,0 +1,1 @@
+"""What the live model computes on some rows: which inputs matter, and what a type costs."""
