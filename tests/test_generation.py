@@ -365,3 +365,10 @@ def test_answers_come_as_they_end_when_asked(model):
 def test_settings_of_another_kind_are_refused_before_anything_is_computed(adapted16, name, value):
     with pytest.raises(ConfigError, match=name):
         generate_stream(adapted16, "a", **{name: value})
+
+
+@pytest.mark.parametrize("value", ["no", 0, 1])
+@pytest.mark.parametrize("name", ["do_sample", "use_cache", "in_order", "progress"])
+def test_flags_are_true_or_false(model, name, value):
+    with pytest.raises(ConfigError, match=f"{name} must be True"):
+        generate_batch(model, [PROMPT], **{name: value})

@@ -140,7 +140,8 @@ class AdapterConfig:
             raise invalid_value(
                 "bias", "must be 'none', 'all' or 'lora_only'", self.bias, "attach_lora"
             )
-        if self.use_gradient_checkpointing not in (True, False, "auto", "unsloth"):
+        asked = self.use_gradient_checkpointing
+        if not isinstance(asked, bool) and asked not in ("auto", "unsloth"):
             raise invalid_value(
                 "use_gradient_checkpointing",
                 "must be True, False, 'auto' or 'unsloth'",

@@ -380,3 +380,10 @@ def test_a_table_with_arrays_is_read_like_its_file(tokenizer: Any, tmp_path: Any
     pd.DataFrame({"messages": [[Q, A]]}).to_parquet(path)
     formatter = ChatFormatter(tokenizer)
     assert list(formatter.load(pd.read_parquet(path))) == list(formatter.load(path))
+
+
+@pytest.mark.parametrize("value", ["no", "false", 0, 1])
+def test_response_only_is_true_or_false(tokenizer: Any, value: Any) -> None:
+    for kind in (AlpacaFormatter, ChatFormatter):
+        with pytest.raises(ConfigError, match="response_only must be True or False"):
+            kind(tokenizer, response_only=value)

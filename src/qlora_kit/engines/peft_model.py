@@ -44,6 +44,10 @@ logger = logging.getLogger(__name__)
 
 def make_adapted(loaded: LoadedModel, model: Any, config: AdapterConfig) -> AdaptedModel:
     """The handle of a model that now has an adapter."""
+    for peft_config in model.peft_config.values():
+        # Where it lies, not its name on the hub: while saving, peft looks the name up there to see
+        # whether the vocabulary was resized. Exports write the name.
+        peft_config.base_model_name_or_path = str(loaded.base.path)
     trainable, total = model.get_nb_trainable_parameters()
     return AdaptedModel(
         model=model,

@@ -239,7 +239,7 @@ def get_exporter(name: str) -> Exporter:
 
 
 def _check_verify(verify: object) -> None:
-    if verify not in (True, False, "full"):
+    if not isinstance(verify, bool) and verify != "full":
         raise invalid_value("verify", "must be True, False or 'full'", verify, "export_model")
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from qlora_kit.boundaries import describe_cause
 from qlora_kit.data.formatters.loop_budget import LoopBudget
 from qlora_kit.engines.contract import ready_to_generate
-from qlora_kit.errors import ConfigError
+from qlora_kit.errors import ConfigError, invalid_value
 from qlora_kit.generation.batch import answer_all, put_in_order, show_progress
 from qlora_kit.generation.detokenization import TextAssembler
 from qlora_kit.generation.settings import Stops, check_sampling, make_config, read_stops
@@ -124,6 +124,9 @@ def generate_batch(
     Raises:
         ConfigError: When an argument cannot work; before anything is computed.
     """
+    for name, flag in (("in_order", in_order), ("progress", progress)):
+        if not isinstance(flag, bool):
+            raise invalid_value(name, "must be True or False", flag, "generate_batch")
     if not is_whole_number(at_once, at_least=1):
         raise ConfigError(f"at_once must be at least 1, got {at_once!r}.")
     config, stops = _read_settings(model, "generate_batch", seed=seed, **settings)
@@ -155,6 +158,8 @@ def _read_settings(
             f"{caller} takes what load_quantized or attach_lora returned, "
             f"got {type(model).__name__}."
         )
+    if do_sample is not None and not isinstance(do_sample, bool):
+        raise invalid_value("do_sample", "must be True, False or None", do_sample, caller)
     filters = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
     check_sampling(max_new_tokens, filters, repetition_penalty, seed)
     given = {name: value for name, value in filters.items() if value is not None}

@@ -92,7 +92,11 @@ class FormatterBase(RowReader):
             )
         self.tokenizer = tokenizer
         self.text = TextTokenizer(tokenizer)
-        self.response_only = bool(response_only)
+        if not isinstance(response_only, bool):
+            raise invalid_value(
+                "response_only", "must be True or False", response_only, "formatter"
+            )
+        self.response_only = response_only
         self.read_rows_as(columns, on_bad_rows, max_reported_rows)
         self.eos_token = self._check_eos(eos_token)
         self.eos_token_id = self.text.get_token_id(self.eos_token, what="end token")
