@@ -158,8 +158,6 @@ def _read_settings(
             f"{caller} takes what load_quantized or attach_lora returned, "
             f"got {type(model).__name__}."
         )
-    if do_sample is not None and not isinstance(do_sample, bool):
-        raise invalid_value("do_sample", "must be True, False or None", do_sample, caller)
     filters = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
     check_sampling(max_new_tokens, filters, repetition_penalty, seed)
     given = {name: value for name, value in filters.items() if value is not None}

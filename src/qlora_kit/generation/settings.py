@@ -21,12 +21,6 @@ __all__ = ["Stops", "check_sampling", "make_config", "read_stops"]
 # Values that mean "no filtering"; anything else warns when decoding greedily.
 _NEUTRAL: Final = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": 1.0}
 
-#: Fields of GenerationConfig that are true or false; transformers takes "no" for true.
-_FLAGS: Final = (
-    "use_cache", "renormalize_logits", "remove_invalid_values", "disable_compile",
-    "output_attentions", "output_hidden_states", "output_scores", "output_logits",
-)  # fmt: skip
-
 #: Ways of generating that do not yield one answer token by token, and what to use instead.
 _REFUSED: Final[Mapping[str, str]] = {
     "num_beams": "Beam search knows its answer only at the end; sample or decode greedily.",
@@ -167,9 +161,6 @@ def make_config(model: LoadedModel, fields: Mapping[str, Any]) -> GenerationConf
             )
         for name, value in _NEUTRAL.items():
             setattr(config, name, value)
-    for name in _FLAGS:
-        if not isinstance(fields.get(name), bool | None):
-            raise invalid_value(name, "must be True or False", fields[name], "generate_stream")
     config.max_length = None
     for name, value in fields.items():
         setattr(config, name, value)
