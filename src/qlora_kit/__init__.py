@@ -20,6 +20,7 @@ __all__ = [
     "ChatFormatter",
     "Check",
     "DataSource",
+    "EvaluationResult",
     "ExportEstimate",
     "ExportRequest",
     "ExportResults",
@@ -45,6 +46,7 @@ __all__ = [
     "check_training",
     "describe_exporters",
     "errors",
+    "evaluate",
     "export_model",
     "formatter_from_spec",
     "generate_batch",
@@ -70,6 +72,7 @@ _HOME_OF: Final = {
     "ChatFormatter": "data",
     "Check": "results",
     "DataSource": "data",
+    "EvaluationResult": "evaluation",
     "ExportEstimate": "hookspecs",
     "ExportRequest": "hookspecs",
     "ExportResults": "results",
@@ -94,6 +97,7 @@ _HOME_OF: Final = {
     "check_pipeline": "pipeline",
     "check_training": "training",
     "describe_exporters": "export",
+    "evaluate": "evaluation",
     "export_model": "export",
     "formatter_from_spec": "data",
     "generate_batch": "generation",
@@ -127,6 +131,7 @@ if TYPE_CHECKING:
         pack_examples,
     )
     from qlora_kit.errors import QloraKitError
+    from qlora_kit.evaluation import EvaluationResult, evaluate
     from qlora_kit.export import (
         available_exporters,
         check_export,

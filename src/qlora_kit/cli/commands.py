@@ -137,6 +137,57 @@ def _generate(options: argparse.Namespace, write: FlagWriter) -> None:
         print_json({**to_jsonable(chunk), "text": text})
 
 
+# -- evaluate --------------------------------------------------------------------------------
+
+
+def _evaluate(options: argparse.Namespace, write: FlagWriter) -> None:
+    from qlora_kit import evaluate, load_quantized
+    from qlora_kit.data import formatter_from_spec, plan_formatter, read_source
+    from qlora_kit.evaluation import METRICS, format_comparison
+
+    raw = read_source(options.data, options.split or "train", local_files_only=not options.download)
+    plan = None
+    if options.template is not None or options.system is not None:
+        plan = plan_formatter(raw.columns, template=options.template, system=options.system)
+        plan.check(raw)
+    metrics = list(METRICS) if options.metrics is None else split_names(options.metrics)
+    results, spec = {}, None
+    for name in (options.model, options.compare):
+        if name is None:
+            continue
+        model = load_quantized(name, **read_loading(options))
+        formatter = None if plan is None else plan.make(model.tokenizer)
+        if formatter is None and spec is not None:
+            # Both are asked in the same words.
+            formatter = formatter_from_spec(spec, model.tokenizer)
+        result = evaluate(
+            model, raw, formatter=formatter, metrics=metrics, regex=options.regex,
+            answers=options.answers, max_new_tokens=options.max_new_tokens,
+            batch_size=options.batch_size, limit=options.limit,
+        )  # fmt: skip
+        results[name] = result
+        remembered = model.record.formatter
+        spec = None if remembered is None else remembered.template_spec()
+        # Two models need not fit beside each other.
+        del model, formatter, remembered
+    if options.json:
+        print_json(
+            {
+                name: {**to_jsonable(one), "perplexity": one.perplexity, "answers": one.answers}
+                for name, one in results.items()
+            }
+        )
+    elif len(results) == 1:
+        print(*results.values())
+    else:
+        short = {_shorten_path(name): one for name, one in results.items()}
+        print(format_comparison(short if len(short) == len(results) else results))
+
+
+def _shorten_path(name: str) -> str:
+    return "/".join(name.rstrip("/").split("/")[-2:])
+
+
 # -- export ----------------------------------------------------------------------------------
 
 
@@ -221,6 +272,7 @@ RUN: Final[Mapping[str, Callable[[argparse.Namespace, FlagWriter], int | None]]]
     "export": _export,
     "exporters": _exporters,
     "doctor": _doctor,
+    "evaluate": _evaluate,
     "recipe": _recipe,
     "templates": _templates,
     "completion": _completion,

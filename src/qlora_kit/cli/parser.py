@@ -83,6 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_export(commands)
     _add_json(commands.add_parser("exporters", help="list the export formats"))
+    _add_evaluate(commands)
     doctor = commands.add_parser("doctor", help="look at this machine: what works, what to do")
     doctor.add_argument("--network", action="store_true", help="ask the hub whether it answers")
     _add_json(doctor)
@@ -171,6 +172,25 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument("--max-new-tokens", type=int, default=256)
     _add_json(generate)
     _add_settings(generate, "any GenerationConfig field, for example temperature=0.7")
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser("evaluate", help="loss and answers over held-out rows")
+    _add_model(evaluate)
+    evaluate.add_argument("data", help="rows, as for train")
+    evaluate.add_argument("--compare", metavar="MODEL", help="another model, such as the base")
+    evaluate.add_argument("--metrics", help="by comma: exact_match, contains (both)")
+    evaluate.add_argument("--regex", help="a pattern whose first group must be the same")
+    evaluate.add_argument(
+        "--answers", action=argparse.BooleanOptionalAction, default=True,
+        help="whether to ask for answers, or compute losses alone",
+    )  # fmt: skip
+    evaluate.add_argument("--max-new-tokens", type=int, default=128)
+    evaluate.add_argument("--batch-size", type=int, default=8, help="rows at once for the loss (8)")
+    evaluate.add_argument("--limit", type=int, help="look at the first so many rows only")
+    evaluate.add_argument("--split", help="which split of the data (train)")
+    _add_template(evaluate, "what the model was trained with, else the columns")
+    _add_json(evaluate)
 
 
 def _add_export(commands: Any) -> None:

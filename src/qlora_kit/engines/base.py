@@ -55,6 +55,7 @@ class TrainJob:
         plan: How steps are computed, for engines that have a choice; ``None`` lets them choose.
         chooses_checkpointing: Whether ``args.gradient_checkpointing`` is a mere default, which
             the engine may overrule.
+        compute_metrics: transformers' function of predictions and labels, or ``None``.
     """
 
     args: SFTConfig
@@ -65,6 +66,7 @@ class TrainJob:
     callbacks: Sequence[Any] = ()
     plan: Any = None
     chooses_checkpointing: bool = False
+    compute_metrics: Any = None
 
 
 class StepPlan(Protocol):

@@ -219,6 +219,7 @@ class UnslothEngine:
                 args=job.args,
                 train_dataset=job.train_dataset,
                 eval_dataset=job.eval_dataset,
+                compute_metrics=job.compute_metrics,
                 processing_class=model.tokenizer,
                 data_collator=job.collator,
                 callbacks=list(job.callbacks),

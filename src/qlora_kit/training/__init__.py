@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,7 @@ def train_sft(
     truncation: str = "end",
     plan: Any = None,
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
+    compute_metrics: Callable[[Any], Mapping[str, float]] | None = None,
     resume_from_checkpoint: bool | str | os.PathLike[str] | None = None,
     resume_with_changes: bool = False,
     **sft_config: Any,
@@ -99,6 +100,9 @@ def train_sft(
             a dictionary or :class:`~qlora_kit.engines.native.fast.plan.FastPlan` pins choices,
             for example ``{"checkpointing": "full", "weights": "nf4"}``.
         callbacks: ``TrainerCallback`` objects or classes.
+        compute_metrics: transformers' function of an ``EvalPrediction`` (scores of the tokens,
+            labels) to figures, which every evaluation logs. Evaluations then hold all scores, which
+            takes memory; for answers there is :func:`~qlora_kit.evaluate`.
         resume_from_checkpoint: ``True`` for the last whole checkpoint in ``output_dir``, ``"auto"``
             for the same where there is one and a new run where not, or a path. It must be of this
             run: the same rows, template, base, adapter and settings, but for the number of steps
@@ -123,6 +127,13 @@ def train_sft(
     fields = {**sft_config, "packing": packing}
     check_values(fields, has_eval=eval_dataset is not None)
     callbacks = _check_callbacks(callbacks)
+    if compute_metrics is not None and (not callable(compute_metrics) or eval_dataset is None):
+        raise ConfigError(
+            "compute_metrics is a function of transformers' EvalPrediction, and needs rows to "
+            "evaluate on: give eval_dataset.",
+            parameter="compute_metrics",
+            value=compute_metrics,
+        )
     _check_insisting(resume_with_changes, resume_from_checkpoint)
     check_evaluation(fields, eval_dataset, callbacks)
     settings = read_settings(fields, truncation, model.max_seq_length)
@@ -149,6 +160,8 @@ def train_sft(
             optimizer=optimizer,
             has_eval=eval_dataset is not None,
         )
+    if compute_metrics is not None:
+        args.prediction_loss_only = False
     # All ranks are one run.
     new_id = ranks.share("run id", make_run_id)
     # One process of several that train together holds the folder for all.
@@ -165,6 +178,7 @@ def train_sft(
             is_packed=is_flat,
             callbacks=callbacks,
             plan=plan,
+            compute_metrics=compute_metrics,
             chooses_checkpointing=(
                 "gradient_checkpointing" not in settings.trainer
                 and model.adapter.use_gradient_checkpointing == "auto"
@@ -207,6 +221,7 @@ def check_training(
     truncation: str = "end",
     plan: Any = None,
     callbacks: Any = None,
+    compute_metrics: Any = None,
     resume_from_checkpoint: bool | str | os.PathLike[str] | None = None,
     resume_with_changes: bool = False,
     **sft_config: Any,
@@ -219,6 +234,7 @@ def check_training(
         truncation: As for ``train_sft``.
         plan: Left to the engine, which comes with the model.
         callbacks: As for ``train_sft``.
+        compute_metrics: Left to ``train_sft``.
         resume_from_checkpoint: As for ``train_sft``.
         resume_with_changes: As for ``train_sft``.
         **sft_config: Any field of TRL's ``SFTConfig``, by its own name.
