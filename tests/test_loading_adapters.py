@@ -221,8 +221,19 @@ def test_nulls_are_defaults(plain, tmp_path):
         load(copy_changed(plain, tmp_path / "rank", r=None))
 
 
-@pytest.mark.parametrize("start", ["orthogonal", "mica", "eva", "gaussian"])
-@pytest.mark.parametrize("load_in_4bit", [False, True])
+@pytest.mark.parametrize(
+    ("start", "load_in_4bit"),
+    [
+        ("orthogonal", True),
+        ("mica", False),
+        *[
+            pytest.param(start, load_in_4bit, marks=pytest.mark.slow)
+            for start, load_in_4bit in [
+                ("orthogonal", False), ("mica", True), ("eva", True), ("gaussian", True),
+            ]
+        ],
+    ],
+)  # fmt: skip
 def test_starts_that_leave_the_base_alone_load_on_any(plain, tmp_path, start, load_in_4bit, caplog):
     import torch
 
@@ -257,7 +268,11 @@ def test_what_cannot_be_loaded_is_named(plain, tmp_path, changes, named):
     assert "damaged" not in str(raised.value)
 
 
-@pytest.mark.parametrize("modules", [None, ["embed_tokens", "lm_head"]], ids=["frozen", "trained"])
+@pytest.mark.parametrize(
+    "modules",
+    [None, pytest.param(["embed_tokens", "lm_head"], marks=pytest.mark.slow)],
+    ids=["frozen", "trained"],
+)
 def test_a_checkpoint_of_a_resized_vocabulary_comes_back(
     tiny_llama, tmp_path, alpaca_rows, modules
 ):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from adapter_folders import TEMPLATE, TOOLS, load_plain_adapter, load_plain_base
+from adapter_folders import TEMPLATE, TOOLS, copy_changed, load_plain_adapter, load_plain_base
 from exported import load_plain
 from forward import logits_of
 from qlora_kit import export_model, generate_stream, load_quantized
@@ -196,3 +196,30 @@ def test_every_tools_adapter_is_right_or_refused_by_name(cases, tmp_path, caplog
         return
     with pytest.raises(UnsupportedModelError, match=reason):
         CHECKS[use](cases(tool), tmp_path / "out", caplog)
+
+
+@pytest.mark.slow
+def test_an_adapter_on_a_base_in_4_bits_only_is_right(tiny_llama, tmp_path):
+    """As Unsloth's users have it, whose base is a repository ending in -bnb-4bit."""
+    import torch
+    from peft import PeftModel
+
+    base = load_quantized(tiny_llama, 64, "float32", False)
+    export_model(base, "merged_4bit", tmp_path / "model-bnb-4bit")
+    TOOLS["unsloth"][0](tiny_llama, tmp_path / "written")
+    nf4 = str(tmp_path / "model-bnb-4bit")
+    folder = copy_changed(tmp_path / "written", tmp_path / "lora", base_model_name_or_path=nf4)
+    plain = load_plain(nf4, dtype=torch.float32)
+    for module in plain.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = torch.float32
+    expected = logits_of(PeftModel.from_pretrained(plain, str(folder)))
+    ours = load_quantized(folder, 64, "float32")
+    assert ours.base.is_prequantized
+    torch.testing.assert_close(logits_of(ours.model), expected, atol=1e-5, rtol=1e-5)
+    export_model(ours, "lora", tmp_path / "again", verify="full")
+    assert torch.equal(logits_of(load_quantized(tmp_path / "again", 64, "float32").model),
+                       logits_of(ours.model))  # fmt: skip
+    export_model(ours, "merged_16bit", tmp_path / "merged", verify="full")
+    merged = logits_of(load_plain(tmp_path / "merged", dtype=torch.float32))
+    torch.testing.assert_close(merged, expected, atol=0.02, rtol=0.02)
