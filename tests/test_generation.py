@@ -359,7 +359,9 @@ def test_answers_come_as_they_end_when_asked(model):
     [
         ("typical_p", float("nan")), ("bad_words_ids", [[]]), ("no_repeat_ngram_size", -1),
         ("do_sample", "x"), ("eos_token_id", 1.5), ("eos_token_id", [10**9]), ("pad_token_id", 5),
-        ("max_time", 0), ("forced_eos_token_id", "x"),
+        ("max_time", 0), ("suppress_tokens", [10**6]), ("min_new_tokens", 300),
+        ("max_new_tokens", 2**40), ("exponential_decay_length_penalty", [1, "x"]),
+        ("forced_eos_token_id", "x"),
     ],
 )  # fmt: skip
 def test_settings_of_another_kind_are_refused_before_anything_is_computed(adapted16, name, value):

@@ -502,3 +502,20 @@ def test_tokens_without_an_embedding_are_said_at_loading(tiny_llama, tmp_path, c
     assert (
         f"no embedding for, such as '[PAD]' (id {rows}; the model has {rows} rows)" in caplog.text
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("generation_config.json", "{", "generation_config.json is damaged: it is not JSON"),
+        ("generation_config.json", '{"eos_token_id": [[1]]}', "its eos_token_id is"),
+        ("model.safetensors.index.json", "{}", "does not name a file for each tensor"),
+    ],
+)
+def test_files_beside_the_weights_that_would_be_passed_over_are_refused(
+    tiny_llama, tmp_path, name, text, said
+):
+    copy = shutil.copytree(tiny_llama, tmp_path / "copy")
+    (copy / name).write_text(text)
+    with pytest.raises(UnsupportedModelError, match=said):
+        load_quantized(copy, 64, load_in_4bit=False)

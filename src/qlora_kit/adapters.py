@@ -213,7 +213,7 @@ def _resolve_targets(asked: str | Sequence[str], model: Any) -> tuple[str, ...]:
                 )
             return found
         asked = (asked,)
-    if not isinstance(asked, Iterable):
+    if not isinstance(asked, Iterable) or isinstance(asked, Mapping):
         raise ConfigError(
             Setting("target_modules", of="attach_lora"),
             f" must be module names or one of {', '.join(TARGET_PRESETS)}; got {asked!r}. This "

@@ -22,6 +22,9 @@ __all__ = [
     "LoadConfig",
 ]
 
+#: No model reads as many.
+_MOST_TOKENS: Final = 2**31
+
 DtypeName = Literal["bfloat16", "float16", "float32"]
 
 ATTENTION_MODULES: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -68,6 +71,10 @@ class LoadConfig:
                 "must be a whole number of tokens",
                 self.max_seq_length,
                 "load_quantized",
+            )
+        if self.max_seq_length >= _MOST_TOKENS:
+            raise invalid_value(
+                "max_seq_length", f"must be below {_MOST_TOKENS:,} tokens", "more", "load_quantized"
             )
         if self.max_seq_length < 1:
             raise ConfigError(

@@ -40,6 +40,7 @@ from qlora_kit.paths import (
     suggest_existing,
 )
 from qlora_kit.script_arguments import LOADING_ARGUMENTS, refuse_unknown
+from qlora_kit.values import is_whole_number
 
 if TYPE_CHECKING:
     import torch
@@ -310,13 +311,14 @@ def _check_checkpoint(folder: Path) -> None:
         )
         raise ModelNotFoundError(f"{folder} is not a model: it has no config.json.{hint}")
     read_json_object(folder / "config.json")
+    _check_generation_config(folder / "generation_config.json")
     if not any(any(folder.glob(pattern)) for pattern in _WEIGHT_PATTERNS):
         raise ModelNotFoundError(
             f"{folder} has a config.json but no *.safetensors weights. Download the model's "
             "safetensors files into it."
         )
     for index in folder.glob("*.safetensors.index.json"):
-        places = read_json_object(index).get("weight_map", {})
+        places = read_json_object(index).get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
             raise UnsupportedModelError(
                 f"{index} is damaged: its weight_map does not name a file for each tensor. "
@@ -329,6 +331,18 @@ def _check_checkpoint(folder: Path) -> None:
                 f"{folder} lacks {len(missing)} of the {len(shards)} weight files that "
                 f"{index.name} lists, such as {missing[0]}. Download them into it."
             )
+
+
+def _check_generation_config(path: Path) -> None:
+    """Refuse one that cannot be read: transformers would go on without its stop tokens."""
+    if not path.is_file():
+        return
+    stated = read_json_object(path).get("eos_token_id")
+    ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    if not all(is_whole_number(one) for one in ids):
+        raise UnsupportedModelError(
+            f"{path} is damaged: its eos_token_id is {stated!r}. Download it again."
+        )
 
 
 def _exists(path: str | Path) -> bool:

@@ -293,6 +293,12 @@ def read_model_config(folder: Path, config: LoadConfig) -> Any:
             raise UnsupportedModelError(
                 f"{folder / 'config.json'} is damaged: {name} is {count!r}. Download it again."
             )
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if positions is not None and not is_whole_number(positions, at_least=1):
+        raise UnsupportedModelError(
+            f"{folder / 'config.json'} is damaged: max_position_embeddings is {positions!r}. "
+            "Download it again."
+        )
     return model_config
 
 

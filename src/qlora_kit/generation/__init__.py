@@ -239,6 +239,16 @@ def _check_length(model: LoadedModel, prompt: str) -> None:
         )
 
 
+def _is_message(message: Mapping[str, Any]) -> bool:
+    content = message.get("content", ...)
+    return isinstance(message.get("role"), str) and (
+        isinstance(content, str)
+        # Parts, for templates that take them; nothing, beside calls of tools.
+        or (isinstance(content, list) and bool(content))
+        or (content is None and bool(message.get("tool_calls")))
+    )
+
+
 def _encode(model: LoadedModel, prompt: Any) -> list[int]:
     tokenizer: Any = model.tokenizer
     exact = getattr(prompt, "token_ids", None)
@@ -247,7 +257,7 @@ def _encode(model: LoadedModel, prompt: Any) -> list[int]:
     elif isinstance(prompt, str):
         _check_length(model, prompt)
         ids = list(tokenizer(prompt)["input_ids"])
-    elif not isinstance(prompt, Sequence) or not prompt:
+    elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray) or not prompt:
         raise ConfigError(
             f"prompt must be text, formatter.prompt(...), token ids or chat messages; "
             f"got {prompt!r}."
@@ -258,7 +268,7 @@ def _encode(model: LoadedModel, prompt: Any) -> list[int]:
                 "This tokenizer has no chat template, so chat messages cannot be turned into a "
                 "prompt. Give text, or formatter.prompt(...)."
             )
-        if any(not {"role", "content"} <= set(message) for message in prompt):
+        if not all(_is_message(message) for message in prompt):
             raise ConfigError(
                 f"Chat messages are {{'role': ..., 'content': ...}} dictionaries, got {prompt!r}."
             )

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Stops", "check_sampling", "make_config", "read_stops"]
 
+#: No model writes as many.
+_MOST_TOKENS: Final = 2**31
+
 # Values that mean "no filtering"; anything else warns when decoding greedily.
 _NEUTRAL: Final = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": 1.0}
 
@@ -44,6 +47,10 @@ def check_sampling(
     if not is_whole_number(max_new_tokens, at_least=1):
         raise invalid_value(
             "max_new_tokens", "must be at least 1", max_new_tokens, "generate_stream"
+        )
+    if max_new_tokens >= _MOST_TOKENS:
+        raise invalid_value(
+            "max_new_tokens", f"must be below {_MOST_TOKENS:,}", "more", "generate_stream"
         )
     for name, value in {**filters, "repetition_penalty": repetition_penalty}.items():
         if value is not None and not is_finite_number(value):
@@ -149,7 +156,7 @@ def make_config(model: LoadedModel, fields: Mapping[str, Any]) -> GenerationConf
                 value=fields[name],
                 advice=advice,
             )
-    check_fields(fields)
+    check_fields(fields, model.model.get_input_embeddings().weight.shape[0])
     if not fields["do_sample"]:
         ignored = [name for name in _NEUTRAL if fields.get(name) is not None]
         if ignored:

@@ -53,7 +53,10 @@ def check_fields(fields: Mapping[str, Any]) -> None:
         if name not in hints or name in _UNCHECKED:
             continue
         # Annotated as text alone, and read as either of these as well.
-        if name in ("fsdp", "debug") and isinstance(value, bool | list):
+        if name in ("fsdp", "debug") and (
+            isinstance(value, bool)
+            or (isinstance(value, list) and all(isinstance(one, str) for one in value))
+        ):
             continue
         if not _fits(value, hints[name]):
             _refuse(name, _spell(hints[name]), value)
@@ -166,7 +169,9 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, list | tuple) and (
             not parts or all(_fits(item, parts[0]) for item in value)
         )
-    return isinstance(value, Mapping) if kind is dict else isinstance(value, kind)
+    if kind is dict:
+        return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    return isinstance(value, kind)
 
 
 def _list_members(hint: Any) -> tuple[str, ...]:
