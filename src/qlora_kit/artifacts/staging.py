@@ -128,7 +128,9 @@ def flush_tree(folder: Path) -> None:
     """Fsync every file and folder below ``folder``, and it."""
     for root, _, files in os.walk(folder):
         for file in files:
-            handle = os.open(os.path.join(root, file), os.O_RDONLY)
+            # Windows flushes only what is open for writing.
+            mode = os.O_RDWR if os.name == "nt" else os.O_RDONLY
+            handle = os.open(os.path.join(root, file), mode)
             try:
                 os.fsync(handle)
             finally:

@@ -195,9 +195,9 @@ def describe_exporters() -> dict[str, list[Any]]:
         What JSON can hold:
 
         * ``exporters``: for each, ``name``, ``summary``, ``plugin``, ``distribution``,
-          ``version``, ``options`` (``name``, ``type``, ``default`` as a JSON value,
-          ``is_required``, ``is_secret``), ``missing`` (what keeps the format from running here,
-          one phrase each) and ``is_available``.
+            ``version``, ``options`` (``name``, ``type``, ``default`` as a JSON value,
+            ``is_required``, ``is_secret``), ``missing`` (what keeps the format from running here,
+            one phrase each) and ``is_available``.
         * ``broken``: plugins that cannot be used, and why, one sentence each.
         * ``switched_off``: installed plugins that an environment variable keeps out.
     """

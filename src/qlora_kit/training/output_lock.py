@@ -11,16 +11,18 @@ import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Final
+from typing import Final
 
 from qlora_kit import ranks
 from qlora_kit.errors import TrainingError
+from qlora_kit.file_locks import take_lock
 
 __all__ = ["check_unused", "hold_folder"]
 
 logger = logging.getLogger(__name__)
 
 LOCK_NAME: Final = ".qlora_kit_training.lock"
+_HOLDER_NAME: Final = ".qlora_kit_training.json"
 
 # The system's locks are a process's own; these are its threads'.
 _held: set[Path] = set()
@@ -78,63 +80,35 @@ def check_unused(folder: Path) -> None:
 def _locked_file(folder: Path, run_id: str) -> Iterator[None]:
     path = folder / LOCK_NAME
     try:
-        file = _open_locked(path)
-    except BlockingIOError as error:
-        raise TrainingError(_describe(folder, _read_holder(path))) from error
+        lock = take_lock(path)
     except OSError as error:
         # Some network file systems have no locks.
         logger.info("%s cannot be locked against a second training: %s", folder, error)
         yield
         return
+    if lock is None:
+        raise TrainingError(_describe(folder, _read_holder(folder)))
+    holder = {
+        "process": os.getpid(),
+        "host": platform.node(),
+        "run": run_id,
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    # In a file of its own: Windows lets nobody else read a locked one.
+    said = folder / _HOLDER_NAME
     try:
-        holder = {
-            "process": os.getpid(),
-            "host": platform.node(),
-            "run": run_id,
-            "since": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        file.truncate(0)
-        file.write(json.dumps(holder))
-        file.flush()
+        with contextlib.suppress(OSError):
+            said.write_text(json.dumps(holder), encoding="utf-8")
         yield
     finally:
-        # While it is locked: whoever waits for it then finds another file, or none.
         with contextlib.suppress(OSError):
-            path.unlink()
-        file.close()
+            said.unlink()
+        lock.release()
 
 
-def _open_locked(path: Path) -> IO[str]:
-    """The lock file, locked.
-
-    Raises:
-        BlockingIOError: When another process has it.
-        OSError: Where it cannot be locked at all.
-    """
+def _read_holder(folder: Path) -> str:
     try:
-        import fcntl
-    except ImportError as error:
-        raise OSError("this system has no fcntl") from error
-    while True:
-        file = path.open("a+", encoding="utf-8")
-        try:
-            # A process's own, not inherited by workers that outlive it, unlike flock's.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Its holder may have removed it between opening and locking.
-            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                return file
-        except PermissionError as error:
-            file.close()
-            raise BlockingIOError(str(error)) from error
-        except OSError:
-            file.close()
-            raise
-        file.close()
-
-
-def _read_holder(path: Path) -> str:
-    try:
-        holder = json.loads(path.read_text(encoding="utf-8"))
+        holder = json.loads((folder / _HOLDER_NAME).read_text(encoding="utf-8"))
         return (
             f"process {holder['process']} on {holder['host']} (run {holder['run']}, since "
             f"{holder['since']})"

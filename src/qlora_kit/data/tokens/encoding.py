@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from qlora_kit.boundaries import describe_cause
 from qlora_kit.data.sources.row_problems import BadRows, RowProblem, settle_problems
 from qlora_kit.data.sources.rows import Rows
 from qlora_kit.data.tokens.encoded_cache import find_cached, make_key, store
@@ -112,6 +112,8 @@ def _encode_all(
     work = (encoding, rows, max_length, truncation)
     starts = range(0, len(rows), _BATCH)
     processes = min(_choose_processes(encoding, len(rows), num_proc), len(starts))
+    if processes > 1 and not _can_be_sent(encoding):
+        processes = 1
     # What takes a moment only needs no progress bar.
     with tqdm(total=len(rows), desc="Tokenizing", unit="row", disable=len(starts) == 1) as progress:
         if processes == 1:
@@ -119,28 +121,62 @@ def _encode_all(
                 yield (batch := _encode_batch(*work, start))
                 progress.update(batch.report.rows)
             return
-        # Forked processes find the tokenizer and the rows in memory; nothing is sent but results.
-        context = multiprocessing.get_context("fork")
-        with context.Pool(processes, initializer=_inherit, initargs=(work,)) as pool:
-            for batch in pool.imap(_encode_inherited, starts):
-                yield batch
-                progress.update(batch.report.rows)
+        for batch in _encode_in_processes(work, starts, processes):
+            yield batch
+            progress.update(batch.report.rows)
 
 
-_inherited: list[_Work] = []
+def _encode_in_processes(work: _Work, starts: range, processes: int) -> Iterator[_Batch]:
+    """The batches in order, from processes of their own.
+
+    loky starts them afresh, where a fork would copy threads' locks as they happen to be, and does
+    not run the caller's script again in them, as the standard library's fresh processes do.
+    """
+    from loky import ProcessPoolExecutor
+    from loky.backend import get_context
+    from loky.process_executor import BrokenProcessPool
+
+    pool = ProcessPoolExecutor(
+        processes, context=get_context("loky"), initializer=_receive, initargs=(work,)
+    )
+    try:
+        yield from pool.map(_encode_received, starts)
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"The processes that tokenize ended early: {describe_cause(error)}",
+            advice="Give dataset_num_proc=1: what is wrong then shows, and little memory is used.",
+        ) from error
+    finally:
+        pool.shutdown(wait=True, kill_workers=True)
 
 
-def _inherit(work: _Work) -> None:
-    _inherited[:] = [work]
+def _can_be_sent(encoding: RowEncoding) -> bool:
+    """Whether a formatter can go to another process; one that holds open files cannot."""
+    from loky.backend.reduction import dumps
+
+    try:
+        dumps(encoding)
+    except Exception as error:  # noqa: BLE001 -- whatever the objects of a formatter raise
+        logger.warning(
+            "Tokenizing in one process: the formatter cannot be sent to others (%s).",
+            describe_cause(error),
+        )
+        return False
+    return True
 
 
-def _encode_inherited(start: int) -> _Batch:
-    return _encode_batch(*_inherited[0], start)
+_received: list[_Work] = []
+
+
+def _receive(work: _Work) -> None:
+    _received[:] = [work]
+
+
+def _encode_received(start: int) -> _Batch:
+    return _encode_batch(*_received[0], start)
 
 
 def _choose_processes(encoding: RowEncoding, rows: int, num_proc: int | None) -> int:
-    if "fork" not in multiprocessing.get_all_start_methods():
-        return 1
     if num_proc is not None:
         return num_proc
     if encoding.text.is_fast or rows < _CACHED_FROM:

@@ -1,0 +1,67 @@
+"""Locks on files that a process has until it ends, however it ends; on every system.
+
+filelock knows what each system offers. What is added is that the file is removed with its lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+__all__ = ["HeldLock", "is_locked", "take_lock"]
+
+
+class HeldLock:
+    """A lock that this process has."""
+
+    def __init__(self, lock: BaseFileLock) -> None:
+        self._lock = lock
+
+    def release(self) -> None:
+        """Give it up and remove its file."""
+        path = Path(self._lock.lock_file)
+        # While it is locked: whoever waits for it then finds another file, or none. Windows
+        # removes no file that is open.
+        if os.name != "nt":
+            path.unlink(missing_ok=True)
+        self._lock.release()
+        if os.name == "nt":
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def take_lock(path: Path) -> HeldLock | None:
+    """The lock on a file, which is made; ``None`` while another has it.
+
+    Raises:
+        OSError: Where files cannot be locked, as on some network file systems.
+    """
+    from filelock import FileLock, Timeout
+
+    # It may be given up by another thread than took it.
+    lock = FileLock(path, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    # What older versions of filelock raise where there are no locks.
+    except NotImplementedError as error:
+        raise OSError(str(error)) from error
+    return HeldLock(lock)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a live process has the lock; also where that cannot be known."""
+    try:
+        lock = take_lock(path)
+    except OSError:
+        return True
+    if lock is None:
+        return True
+    lock.release()
+    return False
