@@ -121,13 +121,12 @@ def _time_answers(model: Any, count: int, length: int, tokens: int) -> tuple[flo
 
     Tokens, not text: random ones are too few letters for a text to be put together from.
     """
-    from qlora_kit.engines.base import open_decoder, ready_to_generate
+    from qlora_kit.engines.contract import open_decoder, ready_to_generate
     from qlora_kit.generation.settings import make_config
 
     prompts = [_prompt(length) for _ in range(count)]
-    config = make_config(
-        model, {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": _NEVER}
-    )
+    config = make_config(model, {"max_new_tokens": tokens, "do_sample": False})
+    config.eos_token_id = _NEVER
     started = time.perf_counter()
     with (
         ready_to_generate(model),

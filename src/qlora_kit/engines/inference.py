@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, Final
 
+from qlora_kit.engines.modules import list_modules
 from qlora_kit.engines.readers import Readers
 
 __all__ = ["inference_mode"]
@@ -42,7 +43,7 @@ def inference_mode(
     def prepare() -> None:
         if switch is not None:
             switch(model)
-        model.eval()
+        _end_training(model)
         # A model of images and text keeps this in the configuration of its text model.
         model.config.get_text_config().use_cache = True
         # Answers are limited by max_new_tokens; transformers warns of every limit beside it.
@@ -57,13 +58,14 @@ def inference_mode(
 
 
 def _look_at(model: Any, tokenizer: Any, earlier: _Found | None) -> _Found:
-    training = [part for part in model.modules() if part.training]
+    parts = list_modules(model)
+    training = [part for part in parts if part.training]
     # Training may begin after the first reader came, and go on when this one leaves.
     if earlier is not None and not training and _uses_cache(model):
         return earlier
     checkpointing = [
         (part, part.gradient_checkpointing)
-        for part in model.modules()
+        for part in parts
         if vars(part).get("gradient_checkpointing")
     ]
     # What training does not touch is still as an earlier reader left it.
@@ -73,6 +75,19 @@ def _look_at(model: Any, tokenizer: Any, earlier: _Found | None) -> _Found:
     if earlier is not None and use_cache:  # an earlier reader's doing
         use_cache = earlier.use_cache
     return _Found(training, checkpointing, use_cache, max_length, padding_side)
+
+
+def _end_training(model: Any) -> None:
+    """``model.eval()``, which takes long in a model of thousands of modules."""
+    from torch.nn import Module
+    from transformers import PreTrainedModel
+
+    training = [part for part in list_modules(model) if part.training]
+    usual = {Module.train, PreTrainedModel.train}
+    if any(type(part).train not in usual or vars(part).get("use_kernels") for part in training):
+        model.eval()
+    for part in training:
+        part.training = False
 
 
 def _put_back(model: Any, tokenizer: Any, found: _Found) -> None:

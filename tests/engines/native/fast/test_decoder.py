@@ -24,8 +24,10 @@ def family(request, tmp_path_factory):
 
 
 def _config(model, **fields):
-    fields = {"max_new_tokens": 12, "eos_token_id": [10**6], "do_sample": False, **fields}
-    return make_config(model, fields)
+    fields = {"max_new_tokens": 12, "do_sample": False, **fields}
+    config = make_config(model, fields)
+    config.eos_token_id = [10**6]  # no token: answers never end by themselves
+    return config
 
 
 def _generate(model, config, prompt):
@@ -159,8 +161,6 @@ def test_16_bit_answers_are_near_float32s(make_adapted, load_in_4bit):
 
     from qlora_kit.engines.native.fast.decoder import Decoder, read_model
 
-    if load_in_4bit and get_device().type == "cuda":
-        pytest.skip("the two models are quantized from different roundings there")
     logits = {}
     for dtype in ("float32", "bfloat16"):
         model = make_adapted("qwen3", dtype=dtype, load_in_4bit=load_in_4bit).model

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_kit.engines.native.fast.layout import lay_out, split_rows
@@ -48,6 +48,7 @@ def test_fillers_attend_among_themselves_and_carry_no_loss():
     assert (batch.tokens, batch.trained_tokens) == (8, 5)
 
 
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=20), most=st.integers(1, 100))
 def test_nothing_is_lost_or_repeated(lengths, most):
     rows, token = [], 0

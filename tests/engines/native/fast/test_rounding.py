@@ -54,17 +54,13 @@ def test_a_small_update_arrives(make_adapted, load_in_4bit, has_bias):
     update = _update_of(module, x)
     with torch.no_grad():
         peft = module(x[None])[0]
-        peft_one_by_one = torch.cat([module(row[None, None])[0] for row in x])
         with adapted.engine.inference(adapted):
             together = module(x[None])[0]
             one_by_one = torch.cat([module(row[None, None])[0] for row in x])
     assert update.norm() / exact.norm() < 1e-3
     assert _arrived(peft, exact, update) < 0.5
     assert _arrived(together, exact, update) == pytest.approx(1, abs=0.2)
-    if x.is_cuda:
-        assert torch.equal(one_by_one, peft_one_by_one)
-    else:
-        assert _arrived(one_by_one, exact, update) == pytest.approx(1, abs=0.2)
+    assert _arrived(one_by_one, exact, update) == pytest.approx(1, abs=0.2)
 
 
 def test_float32_answers_are_pefts_own(make_adapted, ids):

@@ -6,15 +6,17 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Final
 
 from qlora_kit.device import measure_free_bytes
-from qlora_kit.engines.native.fast.decoder import Decoder, read_model
+from qlora_kit.engines.native.fast.decoder import Decoder, read_model, sign_model
 from qlora_kit.engines.native.fast.decoding_session import DecodingSession, Slots
-from qlora_kit.engines.native.fast.decoding_support import find_settings_obstacle
+from qlora_kit.engines.native.fast.decoding_support import (
+    find_decoding_obstacle,
+    find_settings_obstacle,
+)
 from qlora_kit.engines.native.fast.kv_cache import measure_slot_bytes
-from qlora_kit.engines.native.fast.peft_layers import GroupReader
 
 __all__ = ["begin_training", "end_training", "open_session", "release_decoder"]
 
@@ -75,13 +77,15 @@ def open_session(
     Yields:
         The session, or why the decoder does not cover the model or the settings.
     """
-    obstacle = find_settings_obstacle(config)
-    readers = obstacle or read_model(model)
-    if isinstance(readers, str):
-        yield readers
+    obstacle = find_settings_obstacle(config) or find_decoding_obstacle(model)
+    if obstacle is not None:
+        yield obstacle
         return
     with _lock:
-        kept = _find(model, readers)
+        kept = _find(model)
+        if isinstance(kept, str):
+            yield kept
+            return
         slots = _take_slots(kept, most_tokens, at_once, copies=model not in _training)
     try:
         yield DecodingSession(slots, config, seed)
@@ -93,35 +97,24 @@ def open_session(
                     release_decoder(model)
 
 
-def _find(model: Any, readers: list[dict[str, GroupReader]]) -> _Kept:
-    signature = _sign(readers)
+def _find(model: Any) -> _Kept | str:
+    """The model's decoder with the adapters' present values, or why there is none."""
+    signature = sign_model(model)
     kept = _kept.get(model)
-    if kept is None or kept.signature != signature:
-        kept = _kept[model] = _Kept(Decoder(model, readers), signature)
-    else:
+    if kept is not None and kept.signature == signature:
         kept.decoder.refresh()
+        return kept
+    readers = read_model(model)
+    if isinstance(readers, str):
+        return readers
+    kept = _kept[model] = _Kept(Decoder(model, readers), signature)
     return kept
-
-
-def _sign(readers: Sequence[dict[str, GroupReader]]) -> object:
-    """What must be the same for a decoder to be used again; adapters' values are read anew."""
-    return tuple(
-        (
-            *((weight.data_ptr(), weight._version) for weight in group.weights),
-            *(
-                None if part is None else (part.up.data_ptr(), part.down.data_ptr(), part.scaling)
-                for part in group.adapters
-            ),
-        )
-        for layer in readers
-        for group in layer.values()
-    )
 
 
 def _take_slots(kept: _Kept, most_tokens: int, at_once: int, *, copies: bool) -> Slots:
     decoder = kept.decoder
     if copies:
-        decoder.choose_weights(measure_free_bytes(decoder.device))
+        decoder.choose_weights(measure_free_bytes(decoder.device), at_once)
     capacity = -(-most_tokens // _CAPACITY_STEP) * _CAPACITY_STEP
     each = measure_slot_bytes(
         len(decoder.layers), decoder.kv_heads, decoder.head_dim, capacity, decoder.dtype

@@ -1,9 +1,9 @@
-"""Triton kernels of a decoding step: what lies between the matrix products, and 4-bit products.
+"""Triton kernels of a decoding step of several answers: what lies between the matrix products.
 
 A step reads every weight once and computes little; what costs besides is the number of kernels.
 Those here join what torch does in several: normalization with the residual, rotation with the
 writing of the cache, attention over the tokens there are (split as in Flash-Decoding, Dao et al.,
-2023), and a 4-bit matrix times one vector with its LoRA update, biases and all, summed in float32.
+2023).
 
 Imported only where Triton runs.
 """
@@ -20,17 +20,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qlora_kit.engines.native.fast import decoding_row as row
 from qlora_kit.engines.native.fast.decoding_weights import DecodingWeights
 from qlora_kit.engines.native.fast.kv_cache import KeyValueCache
 
-__all__ = ["gate", "norm", "run_layers"]
+__all__ = ["gate", "norm", "rotate_prompts", "row", "run_layers"]
 
 #: Keys that a program of the attention kernel takes at once.
 _KEYS = 64
 #: Programs that attention aims at: enough for every multiprocessor, twice.
 _PROGRAMS = 256
-#: Rows and bytes of a row that a program of the 4-bit kernel takes at once.
-_ROWS, _BYTES, _WARPS = 4, 128, 4
 
 
 @triton.jit
@@ -71,6 +70,7 @@ def _rotate_kernel(
     cos,
     sin,
     positions,
+    slots,
     q_out,
     keys,
     values,
@@ -81,8 +81,12 @@ def _rotate_kernel(
     SIZE: tl.constexpr,
     HALF: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    IS_PROMPT: tl.constexpr,
 ):
-    """One head of one token: queries to ``q_out``, keys and values into the cache."""
+    """One head of one token: queries to ``q_out``, keys and values into the cache.
+
+    Of prompts, keys and values go to ``q_out`` as well, where attention reads them.
+    """
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     kind = q_out.dtype.element_ty
     position = tl.load(positions + row)
@@ -102,17 +106,26 @@ def _rotate_kernel(
             first = ((first * scale).to(kind).to(tl.float32) * left).to(kind).to(tl.float32)
             second = ((second * scale).to(kind).to(tl.float32) * right).to(kind).to(tl.float32)
         # Both halves of cosines and sines are alike.
-        c = tl.load(cos + position * SIZE + lane, mask, 0.0).to(tl.float32)
-        s = tl.load(sin + position * SIZE + lane, mask, 0.0).to(tl.float32)
+        turn = position
+        if IS_PROMPT:
+            turn = row
+        c = tl.load(cos + turn * SIZE + lane, mask, 0.0).to(tl.float32)
+        s = tl.load(sin + turn * SIZE + lane, mask, 0.0).to(tl.float32)
         turned = first * c - second * s
         second = second * c + first * s
         first = turned
-    if head < HEADS:
-        target = q_out + (row * HEADS + head) * SIZE
-    elif head < HEADS + GROUPS:
-        target = keys + ((row * GROUPS + head - HEADS) * capacity + position) * SIZE
+    slot = row
+    if IS_PROMPT:
+        slot = tl.load(slots + row)
+        target = q_out + (row * (HEADS + 2 * GROUPS) + head) * SIZE
+        tl.store(target + lane, first.to(kind), mask)
+        tl.store(target + SIZE // 2 + lane, second.to(kind), mask)
     else:
-        target = values + ((row * GROUPS + head - HEADS - GROUPS) * capacity + position) * SIZE
+        target = q_out + (row * HEADS + head) * SIZE
+    if head >= HEADS + GROUPS:
+        target = values + ((slot * GROUPS + head - HEADS - GROUPS) * capacity + position) * SIZE
+    elif head >= HEADS:
+        target = keys + ((slot * GROUPS + head - HEADS) * capacity + position) * SIZE
     tl.store(target + lane, first.to(kind), mask)
     tl.store(target + SIZE // 2 + lane, second.to(kind), mask)
 
@@ -194,68 +207,6 @@ def _combine_kernel(
     tl.store(target, value.to(out.dtype.element_ty), lane < SIZE)
 
 
-@triton.jit
-def _product_kernel(
-    x,
-    w0,
-    w1,
-    w2,
-    s0,
-    s1,
-    s2,
-    code,
-    up,
-    low,
-    bias,
-    out,
-    rows0,
-    rows1,
-    rows,
-    columns,
-    blocksize,
-    rank,
-    HAS_BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BYTES: tl.constexpr,
-    RANK: tl.constexpr,
-):
-    """``ROWS`` outputs of one projection, of up to three whose rows follow each other."""
-    row = tl.program_id(0) * ROWS
-    if row < rows0:
-        weight, scales, local = w0, s0, row
-    elif row < rows1:
-        weight, scales, local = w1, s1, row - rows0
-    else:
-        weight, scales, local = w2, s2, row - rows1
-    lane = tl.arange(0, ROWS)
-    index = (local + lane).to(tl.int64)
-    total = tl.zeros((ROWS,), tl.float32)
-    half = columns // 2
-    for start in range(0, half, BYTES):
-        at = start + tl.arange(0, BYTES)
-        inside = at < half
-        here = inside[None, :] & ((row + lane)[:, None] < rows)
-        packed = tl.load(weight + index[:, None] * half + at[None, :], here, 0).to(tl.int32)
-        # bitsandbytes packs the earlier of two weights into the upper half of a byte.
-        first = tl.load(code + (packed >> 4))
-        second = tl.load(code + (packed & 15))
-        even = tl.load(x + 2 * at, inside, 0.0).to(tl.float32)
-        odd = tl.load(x + 2 * at + 1, inside, 0.0).to(tl.float32)
-        block = (index[:, None] * columns + 2 * at[None, :]) // blocksize
-        scale = tl.load(scales + block, here, 0.0)
-        total += tl.sum((first * even[None, :] + second * odd[None, :]) * scale, 1)
-    at = row + lane
-    if RANK > 0:
-        r = tl.arange(0, RANK)
-        inside = (at[:, None] < rows) & (r[None, :] < rank)
-        update = tl.load(up + at[:, None] * rank + r[None, :], inside, 0.0).to(tl.float32)
-        small = tl.load(low + r, r < rank, 0.0).to(tl.float32)
-        total += tl.sum(update * small[None, :], 1)
-    if HAS_BIAS:
-        total += tl.load(bias + at, at < rows, 0.0).to(tl.float32)
-    tl.store(out + at, total.to(out.dtype.element_ty), at < rows)
-
-
 def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """:func:`layer.rms_norm` of shape ``(T, H)`` as one kernel."""
     out = torch.empty_like(x)
@@ -319,32 +270,63 @@ def _multiply(weights: DecodingWeights, x: Tensor) -> Tensor:
         torch.mm(x[:, :columns], weights.down.T, out=x[:, columns:])
     if weights.whole is not None:
         return torch.nn.functional.linear(x, weights.whole, group.bias)
-    if x.shape[0] == 1 and group.scales:
-        return multiply_packed(weights, x)
     low = None if weights.down is None else x[:, columns:]
     return weights.multiply_stored(x[:, :columns], low)
 
 
-def multiply_packed(weights: DecodingWeights, x: Tensor) -> Tensor:
-    """A 4-bit group times one row, shape ``(1, K + R)``, without a dequantized copy."""
-    group, columns, rank = weights.group, weights.group.columns, weights.rank
-    total = sum(group.rows)
-    out = x.new_empty((1, total))
-    packed = [group.weights[min(i, len(group.rows) - 1)] for i in range(3)]
-    scales = [group.scales[min(i, len(group.rows) - 1)] for i in range(3)]
-    rows = [*group.rows, 0, 0]
-    # A program must not straddle two projections.
-    step = _ROWS
-    while any(count % step for count in group.rows[:-1]):
-        step //= 2
-    _product_kernel[(triton.cdiv(total, step),)](
-        x, *packed, *scales, weights.code, x if weights.up is None else weights.up,
-        x[:, columns:], x if group.bias is None else group.bias, out,
-        rows[0], rows[0] + rows[1], total, columns, group.blocksize, rank,
-        HAS_BIAS=group.bias is not None, ROWS=step, BYTES=_BYTES,
-        RANK=triton.next_power_of_2(rank) if rank else 0, num_warps=_WARPS,
+def rotate_prompts(
+    decoder: Any,
+    layer: Any,
+    cache: KeyValueCache,
+    index: int,
+    qkv: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    rotation: tuple[Tensor, Tensor],
+) -> list[Tensor]:
+    """Queries, keys and values of prompts; the latter two are in the cache as well.
+
+    Args:
+        decoder: The :class:`decoder.Decoder`.
+        layer: One of its layers.
+        cache: Written.
+        index: The layer's number.
+        qkv: Shape ``(T, N)``.
+        positions: int64, shape ``(T,)``.
+        slots: Whose token each is, the same.
+        rotation: Cosines and sines of each, shape ``(T, D)``.
+
+    Returns:
+        Shapes ``(T, heads, D)``, ``(T, G, D)`` and the same.
+    """
+    heads, groups = decoder.heads, decoder.kv_heads
+    out = qkv.new_empty((qkv.shape[0], heads + 2 * groups, decoder.head_dim))
+    _rotate(decoder, layer, cache, index, qkv, positions, slots, rotation, out, is_prompt=True)
+    return list(out.split([heads, groups, groups], dim=1))
+
+
+def _rotate(
+    decoder: Any,
+    layer: Any,
+    cache: KeyValueCache,
+    index: int,
+    qkv: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    out: Tensor,
+    *,
+    is_prompt: bool = False,
+) -> None:
+    heads, groups, size = decoder.heads, decoder.kv_heads, decoder.head_dim
+    has_norm = layer.q_norm is not None
+    _rotate_kernel[(qkv.shape[0], heads + 2 * groups)](
+        qkv, layer.q_norm if has_norm else qkv, layer.k_norm if has_norm else qkv, *rotation,
+        positions, slots, out, cache.keys[index], cache.values[index], cache.capacity,
+        decoder.epsilon, HEADS=heads, GROUPS=groups, SIZE=size,
+        HALF=triton.next_power_of_2(size // 2), HAS_NORM=has_norm, IS_PROMPT=is_prompt,
+        num_warps=1,
     )  # fmt: skip
-    return out
 
 
 def _attend(
@@ -361,12 +343,7 @@ def _attend(
     count, shared = qkv.shape[0], heads // groups
     keys, values = cache.keys[index], cache.values[index]
     q = qkv.new_empty((count, heads, size))
-    has_norm = layer.q_norm is not None
-    _rotate_kernel[(count, heads + 2 * groups)](
-        qkv, layer.q_norm if has_norm else qkv, layer.k_norm if has_norm else qkv, *rotation,
-        positions, q, keys, values, cache.capacity, decoder.epsilon, HEADS=heads, GROUPS=groups,
-        SIZE=size, HALF=triton.next_power_of_2(size // 2), HAS_NORM=has_norm, num_warps=1,
-    )  # fmt: skip
+    _rotate(decoder, layer, cache, index, qkv, positions, positions, rotation, q)
     splits = triton.next_power_of_2(max(1, _PROGRAMS // (count * groups)))
     splits = min(splits, triton.next_power_of_2(triton.cdiv(cache.capacity, _KEYS)))
     parts = torch.empty((count, groups, splits, shared, size), device=q.device)

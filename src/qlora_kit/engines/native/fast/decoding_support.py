@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import torch
 
+from qlora_kit.engines.modules import list_modules
 from qlora_kit.engines.native.fast.architectures import find_model_obstacle
 from qlora_kit.engines.native.fast.rounding import is_rounding
 
@@ -54,23 +55,29 @@ def find_decoding_obstacle(model: Any) -> str | None:
         return "the embedding and the head have different dtypes"
     if not head.weight.dtype.is_floating_point or head.weight.device.type not in ("cpu", "cuda"):
         return f"{head.weight.dtype} weights on {head.weight.device.type}"
-    devices = {parameter.device for parameter in model.parameters()}
+    parts = list_modules(model)
+    devices = {p.device for part in parts for p in part._parameters.values() if p is not None}
     if len(devices) > 1:
         return f"the model is spread over {', '.join(sorted(map(str, devices)))}"
     for owner in {id(model): model, id(base): base}.values():
         if "generate" in vars(owner):
             return "its generate method was replaced"
-    return _find_hook(model)
+    return _find_hook(model, parts)
 
 
-def _find_hook(model: Any) -> str | None:
+def _find_hook(model: Any, parts: list[Any]) -> str | None:
     """What looks into the forward pass of modules, or changes it, would see none here."""
-    for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
-            return f"{name or 'the model'} has a forward hook"
-        if not is_rounding(vars(module).get("forward", None)) and "forward" in vars(module):
-            return f"the forward method of {name or 'the model'} was replaced"
+    for part in parts:
+        if part._forward_hooks or part._forward_pre_hooks or hasattr(part, "_hf_hook"):
+            return f"{_name(model, part)} has a forward hook"
+        if "forward" in vars(part) and not is_rounding(vars(part)["forward"]):
+            return f"the forward method of {_name(model, part)} was replaced"
     return None
+
+
+def _name(model: Any, part: Any) -> str:
+    found = next(name for name, module in model.named_modules() if module is part)
+    return found or "the model"
 
 
 def find_settings_obstacle(config: Any) -> str | None:

@@ -51,20 +51,19 @@ class DecodingWeights:
             shape = (sum(group.rows), self.rank)
             self.up = torch.zeros(shape, dtype=dtype, device=self._device)
             self.down = torch.zeros((self.rank, group.columns), dtype=dtype, device=self._device)
-        #: What the 16 values of a 4-bit weight stand for, float32.
-        self.code: Tensor | None = None
-        if group.scales:
-            from bitsandbytes.functional import get_4bit_type
-
-            self.code = get_4bit_type(group.quant_type, device=self._device).float()
         self.refresh()
 
     def cache(self) -> None:
         """Keep the weights dequantized, with the adapters beside them."""
         if self.whole is not None:
             return
-        shape = (sum(self.group.rows), self.group.columns + self.rank)
-        self.whole = torch.empty(shape, dtype=self.dtype, device=self._device)
+        rows, columns = sum(self.group.rows), self.group.columns + self.rank
+        # On a GPU every row begins where wide loads may.
+        step = 1 if self._device.type == "cpu" else 16
+        room = torch.empty(
+            (rows, -(-columns // step) * step), dtype=self.dtype, device=self._device
+        )
+        self.whole = room[:, :columns]
         self.whole[:, : self.group.columns] = self._dequantize()
         self._place_up()
 
@@ -120,9 +119,8 @@ class DecodingWeights:
         bias = None if self.group.bias is None else self.group.bias[span]
         if low is None or self.up is None:
             return _linear(x, weight, bias)
-        if x.shape[0] == 1 and x.device.type != "cpu":
-            # A GPU's kernels for one row round before they add; those for several do not.
-            return self._add(x.expand(2, -1), low.expand(2, -1), weight, span)[:1]
+        if x.device.type == "cuda" and x.dtype != torch.float32:
+            return self._add_wide(x, low, weight, span)
         if x.shape[0] == 1:
             # A bias is added before the sum of a single row is rounded; addmm's kernel rounds.
             update = _linear(low, self.up[span])
@@ -130,6 +128,15 @@ class DecodingWeights:
         else:
             out = (low @ self.up[span].T).addmm_(x, weight.T)
         return out if bias is None else out.add_(bias)
+
+    def _add_wide(self, x: Tensor, low: Tensor, weight: Tensor, span: slice) -> Tensor:
+        """A GPU's kernels that add a product to what is there round the product before."""
+        assert self.up is not None
+        out = torch.mm(x, weight.T, out_dtype=torch.float32)
+        out += low @ self.up[span].T
+        if self.group.bias is not None:
+            out += self.group.bias[span]
+        return out.to(x.dtype)
 
     def _dequantize(self) -> Tensor:
         group = self.group

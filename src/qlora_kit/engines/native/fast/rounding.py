@@ -16,6 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from qlora_kit.engines.modules import list_modules
 from qlora_kit.engines.native.fast.peft_layers import (
     AdapterPart,
     find_weight_obstacle,
@@ -62,7 +63,7 @@ def _put_back(replaced: list[Any]) -> None:
 
 def _find_modules(model: Any) -> Iterator[tuple[Any, torch.dtype]]:
     """Peft's projections whose base is frozen and readable, and the dtype they compute in."""
-    for module in model.modules():
+    for module in list_modules(model):
         if (
             type(module).__module__.startswith("peft.tuners.lora.")
             and type(module).__name__ in ("Linear", "Linear4bit")
@@ -111,9 +112,9 @@ def _compute_rows(base: Any, x: Tensor, adapter: AdapterPart) -> Tensor:
 def _compute_product(base: Any, x: Tensor, adapter: AdapterPart) -> Tensor:
     """Any number of tokens on a GPU, ``[x, down @ x] @ [W | up].T``, shape ``(T, N)``.
 
-    Some of a GPU's kernels round a product before they add to it, for one row and for small
-    matrices. A single sum should leave them no choice; yet the test of small updates, whose limits
-    were set on a CPU, still fails on an H100 (2026-11-27), and why is not known.
+    A GPU's kernels that add a product to what is there round it before they add, however many
+    rows there are: of a small update as much is lost as in peft's order (H200, 2026-11-28). A
+    single sum leaves them no choice.
     """
     group = read_group([base], x.dtype)
     assert not isinstance(group, str)
