@@ -177,7 +177,10 @@ def prepare_ours(base: Path, *, load_in_4bit: bool, verify: bool) -> Any:
     model = qlora_kit.load_quantized(base, 512, "bfloat16", load_in_4bit, engine="native")
     model = qlora_kit.attach_lora(model, r=16)
     randomize(model.model)
-    return lambda out: qlora_kit.export_model(model, "merged_16bit", out, verify=verify)
+    # As Unsloth does; the default merges into the 4-bit weights that were trained on.
+    return lambda out: qlora_kit.export_model(
+        model, "merged_16bit", out, base="original", verify=verify
+    )
 
 
 def prepare_peft(base: Path) -> Any:

@@ -348,7 +348,7 @@ def test_several_formats_merge_once_and_give_the_same_files_as_alone(adapted, tm
     real = merged.MergedWeights.merge
     merged.MergedWeights.merge = lambda self, live: (made.append(live.name), real(self, live))[1]
     try:
-        results = export_model(adapted, formats, tmp_path / "out", verify=False)
+        results = export_model(adapted, formats, tmp_path / "out", base="original", verify=False)
     finally:
         merged.MergedWeights.merge = real
     assert list(results) == formats
@@ -356,7 +356,8 @@ def test_several_formats_merge_once_and_give_the_same_files_as_alone(adapted, tm
     assert Counter(made).most_common(1)[0][1] == 1
     assert results["lora"].path == tmp_path / "out" / "lora"
     for name in formats:
-        alone = export_model(adapted, name, tmp_path / "alone" / name, verify=False)
+        options = {} if name == "lora" else {"base": "original"}
+        alone = export_model(adapted, name, tmp_path / "alone" / name, verify=False, **options)
         for one, other in zip(alone.files, results[name].files, strict=True):
             if one.name != "qlora_kit_manifest.json":
                 assert one == other

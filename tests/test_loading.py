@@ -351,6 +351,10 @@ def test_impossible_lengths_are_refused(tiny_llama, length):
 def test_lengths_beyond_the_positions_warn(tiny_llama, caplog):
     load_quantized(tiny_llama, max_seq_length=4096)
     assert "beyond the 512 positions" in caplog.text
+    caplog.clear()
+    # Nobody gave the default, and whoever exports or generates has nothing to do about it.
+    load_quantized(tiny_llama)
+    assert "positions" not in caplog.text
 
 
 def test_unknown_dtypes_and_engines_are_refused(tiny_llama):

@@ -13,15 +13,15 @@ from qlora_kit import (
     train_sft,
 )
 from qlora_kit.verification.checkpoint import load_exported
-from qlora_kit.verification.checks import make_probes
-from qlora_kit.verification.original import check_against_original
+from qlora_kit.verification.checks import make_probes, read_logits
+from qlora_kit.verification.original import attach_live_adapters, check_against_original
 
 
 def test_a_merge_into_the_original_is_held_against_the_original(make_adapted, tmp_path):
     """Where quantization takes much, the 4-bit model says little about a merge."""
     base = make_checkpoint(tmp_path / "base", "llama", initializer_range=0.3)
     model = make_adapted(base, std=0.3)
-    artifact = export_model(model, "merged_16bit", tmp_path / "right")
+    artifact = export_model(model, "merged_16bit", tmp_path / "right", base="original")
     (logits,) = [check for check in artifact.verification.checks if check.name == "logits"]
     assert logits.passed
     moved = float(re.search(r"From the nf4 model: (\S+) nats", logits.detail)[1])
@@ -32,7 +32,8 @@ def test_a_merge_into_the_original_is_held_against_the_original(make_adapted, tm
         load_exported(other, folder, dtype="float32") for folder in (tmp_path / "right", base)
     )
     probes = make_probes(other)
-    wrong, _ = check_against_original(other, exported, original, probes, limit=logits.tolerance)
+    expected = read_logits(attach_live_adapters(other, original), probes)
+    wrong, _ = check_against_original(other, exported, expected, probes, limit=logits.tolerance)
     assert not wrong.passed
 
 
@@ -45,7 +46,9 @@ def test_every_kind_of_adapter_is_copied_for_that_comparison(make_adapted, tmp_p
             {"target_modules": ["q_proj", "embed_tokens"]},
         )
     ):
-        artifact = export_model(make_adapted(**options), "merged_16bit", tmp_path / str(number))
+        artifact = export_model(
+            make_adapted(**options), "merged_16bit", tmp_path / str(number), base="original"
+        )
         (logits,) = [check for check in artifact.verification.checks if check.name == "logits"]
         assert logits.value < 1e-3, options
 

@@ -117,7 +117,8 @@ def test_the_merged_model_answers_in_plain_transformers(trained, tmp_path):
     artifact = export_model(model, "merged_16bit", tmp_path / "merged")
     checks = {check.name: check for check in artifact.verification.checks}
     assert checks["logits"].passed
-    assert "original with the adapter" in checks["logits"].detail
+    assert artifact.facts["base"] == "dequantized"
+    assert artifact.facts["kl"] < 0.05
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     ids = tokenizer(str(formatter.prompt(*QUESTION)), return_tensors="pt")

@@ -185,9 +185,12 @@ class AdaptedModel(LoadedModel):
         total_parameters: Number of parameters of the model, counted unquantized.
         carried_tensors: Tensors of the base that a saved adapter brought along, under the names in
             its file: the embeddings of a vocabulary that was resized, for example.
+        start: How the adapter began, where that changed the base's weights; a checkpoint keeps it,
+            to make the same base again.
     """
 
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     trainable_parameters: int = 0
     total_parameters: int = 0
     carried_tensors: tuple[str, ...] = ()
+    start: Any = field(default=None, repr=False, compare=False)

@@ -66,9 +66,11 @@ def test_a_repository_is_made_and_everything_arrives_in_one_commit(push, hub, ad
     alone = export_model(adapted, "merged_16bit", tmp_path / "alone")
     assert set(repo.files) == {file.name for file in alone.files} | {"README.md"}
     for file in alone.files:
-        if file.name != "qlora_kit_manifest.json":
+        # The card says how to load it from there.
+        if file.name not in ("qlora_kit_manifest.json", "README.md"):
             assert repo.files[file.name] == (tmp_path / "alone" / file.name).read_bytes()
     assert b"library_name: transformers" in repo.files["README.md"]
+    assert b"name = 'me/model'" in repo.files["README.md"]
     assert artifact.path is None
     assert artifact.url == f"{hub.url}/me/model"
     assert artifact.facts["commit"] == repo.commits[0][0]
@@ -108,7 +110,7 @@ def test_any_format_can_be_pushed_and_takes_its_own_options(push, hub, format):
 )
 def test_with_other_formats_the_model_is_merged_once(hub, adapted, merges, formats, tmp_path):
     options = {"repo_id": "me/model", "token": GOOD_TOKEN, "endpoint": hub.url}
-    given = {name: options if name == "hub" else {} for name in formats}
+    given = {name: {"base": "original", **(options if name == "hub" else {})} for name in formats}
     results = export_model(adapted, given, tmp_path / "out", verify=False)
     assert list(results) == list(formats)
     assert not results.failures

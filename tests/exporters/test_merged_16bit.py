@@ -42,7 +42,7 @@ def test_the_folder_is_complete_and_says_how_it_was_made(adapted, tmp_path):
     assert manifest == artifact.manifest
     assert manifest["format"] == "merged_16bit"
     assert manifest["base"]["quantization"] == "nf4"
-    assert manifest["facts"]["base"] == "original"
+    assert manifest["facts"]["base"] == "dequantized"
     assert manifest["facts"]["dtype"] == "bfloat16"
     assert manifest["verification"]["passed"] is True
     listed = {file["name"]: file for file in manifest["files"]}

@@ -102,6 +102,8 @@ def test_it_equals_what_loading_the_16_bit_export_in_4_bits_gives(
     both = export_model(model, "merged_4bit", tmp_path / "4", verify="full", **options)
     options = dict(options)
     double = options.pop("use_double_quant", True)
+    # The base that merged_4bit takes by itself.
+    options.setdefault("base", both.facts["base"])
     export_model(model, "merged_16bit", tmp_path / "16", verify=False, **options)
     dtype = getattr(torch, both.facts["dtype"])
     ours, theirs = load_plain(tmp_path / "4"), quantize_in_transformers(
@@ -163,6 +165,7 @@ def test_the_result_says_what_quantizing_again_cost(adapted, tmp_path):
 def test_the_folder_is_complete_and_small(adapted, tmp_path):
     artifact = export_model(adapted, "merged_4bit", tmp_path / "out")
     assert {file.name for file in artifact.files} == {
+        "README.md",
         "chat_template.jinja",
         "config.json",
         "generation_config.json",

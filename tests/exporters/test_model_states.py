@@ -100,3 +100,15 @@ def test_a_base_that_was_moved_away_is_named(model, tmp_path):
         with pytest.raises(ModelNotFoundError, match=rf"{tmp_path}/base any more.*Put it back"):
             export_model(model, name, "out")
     assert export_model(model, "gguf-lora", "out").verification.passed
+
+
+@pytest.mark.parametrize("name", ["lora", "merged_16bit", "gguf-lora"])
+def test_an_adapter_that_changes_nothing_is_said(tiny_llama, tmp_path, name, caplog):
+    base = load_quantized(tiny_llama, 64, "float32", load_in_4bit=False, engine="native")
+    model = attach_lora(base, r=2, modules_to_save=None if name == "gguf-lora" else ["lm_head"])
+    said = "the adapter changes nothing"
+    idle = export_model(model, name, tmp_path / "idle").verification.checks
+    assert [check.passed for check in idle if check.detail.startswith(said)] == [True]
+    assert said in caplog.text
+    trained = export_model(randomize(model), name, tmp_path / "trained").verification.checks
+    assert not [check for check in trained if check.detail.startswith(said)]

@@ -154,8 +154,8 @@ def run_pipeline(model, folder):
     seen["plan_refused"] = say_refusal(
         train_sft, model, formatter.load(rows), max_steps=1, **options
     )
-    for name in ("lora", "merged_16bit"):
-        artifact = export_model(model, name, folder / name)
+    for name, options in {"lora": {}, "merged_16bit": {"base": "original"}}.items():
+        artifact = export_model(model, name, folder / name, **options)
         seen[name] = [check.name for check in artifact.verification.checks if check.passed]
     again = load_quantized(folder / "lora", 128, "float32", engine="unsloth", is_trainable=False)
     seen["reloaded_logits"] = read_logits(again, ids)

@@ -243,9 +243,9 @@ def test_what_cannot_be_merged_is_refused_by_name(tiny_llama):
     with pytest.raises(UnsupportedModelError, match="only LoRA"):
         MergedWeights(with_model(IA3Config(task_type="CAUSAL_LM", target_modules=["q_proj"],
                                            feedforward_modules=[])))  # fmt: skip
-    with pytest.raises(UnsupportedModelError, match="TrainableTokensWrapper"):
+    with pytest.raises(UnsupportedModelError, match="only after its invocation tokens"):
         MergedWeights(
-            with_model(LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2]))
+            with_model(LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[1, 2]))
         )
     with pytest.raises(UnsupportedModelError, match=r"q_proj.*MiCA"):
         MergedWeights(with_model(LoraConfig(target_modules=["q_proj"], init_lora_weights="mica")))
@@ -253,13 +253,18 @@ def test_what_cannot_be_merged_is_refused_by_name(tiny_llama):
 
 def test_the_base_is_chosen_and_wrong_choices_are_explained(tiny_llama, tmp_path):
     plain = load_quantized(tiny_llama, 64, "float32", engine="native")
-    assert choose_merge_base(plain, "auto") == "original"
+    # The weights that were trained on; rounded to their grid again, they would swallow an update.
+    assert choose_merge_base(plain, "auto") == "dequantized"
+    assert choose_merge_base(plain, "auto", to_4bit=True) == "original"
+    whole = load_quantized(tiny_llama, 64, "float32", load_in_4bit=False, engine="native")
+    assert choose_merge_base(whole, "auto") == choose_merge_base(whole, "auto", to_4bit=True)
     with pytest.raises(ConfigError, match="'auto', 'original' or 'dequantized', got 'orginal'"):
         choose_merge_base(plain, "orginal")
     loftq = attach_lora(
         load_quantized(tiny_llama, 64, "float32", engine="native"), loftq_config={"loftq_bits": 4}
     )
     assert choose_merge_base(loftq, "auto") == "dequantized"
+    assert choose_merge_base(loftq, "auto", to_4bit=True) == "dequantized"
     with pytest.raises(ConfigError, match=r"LoftQ.*count that twice"):
         MergedWeights(loftq, "original")
     plain.model.save_pretrained(tmp_path / "nf4")

@@ -1,4 +1,4 @@
-"""The small files beside the weights: configuration, stop tokens, tokenizer, template.
+"""The small files beside the weights: configuration and stop tokens.
 
 An exported model must stop where the live one stops, so the stop tokens that training
 used are written into ``generation_config.json`` whatever the base said there.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,13 +20,7 @@ __all__ = [
     "make_config",
     "write_config",
     "write_generation_config",
-    "write_tokenizer",
 ]
-
-logger = logging.getLogger(__name__)
-
-# Vocabulary files that other tools read and save_pretrained leaves out.
-_VOCABULARY_FILES = ("tokenizer.model", "vocab.json", "merges.txt")
 
 
 def make_config(
@@ -81,12 +74,3 @@ def write_generation_config(model: LoadedModel, folder: Path) -> None:
     # temperature without do_sample.
     text = json.dumps(settings.to_diff_dict(), indent=2, sort_keys=True, default=str)
     (folder / "generation_config.json").write_text(text + "\n", encoding="utf-8")
-
-
-def write_tokenizer(model: LoadedModel, folder: Path) -> None:
-    """Write the tokenizer with its chat template, and the vocabulary files it came from."""
-    model.tokenizer.save_pretrained(str(folder))
-    for name in _VOCABULARY_FILES:
-        source = model.base.path / name
-        if source.is_file() and not (folder / name).exists():
-            shutil.copy2(source, folder / name)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from qlora_kit.device import get_versions
 from qlora_kit.handles import LoadedModel
 from qlora_kit.results import TrainResult
 
-__all__ = ["describe_merged", "find_base_name", "write_adapter_card"]
+__all__ = ["describe_merged", "find_base_name", "write_adapter_card", "write_merged_card"]
+
+logger = logging.getLogger(__name__)
+
+CARD: Final = "README.md"
+
+#: What a model made out of another is still bound to, or still is.
+_INHERITED: Final = ("license", "license_name", "license_link", "language")
 
 
 def write_adapter_card(model: LoadedModel, folder: Path, base_name: str) -> None:
@@ -22,7 +30,7 @@ def write_adapter_card(model: LoadedModel, folder: Path, base_name: str) -> None
         base_name: A name of the base that plain peft can load.
     """
     adapter = getattr(model, "adapter", None)
-    lines = _front_matter("peft", base_name, ["lora", "qlora-kit"])
+    lines = _front_matter(model, "peft", base_name, ["lora", "qlora-kit"])
     lines += [f"# LoRA adapter for {Path(base_name).name}", ""]
     if adapter is not None:
         kinds = [
@@ -38,22 +46,37 @@ def write_adapter_card(model: LoadedModel, folder: Path, base_name: str) -> None
     lines += [*_describe_training(model.record.training), *_usage(base_name)]
     lines += _describe_template(model.record.formatter)
     lines += _describe_versions()
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
 
 
-def describe_merged(model: LoadedModel, name: str, format: str) -> str:
-    """A model card for a merged model on the hub.
+def write_merged_card(
+    model: LoadedModel, folder: Path, format: str, repo_id: str | None = None
+) -> None:
+    """Write ``README.md`` of a merged model, with its base's license and languages.
 
     Args:
         model: The live model.
-        name: Its name there.
+        folder: Where to write.
+        format: The export format.
+        repo_id: The model's name on the hub, if it has one.
+    """
+    (folder / CARD).write_text(describe_merged(model, repo_id, format), encoding="utf-8")
+
+
+def describe_merged(model: LoadedModel, repo_id: str | None, format: str) -> str:
+    """A model card for a merged model.
+
+    Args:
+        model: The live model.
+        repo_id: Its name on the hub, if it has one.
         format: The export format.
     """
     base_name = find_base_name(model)
     is_checkpoint = format.startswith("merged_")
     library = "transformers" if is_checkpoint else "gguf" if format.startswith("gguf") else None
-    lines = _front_matter(library, base_name, ["qlora-kit"])
-    lines += [f"# {name.rsplit('/', maxsplit=1)[-1]}", ""]
+    lines = _front_matter(model, library, base_name, ["qlora-kit"])
+    title = f"{Path(base_name).name}, fine-tuned"
+    lines += [f"# {title if repo_id is None else repo_id.rsplit('/', maxsplit=1)[-1]}", ""]
     lines.append(f"{Path(base_name).name}, fine-tuned with a LoRA adapter; format `{format}`.")
     lines += _describe_training(model.record.training)
     if is_checkpoint:
@@ -64,8 +87,9 @@ def describe_merged(model: LoadedModel, name: str, format: str) -> str:
             "```python",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
-            f"model = AutoModelForCausalLM.from_pretrained({name!r})",
-            f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
+            'name = "."  # this folder' if repo_id is None else f"name = {repo_id!r}",
+            "model = AutoModelForCausalLM.from_pretrained(name)",
+            "tokenizer = AutoTokenizer.from_pretrained(name)",
             "```",
         ]
     lines += _describe_template(model.record.formatter)
@@ -86,16 +110,38 @@ def find_base_name(model: LoadedModel) -> str:
     return str(path.absolute()) if path.exists() else name
 
 
-def _front_matter(library: str | None, base_name: str, tags: Sequence[str]) -> list[str]:
-    """What the hub reads."""
-    lines = ["---"]
-    if library is not None:
-        lines.append(f"library_name: {library}")
-    lines.append("pipeline_tag: text-generation")
+def _front_matter(
+    model: LoadedModel, library: str | None, base_name: str, tags: Sequence[str]
+) -> list[str]:
+    """What the hub reads, with what the base's own card says of license, languages and tags."""
+    import yaml
+
+    base = _read_front_matter(model.base.path / CARD)
+    stated: dict[str, Any] = {} if library is None else {"library_name": library}
+    stated["pipeline_tag"] = "text-generation"
     # The hub accepts only names of its own here, and refuses the whole card otherwise.
     if not Path(base_name).is_absolute() and base_name.count("/") == 1:
-        lines.append(f"base_model: {base_name}")
-    return [*lines, "tags:", *(f"- {tag}" for tag in tags), "---", ""]
+        stated["base_model"] = base_name
+    stated |= {key: base[key] for key in _INHERITED if base.get(key) is not None}
+    inherited = base.get("tags")
+    more = inherited if isinstance(inherited, list) else []
+    stated["tags"] = list(dict.fromkeys([*tags, *(str(tag) for tag in more)]))
+    text = yaml.safe_dump(stated, sort_keys=False, allow_unicode=True)
+    return ["---", *text.splitlines(), "---", ""]
+
+
+def _read_front_matter(card: Path) -> Mapping[str, Any]:
+    """The fields of a model card; none where there is no card."""
+    import yaml
+    from huggingface_hub import metadata_load
+
+    if not card.is_file():
+        return {}
+    try:
+        return metadata_load(card) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        logger.warning("The license and languages in %s cannot be read: %s", card, error)
+        return {}
 
 
 def _describe_versions() -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from qlora_kit.artifacts.files import hash_file, list_files
+from qlora_kit.engines.adapter_start import write_start
 from qlora_kit.errors import ConfigError, QloraKitError
 from qlora_kit.handles import AdaptedModel, BaseInfo, LoadedModel
 from qlora_kit.manifest import MANIFEST_NAME, describe_model, read_manifest, write_manifest
@@ -38,6 +39,8 @@ Model = TypeVar("Model", bound=LoadedModel)
 def write_checkpoint_manifest(model: LoadedModel, folder: Path, run: Mapping[str, Any]) -> None:
     """Say in a checkpoint itself which base, formatter and run it belongs to, and hash its files.
 
+    What the adapter's start took out of the base is written with it.
+
     The run's manifest is written when the run ends, and stays behind where a checkpoint is
     copied from. It is the last file to be written: a checkpoint that has it is whole.
 
@@ -46,6 +49,7 @@ def write_checkpoint_manifest(model: LoadedModel, folder: Path, run: Mapping[str
         folder: The checkpoint.
         run: What is to be said of the run.
     """
+    write_start(getattr(model, "start", None), folder)
     files = [
         file
         for file in list_files(folder)

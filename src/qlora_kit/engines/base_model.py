@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "OpenedCheckpoint",
     "explain_load_errors",
+    "match_tensors",
     "open_checkpoint",
     "read_model_config",
     "refuse_missing_tensors",
@@ -177,14 +178,19 @@ def refuse_missing_tensors(folder: Path, missing: Collection[str]) -> None:
         )
 
 
-def _check_tensors(
-    folder: Path, model_config: Any, *, is_quantized: bool, trust_remote_code: bool
-) -> None:
+def match_tensors(
+    folder: Path, model_config: Any, *, trust_remote_code: bool
+) -> dict[str, Any] | None:
     """Let transformers match the files' tensors with the model's, without computing with them.
 
-    What is missing, or has another shape where weights are quantized while they are loaded, it
-    would take as it comes, and not every engine's loading says so. A checkpoint
-    that cannot be matched this way is left for the engine to judge.
+    Args:
+        folder: A checkpoint.
+        model_config: Its configuration.
+        trust_remote_code: Run Python code that the checkpoint ships.
+
+    Returns:
+        ``missing_keys``, ``unexpected_keys`` and ``mismatched_keys``; ``None`` where tensors cannot
+        be matched without their numbers.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -210,7 +216,22 @@ def _check_tensors(
         # Whatever else fails on tensors without numbers may well load.
         except Exception as error:  # noqa: BLE001
             logger.info("The tensors of %s were not checked first: %s", folder, error)
-            return
+            return None
+    return dict(loading)
+
+
+def _check_tensors(
+    folder: Path, model_config: Any, *, is_quantized: bool, trust_remote_code: bool
+) -> None:
+    """Refuse files whose tensors are not the model's.
+
+    What is missing, or has another shape where weights are quantized while they are loaded,
+    transformers would take as it comes, and not every engine's loading says so. A checkpoint
+    that cannot be matched first is left for the engine to judge.
+    """
+    loading = match_tensors(folder, model_config, trust_remote_code=trust_remote_code)
+    if loading is None:
+        return
     refuse_missing_tensors(folder, loading["missing_keys"])
     _refuse_unexpected_tensors(folder, loading["unexpected_keys"], is_quantized=is_quantized)
     # Packed weights have a shape of their own.
@@ -303,11 +324,16 @@ def read_model_config(folder: Path, config: LoadConfig) -> Any:
 
 
 def _warn_beyond_positions(max_seq_length: int, model_config: Any) -> None:
-    """Say so when sequences will be longer than the model was trained for."""
+    """Say so when sequences will be longer than the model was trained for.
+
+    Training says it of its rows; that nobody gave a length is no reason to warn whoever exports.
+    """
     text_config = model_config.get_text_config()
     positions = getattr(text_config, "max_position_embeddings", None)
     if positions and max_seq_length > positions:
-        logger.warning(
+        is_default = max_seq_length == LoadConfig.max_seq_length
+        logger.log(
+            logging.INFO if is_default else logging.WARNING,
             "max_seq_length=%d is beyond the %d positions this model was trained for; "
             "answers past that point may be poor.",
             max_seq_length,

@@ -15,6 +15,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.boundaries import describe_cause
 from qlora_kit.config import AdapterConfig
+from qlora_kit.engines.adapter_start import (
+    AdapterStart,
+    check_start_is_known,
+    read_start,
+    repeat_start,
+    restore_base,
+)
 from qlora_kit.engines.saved_adapter import (
     find_carried,
     read_weights,
@@ -42,8 +49,20 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-def make_adapted(loaded: LoadedModel, model: Any, config: AdapterConfig) -> AdaptedModel:
-    """The handle of a model that now has an adapter."""
+def make_adapted(
+    loaded: LoadedModel,
+    model: Any,
+    config: AdapterConfig,
+    start: AdapterStart | None = None,
+) -> AdaptedModel:
+    """The handle of a model that now has an adapter.
+
+    Args:
+        loaded: The base's handle.
+        model: The base with the adapter on it.
+        config: What was attached.
+        start: How the adapter began, where that changed the base.
+    """
     for peft_config in model.peft_config.values():
         # Where it lies, not its name on the hub: while saving, peft looks the name up there to see
         # whether the vocabulary was resized. Exports write the name.
@@ -59,6 +78,7 @@ def make_adapted(loaded: LoadedModel, model: Any, config: AdapterConfig) -> Adap
         adapter=config,
         trainable_parameters=int(trainable),
         total_parameters=int(total),
+        start=start,
     )
 
 
@@ -72,23 +92,27 @@ def attach_saved_adapter(loaded: LoadedModel, folder: Path, *, is_trainable: boo
     from peft import PeftModel
     from safetensors import SafetensorError
 
-    start: Any = None
+    asked: Any = None
     try:
+        start = read_start(folder)
         config = read_lora_config(loaded, folder, is_trainable=is_trainable)
-        start = config.init_lora_weights
+        asked = config.init_lora_weights
+        check_start_is_known(asked, start, folder)
         weights = read_weights(folder, loaded.model)
         resize_vocabulary(loaded.model, weights, config, folder)
         with warnings.catch_warnings():
             # refuse_misplaced says it in fewer words.
             warnings.filterwarnings("ignore", message=".*missing adapter keys")
-            model = PeftModel.from_pretrained(
-                loaded.model,
-                str(folder),
-                config=config,
-                is_trainable=is_trainable,
-                local_files_only=True,
-            )
+            with repeat_start(start):
+                model = PeftModel.from_pretrained(
+                    loaded.model,
+                    str(folder),
+                    config=config,
+                    is_trainable=is_trainable,
+                    local_files_only=True,
+                )
         refuse_misplaced(model, weights, folder, loaded.base.name_or_path)
+        start = restore_base(model, start, loaded.base.path, folder)
     except QloraKitError:
         raise
     except KeyError as error:  # what peft says of modules_to_save that are not in the file
@@ -104,9 +128,9 @@ def attach_saved_adapter(loaded: LoadedModel, folder: Path, *, is_trainable: boo
         ValueError, TypeError, RuntimeError, UserWarning, SafetensorError, OSError,
         AttributeError, IndexError, ArithmeticError, EOFError, pickle.UnpicklingError, ImportError,
     ) as error:  # fmt: skip
-        if changes_base(start) or start == "loftq":
+        if changes_base(asked) or asked == "loftq":
             raise UnsupportedModelError(
-                f"The adapter in {folder} was started by {start!r}, which changed the base's "
+                f"The adapter in {folder} was started by {asked!r}, which changed the base's "
                 f"weights, and peft cannot repeat that here: {error} Save the adapter again with "
                 "path_initial_model_for_weight_conversion, which makes a plain one of it."
             ) from error
@@ -114,7 +138,7 @@ def attach_saved_adapter(loaded: LoadedModel, folder: Path, *, is_trainable: boo
             f"The adapter in {folder} does not fit {loaded.base.name_or_path}, or is damaged: "
             f"{error}"
         ) from error
-    adapted = make_adapted(loaded, model, _read_adapter_config(model, folder))
+    adapted = make_adapted(loaded, model, _read_adapter_config(model, folder), start)
     return dataclasses.replace(adapted, carried_tensors=find_carried(model, weights))
 
 

@@ -119,7 +119,12 @@ def refuse_misplaced(
     names = [_plain_name(name) for name in found.unexpected_keys]
     homeless = [name for name in names if not _is_repeated(name, weights)]
     # peft alone would go on with random numbers for them.
-    missing = [name for name in found.missing_keys if _plain_name(name) != name]
+    shared = _find_shared_rows(model)
+    missing = [
+        name
+        for name in found.missing_keys
+        if _plain_name(name) != name and not name.startswith(shared)
+    ]
     if missing:
         others = f", and holds others, such as {homeless[0]}" if homeless else ""
         raise UnsupportedModelError(
@@ -142,6 +147,15 @@ def refuse_misplaced(
     raise UnsupportedModelError(
         f"{len(homeless)} of the {len(weights)} tensors of the adapter in {folder} have no place "
         f"in {base}, such as {name}{why}; without them it would not answer as it was trained."
+    )
+
+
+def _find_shared_rows(model: Any) -> tuple[str, ...]:
+    """Beginnings of names that peft saves under the embedding they are tied to only."""
+    return tuple(
+        f"{name}.token_adapter."
+        for name, module in model.named_modules()
+        if getattr(getattr(module, "token_adapter", None), "tied_adapter", None) is not None
     )
 
 

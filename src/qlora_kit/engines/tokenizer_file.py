@@ -11,14 +11,14 @@ import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from qlora_kit.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["match_with_file"]
+__all__ = ["find_differing_text", "match_with_file"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,8 @@ _PROBES: Final = (
     "日本語のテキスト 🙂 мир",
     "   ",
 )
+#: Special tokens that text is put behind: some prefix every piece of a text, some the first.
+_MOST_SPECIAL: Final = 8
 
 
 def match_with_file(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
@@ -79,11 +81,39 @@ def match_with_file(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrai
     )
 
 
-_Reading = tuple[Callable[[str], Sequence[int]], Callable[[Sequence[int]], str] | None]
+def find_differing_text(tokenizer: Any, other: Any) -> str | None:
+    """A text that two tokenizers make different ids of, or whose ids they read differently.
+
+    Args:
+        tokenizer: One of them.
+        other: The other, whose special tokens are tried too.
+
+    Returns:
+        The first such text; ``None`` where they agree on all that are tried.
+    """
+    special = [str(token) for token in other.added_tokens_decoder.values()]
+    for text in (*_PROBES, *_put_behind(special)):
+        ids = list(other(text)["input_ids"])
+        if list(tokenizer(text)["input_ids"]) != ids:
+            return text
+        if tokenizer.decode(ids) != other.decode(ids):
+            return text
+    return None
+
+
+def _put_behind(special: Sequence[str]) -> list[str]:
+    return [f"x{token}Hello" for token in special[:_MOST_SPECIAL]]
+
+
+class _Reading(NamedTuple):
+    """What a file itself makes of a text, and of ids where that can be compared."""
+
+    encode: Callable[[str], Sequence[int]]
+    decode: Callable[[Sequence[int]], str] | None = None
+    special: Sequence[str] = ()
 
 
 def _open_file(folder: Path) -> _Reading | None:
-    """What the file itself makes of a text, and of ids where that can be compared."""
     if (folder / _JSON).is_file():
         from tokenizers import Tokenizer
 
@@ -94,9 +124,10 @@ def _open_file(folder: Path) -> _Reading | None:
             raise UnsupportedModelError(
                 f"{folder / _JSON} is damaged: {error}. Download it again."
             ) from error
-        return (
+        return _Reading(
             lambda text: backend.encode(text, add_special_tokens=False).ids,
             lambda ids: str(backend.decode(list(ids), skip_special_tokens=False)),
+            [token.content for token in backend.get_added_tokens_decoder().values()],
         )
     if (folder / _SENTENCEPIECE).is_file() and importlib.util.find_spec("sentencepiece"):
         from sentencepiece import SentencePieceProcessor
@@ -106,19 +137,18 @@ def _open_file(folder: Path) -> _Reading | None:
         # Not every file of that name is SentencePiece's: tiktoken and Mistral use it too.
         except (RuntimeError, OSError):
             return None
-        return pieces.encode, None
+        return _Reading(pieces.encode)
     return None
 
 
 def _find_difference(tokenizer: Any, read: _Reading) -> str | None:
     """The first text that a tokenizer treats otherwise than its file."""
-    encode, decode = read
-    for text in _PROBES:
-        ids = list(encode(text))
+    for text in (*_PROBES, *_put_behind(read.special)):
+        ids = list(read.encode(text))
         if list(tokenizer(text, add_special_tokens=False)["input_ids"]) != ids:
             return text
-        if decode is not None:
+        if read.decode is not None:
             back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-            if back != decode(ids):
+            if back != read.decode(ids):
                 return text
     return None

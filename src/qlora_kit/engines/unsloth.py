@@ -20,6 +20,7 @@ from typing import Any
 
 from qlora_kit.config import AdapterConfig, DtypeName, LoadConfig
 from qlora_kit.device import choose_compute_dtype, get_device, to_torch_dtype
+from qlora_kit.engines.adapter_start import capture_start
 from qlora_kit.engines.base import GenerativeModel, Trainer, TrainerBase, TrainJob
 from qlora_kit.engines.base_model import OpenedCheckpoint, open_checkpoint
 from qlora_kit.engines.captured_prints import log_prints_of
@@ -178,7 +179,7 @@ class UnslothEngine:
             )
         # As peft does when it is told; unsloth does not tell it.
         model.peft_config["default"].revision = loaded.config.revision
-        return make_adapted(loaded, model, config)
+        return make_adapted(loaded, model, config, capture_start(model, config.random_state))
 
     def attach_saved(
         self, loaded: LoadedModel, folder: Path, *, is_trainable: bool

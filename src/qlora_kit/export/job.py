@@ -35,6 +35,7 @@ from qlora_kit.hookspecs import Exporter, ExportEstimate, ExportRequest
 from qlora_kit.manifest import MANIFEST_NAME, describe_model, read_manifest, write_manifest
 from qlora_kit.private_folders import locked_folder, remove_abandoned
 from qlora_kit.results import Artifact, ArtifactFile, Verification
+from qlora_kit.verification.idle_adapter import mention_idle_adapter
 from qlora_kit.weights.merge_base import find_changed_file
 from qlora_kit.weights.shared_merge import SharedMerge
 
@@ -166,7 +167,10 @@ class ExportJob:
             facts = dict(self._call("write", Mapping, self.request, folder))
             verification = Verification("none")
             if self.request.verify:
-                verification = self._call("verify", Verification, self.request, folder)
+                verification = mention_idle_adapter(
+                    self.request.model,
+                    self._call("verify", Verification, self.request, folder),
+                )
             with self._explained_errors("could not be finished"):
                 _raise_for_mismatch(self.name, verification)
                 facts |= verification.facts

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.artifacts.config_files import write_generation_config, write_tokenizer
+from qlora_kit.artifacts.config_files import write_generation_config
 from qlora_kit.artifacts.model_card import find_base_name, write_adapter_card
 from qlora_kit.artifacts.safetensors_writer import count_bytes, write_tensors
+from qlora_kit.artifacts.tokenizer_files import write_tokenizer
 from qlora_kit.handles import LoadedModel
 from qlora_kit.hookspecs import Exporter, ExportEstimate, ExportRequest, hookimpl
 from qlora_kit.results import Verification

@@ -11,9 +11,10 @@ from qlora_kit.artifacts.config_files import (
     make_config,
     write_config,
     write_generation_config,
-    write_tokenizer,
 )
+from qlora_kit.artifacts.model_card import write_merged_card
 from qlora_kit.artifacts.safetensors_writer import count_bytes, parse_size, write_tensors
+from qlora_kit.artifacts.tokenizer_files import write_tokenizer
 from qlora_kit.hookspecs import Exporter, ExportEstimate, ExportRequest, hookimpl
 from qlora_kit.results import Verification
 from qlora_kit.verification.checkpoint import verify_merged
@@ -39,7 +40,7 @@ class Merged16bitOptions:
     Attributes:
         base: What a quantized base is merged into: ``"original"``, the 16-bit checkpoint it was
             quantized from; ``"dequantized"``, exactly the weights the adapter was trained on; or
-            ``"auto"``: original, unless none exists or LoftQ started the adapter.
+            ``"auto"``: dequantized, which is the model that was trained.
         dtype: ``"auto"`` takes the base checkpoint's own 16-bit dtype, else bfloat16.
         max_shard_size: Bytes per file, such as ``"5GB"``.
     """
@@ -86,6 +87,7 @@ class Merged16bit:
             adapted = len(merged.adapted_names())
         write_generation_config(request.model, folder)
         write_tokenizer(request.model, folder)
+        write_merged_card(request.model, folder, self.name)
         if request.destination is not None:
             shared.offer(base, dtype, request.destination)
         return {

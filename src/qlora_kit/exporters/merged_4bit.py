@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +13,10 @@ from qlora_kit.artifacts.config_files import (
     make_config,
     write_config,
     write_generation_config,
-    write_tokenizer,
 )
+from qlora_kit.artifacts.model_card import write_merged_card
 from qlora_kit.artifacts.safetensors_writer import count_bytes, parse_size, write_tensors
+from qlora_kit.artifacts.tokenizer_files import write_tokenizer
 from qlora_kit.errors import MissingDependencyError
 from qlora_kit.hookspecs import Exporter, ExportEstimate, ExportRequest, hookimpl
 from qlora_kit.results import Verification
@@ -26,14 +26,13 @@ from qlora_kit.weights.merge_base import (
     choose_merge_base,
     choose_merge_dtype,
     describe_merge_base,
+    warn_of_coarse_rounding,
 )
 from qlora_kit.weights.merged import MergedWeights
 from qlora_kit.weights.nf4 import LinearLayers, Nf4Weights, find_linears
 from qlora_kit.weights.shared_merge import SharedMerge
 
 __all__ = ["Merged4bit", "Merged4bitOptions"]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,9 @@ class Merged4bitOptions:
 
     Attributes:
         base: What a quantized base is merged into before it is quantized again, as for
-            ``merged_16bit``. Dequantized weights sit on the 4-bit grid and swallow small updates
-            when they are rounded to it again.
+            ``merged_16bit``; but ``"auto"`` is the original of a 4-bit base, unless none exists or
+            LoftQ started the adapter. Dequantized weights sit on the 4-bit grid and swallow small
+            updates when they are rounded to it again.
         dtype: What norms, embeddings and the head are kept in, and what the 4-bit layers
             compute in. ``"auto"`` takes the base checkpoint's own 16-bit dtype, else bfloat16.
         use_double_quant: Keep the scales in 8 bits as well, which saves 0.4 bits per weight.
@@ -85,18 +85,18 @@ class Merged4bit:
         with _open_again(request) as (quantized, _):
             size = sum(count_bytes(quantized, name) for name in quantized.names())
             base = quantized.merged.base
-        if base == "dequantized" and request.model.base.quantization in ("nf4", "fp4"):
-            logger.warning(
-                "merged_4bit: weights that were in 4 bits are rounded to 4 bits again, which can "
-                "swallow small updates. Compare the result's facts['kl'], or use format "
-                "'merged_16bit'."
-            )
+        warn_of_coarse_rounding(
+            request.model,
+            base,
+            "merged_4bit",
+            "Compare the result's facts['kl'], or use format 'merged_16bit'.",
+        )
         return ExportEstimate(size, (describe_merge_base(request.model, base),))
 
     def write(self, request: ExportRequest, folder: Path) -> Mapping[str, Any]:
         """Merge, quantize and write, one tensor at a time."""
         model, options = request.model, request.options
-        base = choose_merge_base(model, options.base)
+        base = choose_merge_base(model, options.base, to_4bit=True)
         dtype = choose_merge_dtype(model, options.dtype)
         shared = request.shared or SharedMerge()
         with shared.open(model, base, dtype) as merged:
@@ -111,6 +111,7 @@ class Merged4bit:
             adapted = len(merged.adapted_names())
         write_generation_config(model, folder)
         write_tokenizer(model, folder)
+        write_merged_card(model, folder, self.name)
         return {
             "base": base,
             "dtype": str(dtype).removeprefix("torch."),
@@ -158,7 +159,7 @@ def _quantize(request: ExportRequest, merged: Any, layers: LinearLayers) -> Nf4W
 @contextmanager
 def _open_again(request: ExportRequest) -> Iterator[tuple[Nf4Weights, Any]]:
     """Tensors from the live model, whatever other exports have written, and configuration."""
-    base = choose_merge_base(request.model, request.options.base)
+    base = choose_merge_base(request.model, request.options.base, to_4bit=True)
     dtype = choose_merge_dtype(request.model, request.options.dtype)
     with MergedWeights(request.model, base, dtype=dtype) as merged:
         layers, config = _plan(request, merged)

@@ -140,6 +140,7 @@ def prepare_examples(
         truncation=options.truncation,
         num_proc=options.dataset_num_proc,
     )
+    _warn_beyond_positions(model, encoded.report, options.max_length)
     _check_vocabulary(model, encoded, formatter)
     # A rendered text says nothing about prompts, so nothing is remembered for generation.
     is_text = is_chosen and formatter.template_spec()["kind"] == "text"
@@ -244,6 +245,17 @@ def _columns(rows: Any) -> set[str]:
         return set() if isinstance(names, Mapping) else set(names)
     first = rows[0] if isinstance(rows, Sequence) and len(rows) else {}
     return set(first) if isinstance(first, Mapping) else set()
+
+
+def _warn_beyond_positions(model: AdaptedModel, report: Any, max_length: int) -> None:
+    """Say so when examples are longer than the model was trained for."""
+    positions = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
+    longest = min(getattr(report, "longest", 0), max_length)
+    if positions and longest > positions:
+        logger.warning(
+            "The longest example has %d tokens, beyond the %d positions this model was trained "
+            "for; max_length=%d cuts them.", longest, positions, positions,
+        )  # fmt: skip
 
 
 def _as_mapping(report: Any) -> Any:

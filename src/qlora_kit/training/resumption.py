@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qlora_kit.boundaries import describe_cause
+from qlora_kit.engines.adapter_start import read_start
 from qlora_kit.errors import ConfigError, invalid_value
 from qlora_kit.handles import AdaptedModel
 from qlora_kit.manifest import MANIFEST_NAME
@@ -240,6 +241,16 @@ def _check_adapter(path: Path, model: AdaptedModel) -> None:
                     ".",
                 ),
             )
+    start = read_start(path)
+    if start is not None and (model.start is None or model.start.digest != start.digest):
+        raise ConfigError(
+            f"The adapter in {path} belongs to a base that its start changed, and this adapter's "
+            "start made another one of it: ",
+            Setting("random_state", start.random_state, "attach_lora"),
+            " and the same machine would repeat it.",
+            parameter="resume_from_checkpoint",
+            advice=("Load the checkpoint itself with load_quantized, and go on with that model.",),
+        )
 
 
 def _comparable(value: object) -> object:

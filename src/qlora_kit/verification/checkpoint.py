@@ -27,11 +27,12 @@ from qlora_kit.verification.checks import (
     check_tokenizer,
     make_probes,
     measure_logits_distance,
+    read_logits,
 )
 from qlora_kit.verification.levels import compare_by_level
-from qlora_kit.verification.merged_tensors import compare_merged_tensors
+from qlora_kit.verification.merged_tensors import check_architecture, compare_merged_tensors
 from qlora_kit.verification.nf4_tensors import compare_quantized_tensors
-from qlora_kit.verification.original import check_against_original
+from qlora_kit.verification.original import attach_live_adapters, check_against_original
 from qlora_kit.weights.adapter import AdapterTensors
 from qlora_kit.weights.live import get_hf_model
 from qlora_kit.weights.merged import MergedWeights
@@ -50,8 +51,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-#: Weights up to this size are reloaded by default, if memory is plentiful: two float32 copies of
-#: a 16-bit checkpoint take four times its size.
+#: Weights up to this size are reloaded by default, if memory is plentiful: a float32 copy of a
+#: 16-bit checkpoint takes twice its size, and loading it a little more for a while.
 _CHEAP_BYTES: Final = 1024**3
 _MEMORY_SHARE: Final = 0.15
 
@@ -154,6 +155,10 @@ def _verify_checkpoint(
     def compare_files() -> list[Check]:
         with SafetensorsSource(folder) as files:
             checks = compare(files, verify == "full")
+        if all(check.passed for check in checks):
+            trusts = model.config.trust_remote_code
+            lacking = check_architecture(folder, trust_remote_code=trusts)
+            checks = checks if lacking is None else [lacking]
         return [
             *checks,
             check_configuration(),
@@ -187,10 +192,14 @@ def _compare_with_original(model: LoadedModel, folder: Path) -> tuple[list[Check
     Merging into the original gives back what quantization took: how much that changes is
     measured. In float32, so that only the rounding of the merged weights is left.
     """
+    probes = make_probes(model)
+    # One after the other: each takes twice the space of its files.
     original = load_exported(model, model.base.path, dtype="float32")
+    expected = read_logits(attach_live_adapters(model, original), probes)
+    del original
     exported = load_exported(model, folder, dtype="float32")
     check, facts = check_against_original(
-        model, exported, original, make_probes(model), limit=KL_LIMIT_SAME_BASE
+        model, exported, expected, probes, limit=KL_LIMIT_SAME_BASE
     )
     if facts["kl"] > _NOTABLE_KL:
         logger.warning(

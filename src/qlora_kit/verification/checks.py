@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.engines.tokenizer import load_tokenizer
+from qlora_kit.engines.tokenizer_file import find_differing_text
 from qlora_kit.errors import QloraKitError
 from qlora_kit.handles import LoadedModel
 from qlora_kit.results import Check
@@ -257,16 +258,14 @@ def check_tokenizer(model: LoadedModel, folder: Path) -> Check:
     except (OSError, ValueError, KeyError, TypeError, QloraKitError) as error:
         return Check("tokenizer", False, f"it cannot be loaded: {error}")
     live = model.tokenizer
+    differing_text = find_differing_text(reloaded, live)
     differing = [
         label
         for label, same in (
             ("the end token", reloaded.eos_token_id == live.eos_token_id),
             ("the padding token", reloaded.pad_token_id == live.pad_token_id),
             ("the chat template", reloaded.chat_template == live.chat_template),
-            (
-                "token ids",
-                all(reloaded(t)["input_ids"] == live(t)["input_ids"] for t in PROBE_TEXTS),
-            ),
+            ("token ids", differing_text is None),
         )
         if not same
     ]
@@ -274,6 +273,7 @@ def check_tokenizer(model: LoadedModel, folder: Path) -> Check:
         "tokenizer",
         not differing,
         f"{' and '.join(differing)} differ from the live tokenizer"
+        + (f", for example of {differing_text!r}" if differing_text is not None else "")
         if differing
         else "same ids, end token, padding token and chat template as the live one",
     )

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from qlora_kit.engines.base_model import match_tensors
 from qlora_kit.results import Check
 from qlora_kit.weights.live import LiveTensor
 from qlora_kit.weights.merged import MergedWeights
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TensorComparison",
+    "check_architecture",
     "compare_merged_tensors",
     "compare_tensor",
     "pick_rows",
@@ -31,6 +34,38 @@ _SAMPLE_ROWS: Final = 16
 
 #: Relative spacing of numbers; a float32 sum in another order may round to the next one.
 _SPACING: Final = {"torch.bfloat16": 2.0**-7, "torch.float16": 2.0**-10, "torch.float32": 1e-5}
+
+
+def check_architecture(folder: Path, *, trust_remote_code: bool) -> Check | None:
+    """Whether the files hold each tensor of the model that their ``config.json`` describes.
+
+    What should be there is asked of the architecture, and not of whoever wrote it.
+
+    Args:
+        folder: A checkpoint.
+        trust_remote_code: Run Python code that the checkpoint ships.
+
+    Returns:
+        The failed check; ``None`` where nothing is missing, or where it cannot be told without
+        the numbers.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=trust_remote_code
+    )
+    is_packed = getattr(config, "quantization_config", None) is not None
+    found = match_tensors(folder, config, trust_remote_code=trust_remote_code)
+    if found is None:
+        return None
+    for what, key in (("missing", "missing_keys"), ("misshapen", "mismatched_keys")):
+        # Packed weights have a shape of their own.
+        wrong = sorted(found[key]) if what == "missing" or not is_packed else []
+        if wrong:
+            name = wrong[0] if isinstance(wrong[0], str) else wrong[0][0]
+            detail = f"{len(wrong)} of the architecture's tensors are {what}, for example {name}"
+            return Check("tensors", False, detail)
+    return None
 
 
 def compare_merged_tensors(
@@ -127,8 +162,17 @@ def recompute_rows(
     """Some rows without and with the adapter, unrounded."""
     live = merged.live(name)
     base = merged.load_base_rows(name, start, stop)
+    if live is not None and live.tokens is not None:
+        total = base.float().clone()
+        for index, row in live.replaced_rows():
+            if start <= index < stop:
+                total[index - start] = row.detach().float().cpu()
+        return base, total
     if live is None or not live.adapters:
         return base, base
+    if live.is_parameter:
+        total = merged.take_piece(name, "again", _recompute_stack)
+        return base, total.cpu()[start:stop]
     if live.key == "bias":
         total = base.float()
         for adapter in live.adapters:
@@ -139,6 +183,23 @@ def recompute_rows(
             )
         return base, total
     return base, _recompute_weight_rows(merged, live, base, start, stop)
+
+
+def _recompute_stack(live: LiveTensor) -> torch.Tensor:
+    """A parameter with its update, expert by expert."""
+    total = live.tensor.detach().float().clone()
+    stack = total if total.dim() == 3 else total[None]
+    for adapter in live.adapters:
+        a = live.layer.lora_A[adapter].weight.detach().float()
+        b = live.layer.lora_B[adapter].weight.detach().float()
+        count = len(stack)
+        rank = a.shape[0] // count
+        for index, expert in enumerate(stack):
+            # A's rows lie expert by expert, B's columns rank by rank.
+            update = b[:, index::count] @ a[index * rank : (index + 1) * rank]
+            is_turned = total.dim() == 3 and not live.layer._did_swap_in_out_features
+            expert.add_(update.T if is_turned else update, alpha=live.layer.scaling[adapter])
+    return total
 
 
 def _recompute_weight_rows(

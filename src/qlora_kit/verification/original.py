@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_kit.handles import LoadedModel
 from qlora_kit.results import Check
@@ -17,13 +17,16 @@ from qlora_kit.verification.checks import LogitsDistance, measure_logits_distanc
 from qlora_kit.weights.adapter import read_adapter_state
 from qlora_kit.weights.live import get_hf_model
 
+if TYPE_CHECKING:
+    import torch
+
 __all__ = ["attach_live_adapters", "check_against_original"]
 
 
 def check_against_original(
     model: LoadedModel,
     exported: Any,
-    original: Any,
+    expected: Sequence[torch.Tensor],
     probes: Sequence[Sequence[int]],
     *,
     limit: float,
@@ -35,7 +38,8 @@ def check_against_original(
     Args:
         model: The live model.
         exported: The merge, loaded. In float32, only the rounding of its weights is left.
-        original: The base from ``model.base.path``, loaded likewise. Changed in place.
+        expected: Logits of the probes from the base in ``model.base.path`` with the live adapters
+            on it, loaded likewise; see :func:`attach_live_adapters`.
         probes: Token ids to run.
         limit: Most mean KL divergence, in nats per token.
 
@@ -43,7 +47,6 @@ def check_against_original(
         The check, and how far the export is from the live model, as facts.
     """
     written = read_logits(exported, probes)
-    expected = read_logits(attach_live_adapters(model, original), probes)
     check = LogitsDistance(expected, written).as_check(limit)
     moved = measure_logits_distance(model, exported, probes)
     detail = (

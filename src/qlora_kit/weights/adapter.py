@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any, Final
 from qlora_kit.errors import UnsupportedModelError
 from qlora_kit.handles import AdaptedModel, LoadedModel
 from qlora_kit.messages import Call
-from qlora_kit.weights.live import LiveTensor, collect_live_tensors, get_hf_model
+from qlora_kit.weights.live import (
+    LiveTensor,
+    check_adapters,
+    check_trained,
+    collect_live_tensors,
+    get_hf_model,
+)
 from qlora_kit.weights.source import SafetensorsSource
 
 if TYPE_CHECKING:
@@ -118,17 +124,22 @@ class AdapterTensors:
             model, instead="Format 'merged_16bit' writes the model itself."
         )
         self.config = model.model.peft_config[self.adapter]
-        self._live = collect_live_tensors(model.model)
+        check_adapters(model.model)
+        check_trained(model.model)
         self._tensors = read_adapter_state(self.model, self.adapter)
-        self._layers = (
-            {
-                name: live
-                for name, live in self._live.items()
-                if live.adapters and live.key == "weight"
-            }
-            if self.is_converted
-            else {}
-        )
+        if not self._tensors:
+            raise UnsupportedModelError(
+                f"The active adapter {self.adapter!r} has no tensors in this model. Activate one "
+                "with model.set_adapter(name)."
+            )
+        self._layers = self._find_layers() if self.is_converted else {}
+
+    def _find_layers(self) -> dict[str, LiveTensor]:
+        return {
+            name: live
+            for name, live in collect_live_tensors(self.model.model).items()
+            if live.adapters and live.key == "weight"
+        }
 
     @property
     def is_converted(self) -> bool:

@@ -8,7 +8,7 @@ export can have. It computes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,6 +32,14 @@ _OFFLOADED: Final = (
 )
 
 
+_KEEP_IT: Final = "Format 'lora' keeps it as it is."
+#: Why a variant of LoRA has no merged weights, where that has a reason of its own.
+_REASONS: Final = {
+    "ALoraLinearVariant": "is at work only after its invocation tokens, so that no merged weight "
+    "can stand for it",
+}
+
+
 @dataclass(frozen=True)
 class LiveTensor:
     """One tensor of the base model and the LoRA layer that acts on it, if any.
@@ -43,6 +51,8 @@ class LiveTensor:
         layer: The peft LoRA layer around the module, or ``None``.
         adapters: Names of the active adapters of that layer that change this tensor.
         is_replaced: Whether it belongs to a module trained in full (``modules_to_save``).
+        tokens: peft's layer around an embedding whose rows for some tokens were trained
+            (``trainable_token_indices``), or ``None``.
     """
 
     name: str
@@ -51,6 +61,7 @@ class LiveTensor:
     layer: Any = None
     adapters: tuple[str, ...] = ()
     is_replaced: bool = False
+    tokens: Any = None
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -67,8 +78,8 @@ class LiveTensor:
 
     @property
     def is_adapted(self) -> bool:
-        """Whether an adapter changes it: through LoRA, or by replacing its module."""
-        return bool(self.adapters) or self.is_replaced
+        """Whether an adapter changes it: through LoRA, or by replacing it or some of its rows."""
+        return bool(self.adapters) or self.is_replaced or self.tokens is not None
 
     @property
     def is_turned(self) -> bool:
@@ -91,6 +102,11 @@ class LiveTensor:
         )
 
     @property
+    def is_parameter(self) -> bool:
+        """Whether the adapter is of the parameter itself, such as a stack of experts."""
+        return getattr(self.layer, "parameter_name", None) == self.key
+
+    @property
     def is_dora(self) -> bool:
         """Whether its one active adapter is a DoRA adapter."""
         return self.key == "weight" and any(a in self.layer.lora_variant for a in self.adapters)
@@ -103,6 +119,13 @@ class LiveTensor:
             a, b = self.layer.lora_A[adapter].weight, self.layer.lora_B[adapter].weight
         return a.detach(), b.detach()
 
+    def replaced_rows(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """The rows that were trained alone: index and values."""
+        if self.tokens is not None:
+            for adapter in self.tokens.active_adapters:
+                rows = self.tokens.trainable_tokens_delta.get(adapter, ())
+                yield from zip(self.tokens.token_indices.get(adapter, ()), rows, strict=True)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Its shape in the checkpoint: neither packed nor turned."""
@@ -113,6 +136,9 @@ class LiveTensor:
     @property
     def identity(self) -> tuple[int, int | None]:
         """Equal for two names exactly when the model computes with the same values for both."""
+        if self.tokens is not None:
+            # The layer around a tied head shares the rows, not the object.
+            return id(self.tensor), id(self.tokens.trainable_tokens_delta)
         return id(self.tensor), id(self.layer) if self.adapters else None
 
 
@@ -168,16 +194,27 @@ def check_trained(model: Any) -> None:
             )
 
 
-def drop_tied_copies(tensors: dict[str, LiveTensor]) -> dict[str, LiveTensor]:
-    """The first name of every group that shares its values.
+def drop_tied_copies(
+    tensors: dict[str, LiveTensor], tied: Collection[str]
+) -> dict[str, LiveTensor]:
+    """The tensors without those that loading makes again from another one.
 
     Two names that share the base weight but not the adapter (a LoRA on the embedding of a
-    model whose head is tied to it) are different tensors and both stay.
+    model whose head is tied to it) are different tensors and both stay. So do layers that share
+    their weights in memory only, as peft's ``layer_replication`` makes them.
+
+    Args:
+        tensors: All of a model's, by name.
+        tied: Names that transformers ties to others in this architecture.
     """
     first: dict[tuple[int, int | None], LiveTensor] = {}
     for tensor in tensors.values():
+        if tensor.name not in tied:
+            first.setdefault(tensor.identity, tensor)
+    for tensor in tensors.values():
         first.setdefault(tensor.identity, tensor)
-    return {tensor.name: tensor for tensor in first.values()}
+    kept = {tensor.name for tensor in first.values()}
+    return {name: tensor for name, tensor in tensors.items() if name in kept or name not in tied}
 
 
 def check_adapters(model: Any) -> None:
@@ -219,9 +256,21 @@ def check_adapters(model: Any) -> None:
 
 def _walk(module: Any, path: str, *, is_replaced: bool = False) -> Iterator[LiveTensor]:
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+    from peft.utils.other import (
+        AuxiliaryTrainingWrapper,
+        ModulesToSaveWrapper,
+        TrainableTokensWrapper,
+    )
 
+    if isinstance(module, TrainableTokensWrapper):
+        yield from _walk_tokens(module.token_adapter, path)
+        return
+    wrappers: dict[str, Any] = {}
+    while isinstance(module, ParamWrapper):
+        wrappers[module.parameter_name] = module
+        module = module.base_layer
     if isinstance(module, LoraLayer):
         yield from _walk_lora(module, path)
         return
@@ -235,17 +284,40 @@ def _walk(module: Any, path: str, *, is_replaced: bool = False) -> Iterator[Live
     if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
         raise UnsupportedModelError(
             f"{path} is wrapped in peft's {type(module).__name__}, which cannot be merged. "
-            "Export with format 'lora', which keeps it as it is."
+            f"{_KEEP_IT}"
         )
     prefix = f"{path}." if path else ""
     for key, parameter in module._parameters.items():
         if parameter is not None:
-            yield _checked(LiveTensor(prefix + key, module, key, is_replaced=is_replaced))
+            layer = wrappers.get(key)
+            adapters = () if layer is None else _find_active(layer)
+            yield _checked(
+                LiveTensor(prefix + key, module, key, layer, adapters, is_replaced=is_replaced)
+            )
     for key, buffer in module._buffers.items():
         if buffer is not None and key not in module._non_persistent_buffers_set:
             yield _checked(LiveTensor(prefix + key, module, key, is_replaced=is_replaced))
     for name, child in module.named_children():
         yield from _walk(child, prefix + name, is_replaced=is_replaced)
+
+
+def _find_active(layer: Any) -> tuple[str, ...]:
+    holder = layer.lora_embedding_A or layer.lora_A
+    return tuple(name for name in layer.active_adapters if name in holder)
+
+
+def _walk_tokens(layer: Any, path: str) -> Iterator[LiveTensor]:
+    base = layer.base_layer
+    active = [name for name in layer.active_adapters if name in layer.trainable_tokens_delta]
+    if hasattr(base, "base_layer"):
+        raise UnsupportedModelError(
+            f"{path} has an adapter and tokens that were trained alone, which cannot be merged "
+            f"together. {_KEEP_IT}"
+        )
+    for key, parameter in base._parameters.items():
+        if parameter is not None:
+            rows = layer if active and key == "weight" else None
+            yield _checked(LiveTensor(f"{path}.{key}", base, key, tokens=rows))
 
 
 def _walk_lora(layer: Any, path: str) -> Iterator[LiveTensor]:
@@ -263,10 +335,9 @@ def _walk_lora(layer: Any, path: str) -> Iterator[LiveTensor]:
     ):
         raise UnsupportedModelError(
             f"{path} is a {type(layer).__name__} over a {type(base).__name__}; adapters can be "
-            "merged into linear and embedding layers. Export with format 'lora' instead."
+            f"merged into linear and embedding layers. {_KEEP_IT}"
         )
-    holder = layer.lora_embedding_A if isinstance(layer, lora.Embedding) else layer.lora_A
-    active = tuple(name for name in layer.active_adapters if name in holder)
+    active = _find_active(layer)
     _check_variants(layer, active, path)
     for key, parameter in base._parameters.items():
         if parameter is None:
@@ -278,7 +349,7 @@ def _walk_lora(layer: Any, path: str) -> Iterator[LiveTensor]:
     if base._parameters.get("bias") is None and any(layer.lora_bias.get(n) for n in active):
         raise UnsupportedModelError(
             f"The adapter adds a bias to {path}, which has none in this architecture, so there is "
-            "nothing to merge it into. Export with format 'lora' instead."
+            f"nothing to merge it into. {_KEEP_IT}"
         )
 
 
@@ -288,8 +359,8 @@ def _check_variants(layer: Any, active: tuple[str, ...], path: str) -> None:
         kind = type(variant).__name__
         if variant is not None and kind not in ("DoraLinearVariant", "DoraEmbeddingVariant"):
             raise UnsupportedModelError(
-                f"{path}: adapter {name!r} uses peft's {kind}, which cannot be merged here. "
-                "Export with format 'lora' instead."
+                f"{path}: adapter {name!r} uses peft's {kind}, which "
+                f"{_REASONS.get(kind, 'cannot be merged here')}. {_KEEP_IT}"
             )
         if variant is not None and len(active) > 1:
             raise UnsupportedModelError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from typing import TYPE_CHECKING, Final, Literal, get_args
 
 from qlora_kit.errors import (
@@ -26,14 +27,26 @@ __all__ = [
     "find_changed_file",
     "find_stored_dtype",
     "is_loftq",
+    "warn_of_coarse_rounding",
 ]
 
 MergeBase = Literal["original", "dequantized"]
 _BASES: Final = get_args(MergeBase)
 
+logger = logging.getLogger(__name__)
 
-def choose_merge_base(model: LoadedModel, asked: str) -> MergeBase:
-    """Settle ``"auto"``: the original weights where they exist and make sense.
+
+def choose_merge_base(model: LoadedModel, asked: str, *, to_4bit: bool = False) -> MergeBase:
+    """Settle ``"auto"``: whatever gives back the model that was trained.
+
+    These are the weights the adapter was trained on. A merge that is rounded to 4 bits again is
+    the exception: weights that sit on the 4-bit grid already swallow a small update then, which
+    the original ones do not (docs/exports.md has the figures).
+
+    Args:
+        model: The live model.
+        asked: ``"auto"``, ``"original"`` or ``"dequantized"``.
+        to_4bit: Whether the merge will be quantized to 4 bits.
 
     Raises:
         ConfigError: When ``asked`` is not ``"auto"``, ``"original"`` or ``"dequantized"``.
@@ -44,7 +57,11 @@ def choose_merge_base(model: LoadedModel, asked: str) -> MergeBase:
         raise invalid_value(
             "base", "must be 'auto', 'original' or 'dequantized'", asked, "export_model"
         )
-    return "dequantized" if model.base.is_prequantized or is_loftq(model) else "original"
+    if model.base.quantization is None:
+        return "original"
+    is_on_grid = to_4bit and model.base.quantization in ("nf4", "fp4")
+    has_original = not (model.base.is_prequantized or is_loftq(model))
+    return "original" if is_on_grid and has_original else "dequantized"
 
 
 def choose_merge_dtype(model: LoadedModel, asked: str) -> torch.dtype:
@@ -121,6 +138,22 @@ def describe_merge_base(model: LoadedModel, base: MergeBase) -> str:
     if base == "original":
         return f"merging into the 16-bit weights in {model.base.path}."
     return f"merging into the {model.base.quantization} weights the adapter was trained on."
+
+
+def warn_of_coarse_rounding(model: LoadedModel, base: MergeBase, what: str, advice: str) -> None:
+    """Say so when weights that were in 4 bits are rounded to 4 bits again.
+
+    Args:
+        model: The live model.
+        base: What the merge goes into.
+        what: What is written in 4 bits or fewer.
+        advice: What to do about it, a sentence.
+    """
+    if base == "dequantized" and model.base.quantization in ("nf4", "fp4"):
+        logger.warning(
+            "%s: weights that were in 4 bits are rounded to 4 bits again, which can swallow small "
+            "updates. %s", what, advice,
+        )  # fmt: skip
 
 
 def is_loftq(model: LoadedModel) -> bool:

@@ -8,7 +8,7 @@ equation 5) then rescales every output's weights to its trained magnitude.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, get_args
 
@@ -16,6 +16,7 @@ from qlora_kit.errors import ConfigError, ModelNotFoundError, UnsupportedModelEr
 from qlora_kit.handles import LoadedModel
 from qlora_kit.messages import Setting
 from qlora_kit.weights.dequantize import dequantize
+from qlora_kit.weights.expert_stacks import ExpertStacks, add_stack_update
 from qlora_kit.weights.live import (
     LiveTensor,
     collect_live_tensors,
@@ -64,9 +65,11 @@ class MergedWeights:
         self.base: MergeBase = base
         self.dtype = dtype
         self._live_all = collect_live_tensors(model.model)
-        live = drop_tied_copies(self._live_all)
+        tied = getattr(get_hf_model(model.model), "all_tied_weights_keys", None) or {}
+        live = drop_tied_copies(self._live_all, tied)
         self._files = _open_original(model, needed=self._needs_original(live))
         self._entries: dict[str, LiveTensor | None] = dict(live)
+        self._stacks = ExpertStacks(get_hf_model(model.model))
         if self._files is not None:
             self._match_with_files(live, self._files)
 
@@ -77,7 +80,7 @@ class MergedWeights:
         live = self._entries[name]
         if live is None:
             return self._original.shape(name)
-        return live.shape
+        return self._stacks.shape(name) if name in self._stacks else live.shape
 
     def adapted_names(self) -> list[str]:
         """Names of the tensors that the adapter changes."""
@@ -93,7 +96,7 @@ class MergedWeights:
         if live is None:
             stored = TORCH_DTYPES[self._original.dtype(name)]
             source = getattr(torch, stored)
-        elif live.adapters or live.is_quantized:
+        elif live.adapters or live.is_quantized or live.tokens is not None:
             source = torch.float32
         else:
             source = live.tensor.dtype
@@ -103,7 +106,24 @@ class MergedWeights:
         live = self._entries[name]
         if live is None:
             return self._rounded(self._original.load(name), name)
-        return self._rounded(self.merge(live), name).cpu()
+        return self._rounded(self.take_piece(name, "merged", self.merge), name).cpu()
+
+    def take_piece(
+        self, name: str, kind: str, make: Callable[[LiveTensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """A tensor as the files have it: what ``make`` makes of it, or a piece of that.
+
+        Args:
+            name: A tensor in memory.
+            kind: What ``make`` makes, in a word.
+            make: Makes the whole tensor, of which a file may hold a piece (one expert).
+        """
+        live = self._entries[name]
+        assert live is not None
+        if name not in self._stacks:
+            return make(live)
+        piece: torch.Tensor = self._stacks.load(name, kind, make)
+        return piece
 
     def live(self, name: str) -> LiveTensor | None:
         """The tensor in memory, or ``None`` when it is copied from the files as it is."""
@@ -114,18 +134,29 @@ class MergedWeights:
         live = self._entries[name]
         if live is None or (live.is_quantized and self.base == "original"):
             return self._original.load_rows(name, start, stop)
-        return self._read_base(live).detach()[start:stop].cpu()
+        return self.take_piece(name, "base", self._read_base).detach()[start:stop].cpu()
 
     def merge(self, live: LiveTensor) -> torch.Tensor:
         """One tensor with its adapters merged, on the device of the live model."""
         import torch
 
+        if live.tokens is not None:
+            return self._replace_rows(live)
         if not live.adapters:
             return self._read_base(live).detach()
         with torch.no_grad():
             weight = self.merge_without_dora(live)
             if live.is_dora:
                 _rescale_dora(weight, live)
+            return weight
+
+    def _replace_rows(self, live: LiveTensor) -> torch.Tensor:
+        import torch
+
+        with torch.no_grad():
+            weight = self._read_base(live).detach().to(torch.float32, copy=True)
+            for index, row in live.replaced_rows():
+                weight[index] = row.to(weight)
             return weight
 
     def merge_without_dora(self, live: LiveTensor) -> torch.Tensor:
@@ -137,6 +168,9 @@ class MergedWeights:
             weight = self._read_base(live).detach().to(torch.float32, copy=True)
             for adapter in live.adapters:
                 scale = live.layer.scaling[adapter]
+                if live.is_parameter:
+                    add_stack_update(weight, live.layer, adapter)
+                    continue
                 if live.key == "bias":
                     bias = live.layer.lora_B[adapter].bias.detach()
                     weight.add_(bias.to(weight), alpha=scale)
@@ -225,14 +259,18 @@ class MergedWeights:
         if _has_weight_converters(self.model.model) and missing and extra:
             # transformers fused several stored tensors into one (experts); the files' own
             # spelling is what other tools read, so untouched ones are copied from there.
-            touched = [name for name in missing if live[name].is_adapted]
-            if touched:
+            pieces: dict[str, LiveTensor | None] = {}
+            for name in missing:
+                if live[name].is_adapted:
+                    pieces |= dict.fromkeys(self._stacks.add(live[name]), live[name])
+            lost = sorted(set(pieces) - set(extra))
+            if lost:
                 raise UnsupportedModelError(
-                    f"{touched[0]} is adapted, and its checkpoint stores it in another layout. "
-                    "Export with format 'lora' instead."
+                    f"The adapter changes {lost[0]}, which {files.folder} does not have in this "
+                    "layout. Format 'lora' keeps the adapter as it is."
                 )
             kept = {name: live.get(name) for name in files.names() if name in live}
-            self._entries = {**kept, **dict.fromkeys(extra)}
+            self._entries = {**kept, **{name: pieces.get(name) for name in extra}}
             return
         wrong = [
             name

@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qlora_kit import ExportEstimate, ExportRequest, LoadedModel, Verification, nest_export
-from qlora_kit.artifacts.config_files import (
-    write_generation_config,
-    write_tokenizer,
-)
+from qlora_kit.artifacts.config_files import write_generation_config
+from qlora_kit.artifacts.tokenizer_files import write_tokenizer
 from qlora_kit.errors import UnsupportedModelError
 from qlora_kit.export import NestedExport
 from qlora_kit.verification.checks import check_generation_config, check_tokenizer, make_probes

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import AdapterConfig, LoadConfig
 from qlora_kit.device import to_torch_dtype
+from qlora_kit.engines.adapter_start import capture_start
 from qlora_kit.engines.base import DecodingSession, GenerativeModel, Trainer, TrainJob
 from qlora_kit.engines.base_model import (
     explain_load_errors,
@@ -108,7 +109,7 @@ class NativeEngine:
                     **(config.loftq_config or {}),
                 }
         model.config.get_text_config().use_cache = True
-        return make_adapted(loaded, model, config)
+        return make_adapted(loaded, model, config, capture_start(model, config.random_state))
 
     def attach_saved(
         self, loaded: LoadedModel, folder: Path, *, is_trainable: bool

@@ -48,6 +48,7 @@ _BASES_TOKENIZER: Final = (
     "llama.cpp takes tokenizer, chat template and end token from the base's file, and this adapter "
     "was trained with its own: ask with its template and stop at its end token. " + _MERGE_INSTEAD
 )
+_INVOCATION: Final = "adapter.alora.invocation_tokens"
 
 #: Largest relative error of an update ``B A``; half precision rounds both factors.
 _TOLERANCES: Final = {"f32": 1e-5, "f16": 2e-3}
@@ -125,7 +126,8 @@ class GgufLoraExporter:
         family = _find_family(request)
         path = folder / _file_name(request)
         parts = list(_encode_factors(request))
-        _write_header(path, family, _alpha(request), parts, read_origin(request.model))
+        config = _peft_config(request)[1]
+        _write_header(path, family, config, parts, read_origin(request.model))
         # Not through GGUFWriter: numpy's tofile does not notice that the disk is full.
         with path.open("ab") as handle:
             pad(handle)
@@ -189,11 +191,11 @@ def _encode_factors(request: ExportRequest) -> Iterator[tuple[str, NDArray[Any]]
 def _write_header(
     path: Path,
     family: Family,
-    alpha: float,
+    config: Any,
     parts: Sequence[tuple[str, NDArray[Any]]],
     origin: Origin,
 ) -> None:
-    from gguf import GGML_QUANT_VERSION, GGUFWriter
+    from gguf import GGML_QUANT_VERSION, GGUFValueType, GGUFWriter
 
     writer = GGUFWriter(path, family.architecture)
     writer.add_type("adapter")
@@ -206,7 +208,12 @@ def _write_header(
     write_origin(writer, origin)
     writer.add_quantization_version(GGML_QUANT_VERSION)
     writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", alpha)
+    writer.add_float32("adapter.lora.alpha", float(config.lora_alpha))
+    if _invocation_tokens(config):
+        # llama.cpp switches the adapter on behind these.
+        writer.add_key_value(
+            _INVOCATION, _invocation_tokens(config), GGUFValueType.ARRAY, GGUFValueType.UINT32
+        )
     for name, values in parts:
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
     try:
@@ -269,8 +276,8 @@ def _peft_config(request: ExportRequest) -> tuple[str, Any]:
     return adapter, config
 
 
-def _alpha(request: ExportRequest) -> float:
-    return float(_peft_config(request)[1].lora_alpha)
+def _invocation_tokens(config: Any) -> list[int]:
+    return list(getattr(config, "alora_invocation_tokens", None) or ())
 
 
 def _collect_factors(request: ExportRequest) -> Iterator[_Factors]:
@@ -327,6 +334,9 @@ def _collect_factors(request: ExportRequest) -> Iterator[_Factors]:
 def _check_updates(request: ExportRequest, file: GgufFile) -> Check:
     import numpy as np
 
+    tokens = _invocation_tokens(_peft_config(request)[1])
+    if list(file.value(_INVOCATION, [])) != tokens:
+        return Check("updates", False, f"The file lacks the invocation tokens {tokens}.")
     tolerance = _TOLERANCES[request.options.stored_type]
     alpha = float(file.value("adapter.lora.alpha", 0.0))
     worst, worst_name, names = 0.0, "", set()

@@ -25,11 +25,16 @@ from qlora_kit.handles import LoadedModel
 from qlora_kit.hookspecs import ExportEstimate, ExportRequest
 from qlora_kit.results import Verification
 from qlora_kit.verification.levels import compare_by_level
+from qlora_kit.weights.merge_base import choose_merge_base, warn_of_coarse_rounding
 
 __all__ = ["GgufExporter", "GgufOptions", "choose_name", "read_config"]
 
 # A base read from "model.Q4_1.gguf" is no longer of that type.
 _TYPE_SUFFIX: Final = re.compile(r"[.-](I?Q\d\w*|B?F16|F32)$", re.IGNORECASE)
+
+
+#: What begins like this has 4 bits for a weight, or fewer.
+_COARSE_TYPES: Final = ("Q4", "Q3", "Q2", "Q1", "IQ", "TQ")
 
 
 class GgufExporter:
@@ -50,6 +55,11 @@ class GgufExporter:
         guide = open_guide(request)
         plan, vocabulary, notes = self._look_at(request, guide.settings)
         guide.check(plan)
+        coarse = [r.name for r in plan.recipes if r.base_type.startswith(_COARSE_TYPES)]
+        if coarse:
+            base = choose_merge_base(request.model, request.options.base)
+            advice = "Take q8_0 or q6_k, or compare with a merge into the original."
+            warn_of_coarse_rounding(request.model, base, f"gguf {', '.join(coarse)}", advice)
         size = sum(plan.data_bytes(recipe) + _count_bytes(vocabulary) for recipe in plan.recipes)
         return ExportEstimate(size + guide.count_bytes(plan), notes)
 

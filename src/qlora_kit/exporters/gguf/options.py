@@ -47,7 +47,7 @@ class GgufOptions:
             of 1000), or bytes.
         base: What a quantized base is merged into: ``"original"``, the 16-bit checkpoint it was
             quantized from; ``"dequantized"``, exactly the weights the adapter was trained on; or
-            ``"auto"``: original, unless none exists or LoftQ started the adapter.
+            ``"auto"``: dequantized, which is the model that was trained.
         dtype: What merged weights are rounded to before they are encoded. ``"auto"`` is the
             base checkpoint's own 16-bit dtype, as for ``merged_16bit``, with which the merge is
             then shared; a base stored in float32 is not rounded, nor is anything with

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from qlora_kit.artifacts.model_card import describe_merged
+from qlora_kit.artifacts.model_card import describe_merged, write_merged_card
 from qlora_kit.errors import (
     ConfigError,
     MissingDependencyError,
@@ -115,9 +115,12 @@ class Hub:
         for path in (folder / _INNER).iterdir():
             path.rename(folder / path.name)
         (folder / _INNER).rmdir()
-        files = hide_paths(request.model, folder, artifact.files)
         session = _connect(options)
         was_private = session.open_repository(options.private)
+        if options.format.startswith("merged_"):
+            # Again, now that it has a name.
+            write_merged_card(request.model, folder, options.format, session.repo_id)
+        files = hide_paths(request.model, folder, artifact.files)
         remote = session.list_files()
         names = [file.name for file in files]
         if _CARD in remote and not options.replace_card:
