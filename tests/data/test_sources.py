@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qlora_kit.data import AlpacaFormatter, Rows
+from qlora_kit.data import AlpacaFormatter, Rows, read_source
 from qlora_kit.errors import ConfigError, DataError, DataNotFoundError, OfflineError
 
 ROWS = [
@@ -448,3 +448,16 @@ def test_a_parquet_file_that_unpacks_without_end_is_refused_before_it_does(tmp_p
     rows = pa.table({"instruction": ["a"] * 50, "output": [f"b{n}" for n in range(50)]})
     pyarrow.parquet.write_table(rows, path)
     assert len(file_readers.read_file(path)) == 50
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("dataset_info.json", "{"), ("state.json", "{}"), ("data-00000-of-00001.arrow", "x" * 99)],
+)
+def test_a_saved_dataset_that_is_not_whole_is_named(tmp_path, name, text):
+    from datasets import Dataset
+
+    Dataset.from_list([{"instruction": "a", "output": "b"}]).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / name).write_text(text)
+    with pytest.raises(DataError, match="save_to_disk wrote, or is not whole"):
+        read_source(tmp_path / "saved")

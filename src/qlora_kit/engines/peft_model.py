@@ -155,6 +155,11 @@ def _read_adapter_config(model: Any, folder: Path) -> AdapterConfig:
     # A merge has to know about LoftQ, and peft forgets it unless it may start anew.
     written = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     saved.loftq_config = written.get("loftq_config") or {}
+    if not isinstance(saved.loftq_config, dict):
+        raise UnsupportedModelError(
+            f"{folder / 'adapter_config.json'} is damaged: its loftq_config is "
+            f"{saved.loftq_config!r}. Copy the adapter again."
+        )
     values = {name: getattr(saved, name) for name in _PEFT_FIELDS}
     # What was asked for, not what peft made of it to load the weights.
     values["init_lora_weights"] = written.get("init_lora_weights", True)

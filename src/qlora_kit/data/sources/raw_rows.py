@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from qlora_kit.boundaries import describe_cause, shown_cause
+from qlora_kit.boundaries import describe_cause, shown_cause, translate_errors
 from qlora_kit.data.sources.file_readers import READERS, RawRow, drop_nulls_inside, read_file
 from qlora_kit.data.sources.origins import (
     DataSource,
@@ -199,7 +199,13 @@ def _read_folder(folder: Path, split: str) -> list[RawRow]:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         from datasets import load_from_disk
 
-        saved = load_from_disk(str(folder))
+        with translate_errors(
+            lambda error: DataError(
+                f"{folder} is no dataset that save_to_disk wrote, or is not whole: "
+                f"{describe_cause(error)} Save it again."
+            )
+        ):
+            saved = load_from_disk(str(folder))
         if isinstance(saved, Mapping):
             return _read_splits(saved, split).rows
         return _read_dataset(saved, str(folder)).rows
