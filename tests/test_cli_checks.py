@@ -405,3 +405,11 @@ def test_settings_that_cannot_be_read_are_named_and_not_echoed():
         read_settings(["seed=" + "9" * 5000])
     with pytest.raises(ConfigError, match="--set x: JSON is nested too deeply"):
         read_settings(["x=" + "[" * 100_000])
+
+
+def test_a_token_where_none_is_taken_is_not_echoed(capsys):
+    with pytest.raises(SystemExit):
+        main(["exporters", "hf_AbcdefGeheim77"])
+    said = capsys.readouterr().err
+    assert "(token)" in said
+    assert "Geheim77" not in said

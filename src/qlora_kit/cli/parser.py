@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Final, NoReturn
 
 from qlora_kit import __version__
+from qlora_kit.boundaries import hide_secrets
 from qlora_kit.cli.arguments import add_arguments
 from qlora_kit.cli.completion import SHELLS
 from qlora_kit.errors import did_you_mean
@@ -27,7 +28,7 @@ class CommandParser(argparse.ArgumentParser):
         """Say what is wrong in one line, and which names would be right."""
         choice = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
         near = did_you_mean(choice[1], re.findall(r"[\w-]+", choice[2])) if choice else ""
-        super().error(message + near)
+        super().error(hide_secrets(message) + near)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
