@@ -36,7 +36,7 @@ def serve() -> str:
 
 
 def kill_often(work, place: Path, finished, rounds: int) -> dict:
-    """Do ``work`` in forks that are killed, then once to its end."""
+    """Do ``work`` in forks that are killed, then in one to its end."""
     rng = random.Random(0)
     work()
     took = min(forking.run_forked(lambda: (finished(), work()), None) for _ in range(2))
@@ -46,7 +46,7 @@ def kill_often(work, place: Path, finished, rounds: int) -> dict:
         forking.run_forked(work, rng.uniform(0, took))
         left += any(path.name.startswith(".") for path in place.iterdir())
     finished()
-    work()
+    forking.run_forked(work, None)
     rest = sorted(path.name for path in place.iterdir() if path.name.startswith("."))
     return {"kills": rounds, "left_something": left, "left_in_the_end": rest}
 
