@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from qlora_kit.exporters.gguf.calibration.guide import make_settings, open_guide
+from qlora_kit.exporters.gguf.calibration.guide import (
+    Guide,
+    make_settings,
+    open_guide,
+    read_matrix,
+)
+from qlora_kit.exporters.gguf.calibration.loss import LossMeter
+from qlora_kit.exporters.gguf.calibration.search import (
+    Choice,
+    choose_by_loss,
+    list_plain_recipes,
+)
 from qlora_kit.exporters.gguf.conversion.file_plan import FileSettings, Plan, plan_conversion
 from qlora_kit.exporters.gguf.conversion.file_writer import convert
 from qlora_kit.exporters.gguf.conversion.merged_source import choose_rounding, open_merged
@@ -16,9 +28,12 @@ from qlora_kit.exporters.gguf.conversion.origin import read_origin
 from qlora_kit.exporters.gguf.modelfile import describe_prompt, write_modelfile
 from qlora_kit.exporters.gguf.options import GgufOptions
 from qlora_kit.exporters.gguf.quantization.ggml import find_missing_encoder
+from qlora_kit.exporters.gguf.quantization.importance import ImportanceMatrix
+from qlora_kit.exporters.gguf.quantization.recipes import resolve_recipes
 from qlora_kit.exporters.gguf.tokenizer.comparison import check_vocabulary
 from qlora_kit.exporters.gguf.tokenizer.vocabulary import Vocabulary, read_vocabulary
 from qlora_kit.exporters.gguf.verification.file_checks import check_files
+from qlora_kit.exporters.gguf.verification.gguf_file import find_parts, read_types
 from qlora_kit.exporters.gguf.verification.llama_run import check_runner
 from qlora_kit.exporters.gguf.verification.run_checks import check_run
 from qlora_kit.handles import LoadedModel
@@ -87,6 +102,8 @@ class GgufExporter:
         guide = open_guide(request)
         importance = guide.read()
         with _open_source(request, shared=request.shared) as source:
+            choices = self._measure(request, guide, source, importance)
+            chosen = {name: choice.types for name, choice in choices.items()}
             done = convert(
                 source,
                 read_config(model, source),
@@ -98,7 +115,7 @@ class GgufExporter:
                 progress=request.progress,
                 stop_token_ids=model.stop_token_ids,
                 origin=read_origin(model),
-                settings=guide.settings,
+                settings=dataclasses.replace(guide.settings, chosen=chosen),
                 importance=importance,
             )
             base = source.base
@@ -114,6 +131,8 @@ class GgufExporter:
         }
         if importance is not None:
             facts["imatrix"] = guide.write(importance, folder, choose_name(request))
+        if choices:
+            facts["measured"] = {name: choice.describe() for name, choice in choices.items()}
         if options.part_bytes is not None:
             facts["parts"] = {r.name: len(done.plan.parts(r)) for r in done.plan.recipes}
             if any(count > 1 for count in facts["parts"].values()):
@@ -140,11 +159,14 @@ class GgufExporter:
         model = request.model
         # Merged anew: files that another format wrote are no evidence about the live model.
         with _open_source(request, shared=None) as source:
-            plan = self._plan(request, open_guide(request).settings, source)
-            files = [
-                (recipe, [folder / part.name for part in plan.parts(recipe)])
-                for recipe in plan.recipes
-            ]
+            settings = make_settings(request.options, read_matrix(request.options))
+            plan = self._plan(request, settings, source)
+            files = [(recipe, find_parts(folder, plan, recipe)) for recipe in plan.recipes]
+            # Types that were measured are those that the file states; its numbers are compared.
+            chosen = {recipe.name: read_types(parts) for recipe, parts in files if recipe.target}
+            if chosen:
+                settings = dataclasses.replace(settings, chosen=chosen)
+                plan = self._plan(request, settings, source)
             into_original = source.base == "original"
             return compare_by_level(
                 request.verify,
@@ -158,6 +180,34 @@ class GgufExporter:
                     {},
                 ),
             )
+
+    def _measure(
+        self,
+        request: ExportRequest,
+        guide: Guide,
+        source: Any,
+        importance: ImportanceMatrix | None,
+    ) -> dict[str, Choice]:
+        """The types of every recipe that is a size, by its name."""
+        targets = {
+            recipe.name: recipe.target
+            for recipe in resolve_recipes(request.options.chosen)
+            if recipe.target is not None
+        }
+        if not targets or guide.measured is None:
+            return {}
+        settings = dataclasses.replace(guide.settings, part_bytes=None)
+        plan = plan_conversion(
+            source,
+            read_config(request.model, source),
+            quantization=list_plain_recipes(),
+            settings=settings,
+        )
+        meter = LossMeter(request.model, source, guide.measured, importance)
+        return {
+            name: choose_by_loss(plan, target, meter, request.progress)
+            for name, target in targets.items()
+        }
 
     def _plan(self, request: ExportRequest, settings: FileSettings, source: Any = None) -> Plan:
         with contextlib.ExitStack() as stack:

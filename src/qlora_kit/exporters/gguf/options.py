@@ -33,7 +33,8 @@ class GgufOptions:
 
     Attributes:
         quantization: One type or several, such as ``["q4_k_m", "q8_0"]``; each becomes a file,
-            and they share the merge.
+            and they share the merge. ``"auto:4.5bpw"`` (bits per weight), ``"auto:2.4GB"`` and
+            ``"auto:500MB"`` choose every matrix's type by what it costs this model.
         quantization_method: The same under the name Unsloth users type.
         imatrix: What the quantizer is told about which weights matter: ``True`` watches the model
             read the rows it was trained on in this process; rows, texts or a text file are read
@@ -78,6 +79,11 @@ class GgufOptions:
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads must be at least 1, got {self.threads}.")
         recipes = [recipe.name for recipe in resolve_recipes(self.chosen)]
+        if self.measures and self.requests != TypeRequests():
+            raise ConfigError(
+                "tensor_types, output_type and embedding_type say what quantization='auto:...' is "
+                "to find out; give one or the other."
+            )
         if self.uses_importance and set(recipes) <= set(_UNGUIDED):
             raise ConfigError(
                 f"imatrix has no effect on {', '.join(recipes)}. Name a type that it improves, "
@@ -101,7 +107,19 @@ class GgufOptions:
     @property
     def uses_importance(self) -> bool:
         """Whether an importance matrix is to guide the quantizer."""
-        return self.imatrix is not None and self.imatrix is not False
+        # What is measured looks at rows anyway.
+        return self.measures if self.imatrix is None else self.imatrix is not False
+
+    @property
+    def measures(self) -> bool:
+        """Whether some file's types are chosen by what they cost."""
+        return any(recipe.target is not None for recipe in resolve_recipes(self.chosen))
+
+    @property
+    def rows(self) -> Any:
+        """What the model is watched on: rows that were given, or ``True`` for its own."""
+        is_unsaid = self.imatrix is None or self.imatrix is False
+        return True if is_unsaid or self.importance_file is not None else self.imatrix
 
     @property
     def importance_file(self) -> Path | None:

@@ -18,7 +18,7 @@ from qlora_kit.exporters.gguf.quantization.importance import (
 )
 from qlora_kit.hookspecs import ExportRequest
 
-__all__ = ["Guide", "make_settings", "open_guide"]
+__all__ = ["Guide", "make_settings", "open_guide", "read_matrix"]
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,14 @@ class Guide:
         settings: How its files are to be written.
         matrix: The importance matrix of a file.
         examples: What it is collected on instead.
+        measured: What the cost of types is measured on, where any is.
     """
 
     request: ExportRequest
     settings: FileSettings
     matrix: ImportanceMatrix | None = None
     examples: CalibrationExamples | None = None
+    measured: CalibrationExamples | None = None
 
     def check(self, plan: Plan) -> None:
         """Refuse a file that is of another model."""
@@ -87,6 +89,12 @@ def make_settings(options: GgufOptions, matrix: ImportanceMatrix | None = None) 
     return FileSettings(options.requests, is_guided, options.part_bytes)
 
 
+def read_matrix(options: GgufOptions) -> ImportanceMatrix | None:
+    """The importance matrix of a file, where one was given."""
+    file = options.importance_file
+    return None if file is None else read_importance(file)
+
+
 def open_guide(request: ExportRequest) -> Guide:
     """Read what the options name, without running the model.
 
@@ -95,12 +103,15 @@ def open_guide(request: ExportRequest) -> Guide:
         DataError: When rows cannot be read.
     """
     options: GgufOptions = request.options
-    file = options.importance_file
-    if file is not None:
-        matrix = read_importance(file)
-        return Guide(request, make_settings(options, matrix), matrix=matrix)
+    matrix = read_matrix(options)
+    measured = None
+    if options.measures:
+        measured = choose_examples(request.model, options.rows, option="imatrix")
+    if matrix is not None:
+        settings = make_settings(options, matrix)
+        return Guide(request, settings, matrix=matrix, measured=measured)
     settings = make_settings(options)
     if not options.uses_importance:
-        return Guide(request, settings)
-    examples = choose_examples(request.model, options.imatrix, option="imatrix")
-    return Guide(request, settings, examples=examples)
+        return Guide(request, settings, measured=measured)
+    examples = measured or choose_examples(request.model, options.rows, option="imatrix")
+    return Guide(request, settings, examples=examples, measured=measured)

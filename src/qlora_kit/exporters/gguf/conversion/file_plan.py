@@ -48,11 +48,13 @@ class FileSettings:
         is_guided: Whether the importance of a tensor's columns is known, or will be, by its name;
             ``None`` without an importance matrix.
         part_bytes: Largest data of one file; ``None`` puts everything into one.
+        chosen: Every tensor's type, by the name of the recipe whose types were measured.
     """
 
     requests: TypeRequests = field(default_factory=TypeRequests)
     is_guided: Callable[[str], bool] | None = None
     part_bytes: int | None = None
+    chosen: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,9 @@ def plan_conversion(
     shape = _describe_shape(family, wrapped, description)
     shapes = [(tensor.name, tensor.shape) for tensor in tensors]
     types = {
-        recipe.name: choose_types(
+        recipe.name: dict(settings.chosen[recipe.name])
+        if recipe.name in settings.chosen
+        else choose_types(
             shapes, recipe, shape, has_importance=has_importance, requests=settings.requests
         )
         for recipe in recipes

@@ -9,7 +9,7 @@ from qlora_kit.exporters.gguf.conversion.file_plan import Plan, count_tensor_byt
 from qlora_kit.exporters.gguf.conversion.origin import Origin, describe_size, write_origin
 from qlora_kit.exporters.gguf.quantization.ggml import type_number
 from qlora_kit.exporters.gguf.quantization.importance import ImportanceMatrix
-from qlora_kit.exporters.gguf.quantization.recipes import Recipe
+from qlora_kit.exporters.gguf.quantization.recipes import Recipe, find_file_type
 from qlora_kit.exporters.gguf.tokenizer.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ def _add_metadata(
     writer.add_name(model_name)
     writer.add_size_label(describe_size([(t.name, t.shape) for t in plan.tensors]))
     write_origin(writer, origin)
-    writer.add_file_type(recipe.file_type)
+    types = plan.types[recipe.name].values()
+    writer.add_file_type(find_file_type(types) if recipe.target else recipe.file_type)
     # GGML_QNT_VERSION of ggml.h: the layout of the blocks. Written always, as the converter does.
     writer.add_quantization_version(GGML_QUANT_VERSION)
     for key, value in plan.description.metadata.items():

@@ -5,13 +5,15 @@ What each stores a tensor in is decided in :mod:`.mixtures`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from qlora_kit.errors import ConfigError, did_you_mean
+from qlora_kit.exporters.gguf.quantization.targets import Target, parse_target
 
-__all__ = ["ALIASES", "BLOCK_SIZES", "RECIPES", "Recipe", "resolve_recipes"]
+__all__ = ["ALIASES", "BLOCK_SIZES", "RECIPES", "Recipe", "find_file_type", "resolve_recipes"]
 
 #: How many numbers share a block, by type: QK_K, QK4_0 and the like of ggml-common.h.
 BLOCK_SIZES: Final[Mapping[str, int]] = {
@@ -32,6 +34,7 @@ class Recipe:
         file_type: llama.cpp's ``general.file_type``.
         output_type: What the output matrix is stored in where the name itself says so.
         embedding_type: The same of the token embeddings.
+        target: The size that its types are chosen for, where they are measured.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Recipe:
     file_type: int
     output_type: str | None = None
     embedding_type: str | None = None
+    target: Target | None = None
 
     @property
     def is_quantized(self) -> bool:
@@ -115,12 +119,26 @@ def resolve_recipes(asked: str | Iterable[str]) -> list[Recipe]:
         raise ConfigError(f"quantization is empty; choose from {', '.join(RECIPES)}.")
     found: dict[str, Recipe] = {}
     for name in names:
+        target = parse_target(str(name))
+        if target is not None:
+            # Planned as what is surely larger, until its types are chosen.
+            key = str(name).lower().strip().replace(":", "-")
+            found[key] = Recipe(key, "Q8_0", 7, target=target)
+            continue
         key = str(name).lower()
         key = ALIASES.get(key, key)
         if key not in RECIPES:
             hint = did_you_mean(key, (*RECIPES, *ALIASES))
             raise ConfigError(
-                f"There is no quantization {name!r}.{hint} Known: {', '.join(RECIPES)}."
+                f"There is no quantization {name!r}.{hint} Known: {', '.join(RECIPES)}, and "
+                "'auto:4.5bpw' or 'auto:2GB' for types chosen by what they cost."
             )
         found[key] = RECIPES[key]
     return list(found.values())
+
+
+def find_file_type(types: Iterable[str]) -> int:
+    """llama.cpp's ``general.file_type`` of a mixture: that of the type most matrices have."""
+    counts = Counter(kind for kind in types if BLOCK_SIZES[kind] > 1)
+    most = counts.most_common(1)[0][0]
+    return next(recipe.file_type for recipe in RECIPES.values() if recipe.base_type == most)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import glob
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
     from numpy.typing import NDArray
 
-__all__ = ["GgufFile"]
+    from qlora_kit.exporters.gguf.conversion.file_plan import Plan
+    from qlora_kit.exporters.gguf.quantization.recipes import Recipe
+
+__all__ = ["GgufFile", "find_parts", "read_types"]
 
 _ROLES = ("bos", "eos", "unknown", "padding", "eot", "eom")
 
@@ -43,6 +47,10 @@ class GgufFile:
         """A metadata value, or ``default`` where the key is absent."""
         field = self._reader.get_field(key)
         return default if field is None else field.contents()
+
+    def keys(self) -> list[str]:
+        """Names of the metadata."""
+        return list(self._reader.fields)
 
     def type_of(self, name: str) -> str:
         """A tensor's storage type."""
@@ -98,3 +106,16 @@ def _open(path: Path) -> GGUFReader:
     # The reader indexes a memory map; a truncated file surfaces as any of these.
     except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
         raise ExportError(f"{path} cannot be read back: {error}") from error
+
+
+def find_parts(folder: Path, plan: Plan, recipe: Recipe) -> list[Path]:
+    """The files of a recipe in a folder, in order; how many there are is known to them alone."""
+    stem = f"{plan.name}.{recipe.name.upper()}"
+    parts = sorted(folder.glob(f"{glob.escape(stem)}-?????-of-?????.gguf"))
+    return parts or [folder / f"{stem}.gguf"]
+
+
+def read_types(parts: Sequence[Path]) -> dict[str, str]:
+    """The type of every tensor of a file."""
+    file = GgufFile(*parts)
+    return {name: file.type_of(name) for name in file.tensors}

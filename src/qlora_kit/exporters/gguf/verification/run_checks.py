@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from qlora_kit.exporters.gguf.quantization.recipes import Recipe
+from qlora_kit.exporters.gguf.verification.gguf_file import read_types
 from qlora_kit.exporters.gguf.verification.llama_run import LlamaRun
 from qlora_kit.handles import LoadedModel
 from qlora_kit.results import Check
@@ -81,7 +82,9 @@ def check_run(
     plain = model.tokenizer("a", add_special_tokens=False)["input_ids"][-1]
     checks: list[Check] = []
     for recipe, path in files:
-        tolerance = LOG_PROBABILITY_TOLERANCES[recipe.base_type] + slack
+        # Of a mixture that was measured, the coarsest type counts.
+        used = read_types([path]).values() if recipe.target else [recipe.base_type]
+        tolerance = max(LOG_PROBABILITY_TOLERANCES[kind] for kind in used) + slack
         with contextlib.closing(LlamaRun(path, plain, lora=lora)) as run:
             checks.extend(_compare(run, probes, model, recipe, tolerance))
     return checks
