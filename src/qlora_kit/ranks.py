@@ -22,7 +22,7 @@ from qlora_kit.errors import ConfigError, TrainingError
 
 __all__ = [
     "Place", "any_true", "choose_card", "find_place", "is_main", "join", "leave", "share", "sum_up",
-    "wait_for_all",
+    "wait_for_all", "was_told",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ Value = TypeVar("Value")
 #: A rank may wait for another one's export or tokenizing; the launcher ends the ranks of one that
 #: died, and its closed connection wakes whoever waits for it.
 _PATIENCE: Final = timedelta(hours=24)
+_TOLD: Final = "Raised on the main rank."
 _TORCHRUN: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 # SLURM_NTASKS is also set in a batch script, which is one process; this one only under srun.
 _SLURM_TASKS: Final = "SLURM_STEP_NUM_TASKS"
@@ -192,9 +193,15 @@ def share(name: str, make: Callable[[], Value]) -> Value:
         return value
     answer = pickle.loads(_fetch(store, key))  # noqa: S301 - from this run's own main rank
     if isinstance(answer, BaseException):
+        answer.add_note(_TOLD)
         raise answer
     result: Value = answer
     return result
+
+
+def was_told(error: BaseException) -> bool:
+    """Whether an error is the main rank's, which that rank reports itself."""
+    return _TOLD in getattr(error, "__notes__", ())
 
 
 def _fetch(store: Any, key: str) -> bytes:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
+from qlora_kit import ranks
 from qlora_kit.cli import commands
 from qlora_kit.cli.commands import INTERRUPTED
 from qlora_kit.cli.flags import FlagFormatter, FlagWriter
@@ -43,8 +44,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         level=logging.INFO if options.verbose else logging.WARNING, handlers=[handler]
     )
     try:
+        if getattr(options, "nproc", None) is not None:
+            return commands.train_in_processes(
+                options, sys.argv[1:] if arguments is None else arguments
+            )
         return int(commands.RUN[options.command](options, write) or 0)
     except QloraKitError as error:
+        if ranks.was_told(error):
+            return 1
+        place = ranks.find_place()
+        if place.world > 1:
+            sys.stderr.write(f"Process {place.rank}: ")
         sys.stderr.write(f"{type(error).__name__}: {write.describe(error)}\n")
         return 1
     except KeyboardInterrupt:

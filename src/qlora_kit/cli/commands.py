@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from qlora_kit import ranks
 from qlora_kit.cli.completion import write_completion
 from qlora_kit.cli.flags import FlagWriter
 from qlora_kit.cli.lists import takes_export_list, takes_generation_list
@@ -26,7 +27,7 @@ from qlora_kit.manifest import to_jsonable
 if TYPE_CHECKING:
     from qlora_kit.pipeline import Pipeline
 
-__all__ = ["INTERRUPTED", "RUN"]
+__all__ = ["INTERRUPTED", "RUN", "train_in_processes"]
 
 #: The exit status after Ctrl-C, as shells have it: 128 + SIGINT.
 INTERRUPTED: Final = 130
@@ -44,9 +45,12 @@ def _load(options: argparse.Namespace) -> Any:
 def _train(options: argparse.Namespace, write: FlagWriter) -> int:
     from qlora_kit.pipeline import check_pipeline, run_pipeline
 
-    pipeline = _read_pipeline(options)
-    checked = check_pipeline(pipeline)
-    result = run_pipeline(checked, on_trained=None if options.json else print)
+    checked = check_pipeline(_read_pipeline(options))
+    speaks = ranks.is_main()
+    result = run_pipeline(checked, on_trained=print if speaks and not options.json else None)
+    if not speaks:
+        # The first process says it for all.
+        return INTERRUPTED if result.training.was_interrupted else 0
     exports = {} if result.exports is None else result.exports
     failures = {} if result.exports is None else describe_failures(result.exports, write)
     if options.json:
@@ -63,6 +67,20 @@ def _train(options: argparse.Namespace, write: FlagWriter) -> int:
     if result.exports is None:
         return 0
     return int(bool(failures)) if options.json else print_results(result.exports, write)
+
+
+def train_in_processes(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Run ``train`` in as many processes as ``--nproc`` says, after the cheap checks.
+
+    Args:
+        options: What was parsed.
+        arguments: What was typed.
+    """
+    from qlora_kit.cli.processes import count_processes, drop_flag, run_processes
+    from qlora_kit.pipeline import check_pipeline
+
+    check_pipeline(_read_pipeline(options))
+    return run_processes(count_processes(options.nproc), drop_flag(arguments, "--nproc"))
 
 
 def _read_pipeline(options: argparse.Namespace) -> Pipeline:

@@ -111,6 +111,10 @@ def _add_train(commands: Any) -> None:
         help="train a LoRA adapter",
         usage="%(prog)s MODEL DATA [options]\n       %(prog)s RECIPE [options]",
     )
+    train.add_argument(
+        "--nproc", metavar="N",
+        help="train in so many processes, one a card; auto for all cards of this machine",
+    )  # fmt: skip
     _add_pipeline(train)
     _add_json(train)
 

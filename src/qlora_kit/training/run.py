@@ -229,7 +229,8 @@ def _without_limit(job: TrainJob) -> TrainJob:
 
 
 def _say_what_was_done(result: TrainResult, total_steps: int) -> None:
-    if result.was_interrupted:
+    # Once for all ranks.
+    if result.was_interrupted and ranks.is_main():
         end = "%s goes on from there." if result.checkpoint else "Nothing was saved.%s"
         resume = Setting("resume_from_checkpoint", str(result.checkpoint))
         logger.warning(
