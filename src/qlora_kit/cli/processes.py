@@ -45,7 +45,7 @@ def count_processes(asked: str) -> int:
         raise ConfigError(
             "A launcher has started this process already, as one of several. Leave out --nproc."
         )
-    cards = torch.cuda.device_count()
+    cards = int(torch.cuda.device_count())
     if asked == "auto":
         return max(1, cards)
     if not asked.isdecimal() or int(asked) < 1:
