@@ -120,5 +120,8 @@ def shown_cause(error: Exception) -> Exception | None:
 
 
 def _is_library(file: str) -> bool:
+    # Compiled modules name the file that they were built from.
+    if file.endswith((".pyx", ".pxi", ".pxd")):
+        return True
     path = str(Path(file).resolve())
     return path.startswith(_LIBRARIES) or "site-packages" in path

@@ -103,8 +103,10 @@ def wait_for_step(folder: Path, step: int) -> None:
     raise AssertionError(f"{folder} did not reach step {step}")
 
 
-def kill_and_resume(base: Path, folder: Path, seconds: float) -> dict:
-    started = start(lambda: train(base, folder))
+def kill_and_resume(base: Path, folder: Path, step: int, seconds: float) -> dict:
+    """Kill so many seconds after a step; even ones are saved then."""
+    started = start(lambda: train(base, folder, pause=0.03))
+    wait_for_step(folder, step)
     time.sleep(seconds)
     os.kill(started[0], signal.SIGKILL)
     first = finish(started)
@@ -112,7 +114,7 @@ def kill_and_resume(base: Path, folder: Path, seconds: float) -> dict:
     again = finish(start(lambda: train(base, folder, resume_from_checkpoint="auto")))
     if again.get("error") == "ConfigError" and "has done" in again["said"]:
         again = {"did": first.get("did") or "was over"}
-    return {"seconds": seconds, "checkpoints": whole, "again": again}
+    return {"step": step, "seconds": seconds, "checkpoints": whole, "again": again}
 
 
 def signal_and_resume(base: Path, folder: Path, name: str, delays: list[float]) -> dict:
@@ -155,12 +157,9 @@ def main(base: Path, folder: Path, kills: int, signals: int) -> None:
     _ = (peft, llama, SFTConfig, SFTTrainer, attach_lora, load_quantized, train_sft)
     torch.set_num_threads(1)
     rng = random.Random(0)
-    begun = time.monotonic()
-    reference = finish(start(lambda: train(base, folder / "reference")))
-    took = time.monotonic() - begun
-    found = {"reference": reference, "took": took}
+    found = {"reference": finish(start(lambda: train(base, folder / "reference")))}
     found["killed"] = [
-        kill_and_resume(base, folder / f"killed-{n}", rng.uniform(0.3 * took, took))
+        kill_and_resume(base, folder / f"killed-{n}", rng.randrange(1, STEPS), rng.uniform(0, 0.1))
         for n in range(kills)
     ]
     # SIGTERM first: the one that a scheduler sends.

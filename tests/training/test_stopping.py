@@ -55,7 +55,7 @@ def test_many_kills_and_signals_go_on_to_the_same_weights(tiny_llama, tmp_path):
     found = _attack(tiny_llama, tmp_path, kills=30, signals=12)
     _check(found)
     cut = [one for one in found["killed"] if one["again"]["did"] != "was over"]
-    assert len(cut) >= 10
+    assert sum(bool(one["checkpoints"]) for one in cut) >= 10
     assert {one["signal"] for one in found["signalled"]} == {
         "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1",
     }  # fmt: skip

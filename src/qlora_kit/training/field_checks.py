@@ -32,6 +32,10 @@ _ABOVE_ZERO: Final = (
 _MAY_BE_NEGATIVE: Final = ("max_steps", "local_rank")
 #: Carried out, or refused, by others; or looser in use than annotated.
 _UNCHECKED: Final = ("output_dir", "max_length", "resume_from_checkpoint")
+#: Text with a meaning, where the annotation has any text.
+_WORDS: Final[Mapping[str, tuple[str, ...]]] = {
+    "include_num_input_tokens_seen": ("all", "non_padding", "no"),
+}
 _COMPILE_MODES: Final = (
     "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs",
 )  # fmt: skip
@@ -60,7 +64,7 @@ def check_fields(fields: Mapping[str, Any]) -> None:
             continue
         if not _fits(value, hints[name]):
             _refuse(name, _spell(hints[name]), value)
-        known = choices.get(name) or _list_members(hints[name])
+        known = _WORDS.get(name) or choices.get(name) or _list_members(hints[name])
         written = value.value if isinstance(value, enum.Enum) else value
         if known and isinstance(written, str) and written not in known:
             _refuse(name, f"one of {', '.join(map(repr, known))}", value)
