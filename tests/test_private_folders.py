@@ -88,6 +88,36 @@ def test_a_folder_is_private_while_it_is_written_and_gone_afterwards(tmp_path):
     assert names(tmp_path) == []
 
 
+def test_a_folder_that_cannot_be_made_leaves_no_lock(tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with (
+        pytest.raises(OSError, match="the disk is full"),
+        locked_folder(tmp_path, "out"),
+    ):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_where_nothing_can_be_locked_folders_are_made_and_kept(tmp_path, monkeypatch):
+    """As on some network file systems, of which there is none here."""
+
+    def refuse(path):
+        raise OSError("no locks available")
+
+    monkeypatch.setattr(private_folders, "take_lock", refuse)
+    monkeypatch.setattr(private_folders, "is_locked", lambda path: True)
+    left = tmp_path / ".out.qlora_kit-12345678.partial"
+    left.mkdir()
+    with locked_folder(tmp_path, "out") as folder:
+        assert folder.is_dir()
+        remove_abandoned(tmp_path)
+        assert folder.is_dir()
+    assert names(tmp_path) == [left.name]
+
+
 def test_what_a_living_process_writes_stays_and_a_dead_ones_goes(tmp_path, held):
     folder, process = held
     remove_abandoned(tmp_path, "out")
