@@ -20,7 +20,7 @@ from qlora_kit.errors import UnsupportedModelError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TORCH_DTYPES", "MappedFile"]
+__all__ = ["TORCH_DTYPES", "MappedFile", "release_pages"]
 
 #: Name in safetensors headers -> name in torch.
 TORCH_DTYPES: Final = {
@@ -32,6 +32,22 @@ TORCH_DTYPES: Final = {
 _LENGTH_BYTES: Final = 8
 # From linux/mman.h.
 _MADV_DONTNEED: Final = 4
+
+
+def release_pages(address: int, size: int) -> None:
+    """Give back the memory of a mapped file's pages, which are read again when they are used.
+
+    Args:
+        address: Where in memory a part begins that nobody writes to.
+        size: Its bytes.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    first = address // mmap.PAGESIZE * mmap.PAGESIZE
+    # Nobody writes to these pages, so dropping them loses nothing (madvise(2)).
+    ctypes.CDLL(None).madvise(
+        ctypes.c_void_p(first), ctypes.c_size_t(address + size - first), _MADV_DONTNEED
+    )
 
 
 class MappedFile:
@@ -67,15 +83,8 @@ class MappedFile:
 
     def release(self, name: str) -> None:
         """Give back the memory of a tensor's pages. Views stay valid and read them again."""
-        if not sys.platform.startswith("linux"):
-            return
         begin, end = self._entries[name]["data_offsets"]
-        first = (self._start + begin) // mmap.PAGESIZE * mmap.PAGESIZE
-        size = self._start + end - first
-        # Nobody writes to these pages, so dropping them loses nothing (madvise(2)).
-        ctypes.CDLL(None).madvise(
-            ctypes.c_void_p(self._storage.data_ptr() + first), ctypes.c_size_t(size), _MADV_DONTNEED
-        )
+        release_pages(self._storage.data_ptr() + self._start + begin, end - begin)
 
     @cached_property
     def _storage(self) -> Any:

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 __all__ = ["cut_rows", "encode_piece"]
 
-# Large enough that a call's overhead vanishes, small enough to stay near the cache.
-_PIECE_NUMBERS: Final = 1 << 20
+# Large enough that a call's overhead vanishes, small enough to stay near the cache. Each worker
+# holds one in float32, and the C library keeps as much again of what its threads have freed: with
+# four times as many numbers, 32 workers took 1.05 GiB instead of 0.24.
+_PIECE_NUMBERS: Final = 1 << 18
 
 # The largest finite float16; ggml would write infinity beyond it.
 _LARGEST_F16: Final = 65504.0

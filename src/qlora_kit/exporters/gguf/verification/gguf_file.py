@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.errors import ExportError
 from qlora_kit.exporters.gguf.tokenizer.comparison import is_called_like_phi3
 from qlora_kit.exporters.gguf.tokenizer.vocabulary import Vocabulary
+from qlora_kit.weights.mapped_file import release_pages
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,6 +77,8 @@ class GgufFile:
         tensor = self.tensors[name]
         data = tensor.data.reshape(-1, tensor.data.shape[-1]) if tensor.data.ndim else tensor.data
         chosen = np.ascontiguousarray(data[rows])
+        # Else all files would be in memory by the end: reading a few rows maps many pages.
+        release_pages(tensor.data.ctypes.data, tensor.data.nbytes)
         decoded: NDArray[np.float32] = quants.dequantize(chosen, tensor.tensor_type)
         return decoded.astype(np.float32, copy=False).reshape(len(rows), -1)
 
