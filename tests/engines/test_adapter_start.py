@@ -19,7 +19,7 @@ def base_weight(model):
     return model.model.get_base_model().model.layers[1].mlp.down_proj.base_layer.weight
 
 
-@pytest.mark.parametrize("start", ["pissa_niter_2", "olora"])
+@pytest.mark.parametrize("start", ["pissa_niter_2", pytest.param("olora", marks=pytest.mark.slow)])
 def test_a_checkpoint_comes_back_exactly(tiny_llama, tmp_path, alpaca_rows, start):
     import torch
 

@@ -35,8 +35,12 @@ def load(folder):
     ("kind", "settings"),
     [
         ("llama", {"layer_replication": [[0, 2], [1, 2]]}),
-        ("llama", {"layer_replication": [[0, 2], [0, 2]], "target_modules": ["q_proj"]}),
-        ("llama", {"trainable_token_indices": [5, 300]}),
+        pytest.param(
+            "llama",
+            {"layer_replication": [[0, 2], [0, 2]], "target_modules": ["q_proj"]},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("llama", {"trainable_token_indices": [5, 300]}, marks=pytest.mark.slow),
         ("qwen3", {"trainable_token_indices": [5, 300]}),
         ("llama", {"trainable_token_indices": {"embed_tokens": [7], "lm_head": [2]}}),
         ("qwen3_moe", {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}),
