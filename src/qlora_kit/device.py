@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "choose_compute_dtype",
+    "fork_generators",
     "get_device",
     "get_device_name",
     "get_versions",
@@ -65,6 +67,19 @@ def get_device() -> torch.device:
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def fork_generators() -> Iterator[None]:
+    """Put torch's generators of the processor and of this process's card back afterwards.
+
+    The other cards of the machine are left alone: torch would begin to use each of them.
+    """
+    import torch
+
+    cards = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=cards):
+        yield
 
 
 def choose_compute_dtype(dtype: object, device: torch.device) -> DtypeName:

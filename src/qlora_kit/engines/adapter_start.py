@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from qlora_kit.device import fork_generators
 from qlora_kit.engines.saved_adapter_config import changes_base
 from qlora_kit.errors import UnsupportedModelError
 from qlora_kit.weights.source import SafetensorsSource
@@ -133,7 +134,7 @@ def repeat_start(start: AdapterStart | None) -> Iterator[None]:
     """While it lasts, peft draws what it drew when the adapter was new."""
     import torch
 
-    with torch.random.fork_rng():
+    with fork_generators():
         if start is not None:
             torch.manual_seed(start.random_state)
         yield

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.boundaries import describe_cause
 from qlora_kit.config import AdapterConfig
+from qlora_kit.device import fork_generators
 from qlora_kit.engines.adapter_start import (
     AdapterStart,
     check_start_is_known,
@@ -221,12 +222,10 @@ def check_start(loaded: LoadedModel, config: AdapterConfig) -> None:
 def keep_random_states() -> Iterator[None]:
     """Put the global generators of Python, NumPy and torch back as they were found."""
     import numpy as np
-    import torch
 
     python, numpy = random.getstate(), np.random.get_state()
     try:
-        # Named, because torch warns of several devices that were not.
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        with fork_generators():
             yield
     finally:
         random.setstate(python)

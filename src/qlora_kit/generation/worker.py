@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.boundaries import describe_cause, is_foreign
+from qlora_kit.device import fork_generators
 from qlora_kit.errors import ConfigError, EngineError, QloraKitError
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Worker:
         try:
             with contextlib.ExitStack() as stack:
                 if self._seed is not None:
-                    stack.enter_context(torch.random.fork_rng())
+                    stack.enter_context(fork_generators())
                     torch.manual_seed(self._seed)
                 self._generate()
         # Not swallowed: raised again where the chunks are read.

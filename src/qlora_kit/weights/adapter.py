@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from qlora_kit.device import fork_generators
 from qlora_kit.errors import UnsupportedModelError
 from qlora_kit.handles import AdaptedModel, LoadedModel
 from qlora_kit.messages import Call
@@ -210,7 +211,7 @@ class AdapterTensors:
             original = files.load(live.name).float().to(live.tensor.device)
         rank, scale = live.layer.r[self.adapter], live.layer.scaling[self.adapter]
         taken = original - live.tensor.detach().float()
-        with torch.random.fork_rng():
+        with fork_generators():
             torch.manual_seed(0)
             u, s, v = torch.svd_lowrank(
                 taken, q=min(rank + _OVERSAMPLE, *taken.shape), niter=_POWER_ITERATIONS

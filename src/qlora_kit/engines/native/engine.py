@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import AdapterConfig, LoadConfig
-from qlora_kit.device import to_torch_dtype
+from qlora_kit.device import fork_generators, to_torch_dtype
 from qlora_kit.engines.adapter_start import capture_start
 from qlora_kit.engines.base import DecodingSession, GenerativeModel, Trainer, TrainJob
 from qlora_kit.engines.base_model import (
@@ -91,7 +91,7 @@ class NativeEngine:
             loftq.check(loaded.base, config)
         check_start(loaded, config)
         # peft draws the initial weights from the global generators; they are put back after.
-        with torch.random.fork_rng():
+        with fork_generators():
             torch.manual_seed(config.random_state)
             try:
                 model = get_peft_model(
