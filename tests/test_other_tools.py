@@ -19,6 +19,7 @@ from qlora_kit.errors import UnsupportedModelError
 #: What llama.cpp's --lora has no place for, and cannot be asked for.
 REFUSED = {
     ("axolotl", "gguf-lora"): "modules_to_save",
+    ("trl, token added", "gguf-lora"): "modules_to_save, .*tokens trained alone",
     ("llama-factory", "gguf-lora"): "DoRA, embeddings of its own",
 }
 

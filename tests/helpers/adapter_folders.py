@@ -142,6 +142,7 @@ def write_llama_factory(base, folder):
 TOOLS = {
     "peft": (write_peft, None),
     "trl": (write_trl, None),
+    "trl, token added": (write_trl_added, 385),
     "unsloth": (write_unsloth, None),
     "axolotl": (write_axolotl, 416),
     "llama-factory": (write_llama_factory, 448),
