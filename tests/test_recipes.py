@@ -286,3 +286,17 @@ def test_every_recipe_that_comes_along_trains(name, tiny_qwen3, tmp_path):
     result.exports.raise_for_failures()
     assert set(result.exports) == set(formats)
     assert result.training.steps == 2
+
+
+def test_a_recipe_of_a_saved_adapter_names_the_base_it_was_on(folder, tiny_llama):
+    import shutil
+
+    from qlora_kit import attach_lora, export_model, load_quantized
+    from qlora_kit.training.recipe_record import _describe_model
+
+    export_model(attach_lora(load_quantized(tiny_llama, 64), r=2), "lora", folder / "adapter")
+    other = shutil.copytree(tiny_llama, folder / "other")
+    said = _describe_model(load_quantized(folder / "adapter", 64, base=other))
+    assert (said["name"], said["base"]) == (str(folder / "adapter"), str(other))
+    asked = make_pipeline({"model": said, "data": {"train": "a.jsonl"}})
+    assert asked.loading["base"] == str(other)

@@ -68,6 +68,8 @@ def _describe_model(model: AdaptedModel) -> dict[str, Any]:
         bits = {"load_in_8bit": True}
     said = {
         "name": str(model.record.adapter_path or base.name_or_path),
+        # Where the adapter lay may name another base by then, or have named another one already.
+        "base": base.name_or_path if model.record.adapter_path else None,
         "max_seq_length": model.max_seq_length,
         "dtype": base.compute_dtype,
         **bits,
