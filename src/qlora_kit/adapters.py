@@ -283,8 +283,11 @@ def _check_ranks(config: AdapterConfig, targets: Sequence[str], model: Any) -> N
         getattr(module, name, 0)
         for path, module in model.named_modules()
         if path.endswith(tuple(targets))
-        for name in ("in_features", "out_features", "num_embeddings", "embedding_dim")
-    )
+        # The last two are GPT-2's, whose linear layers are of a kind of their own.
+        for name in (
+            "in_features", "out_features", "num_embeddings", "embedding_dim", "nx", "nf",
+        )
+    )  # fmt: skip
     for rank in (config.r, *(config.rank_pattern or {}).values()):
         if rank > largest:
             raise invalid_value(
