@@ -60,7 +60,15 @@ def test_a_path_that_cannot_be_a_folder_is_told_first(adapted, tmp_path, monkeyp
     with pytest.raises(ConfigError, match=r"file is a file, so .*out cannot be a folder"):
         export_model(adapted, "lora", tmp_path / "file" / "deep" / "out")
     monkeypatch.setattr(Lora, "check", refuse_to_run)
-    names = ("x" * 300, "x" * 255, "x" * 228, "x\0y", "/".join(["x" * 99] * 50), "/proc/out/x")
+    names = (
+        "x" * 300,
+        "x" * 255,
+        "x" * 228,
+        "x\0y",
+        "/".join(["x" * 99] * 50),
+        "/proc/out/x",
+        "/proc/x",
+    )
     for name in names:
         with pytest.raises(ConfigError, match=r"cannot be written|may not write"):
             export_model(adapted, "lora", tmp_path / name)

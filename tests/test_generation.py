@@ -103,6 +103,12 @@ def test_prompts_beyond_the_length_the_model_was_loaded_for_are_told_of(model, c
     assert not caplog.text
 
 
+def test_prompts_beyond_every_position_are_refused(model):
+    for prompt in ([5] * 600, "x y " * 600):
+        with pytest.raises(ConfigError, match=r"reads at most 512 tokens.*larger max_seq_length"):
+            generate_stream(model, prompt)
+
+
 def test_text_that_only_begins_like_a_stop_string_is_kept(model):
     whole = _text(model, max_new_tokens=16)
     assert _text(model, max_new_tokens=16, stop=whole[-1] + "\x00never") == whole

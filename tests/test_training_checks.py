@@ -64,6 +64,12 @@ def test_arguments_of_other_trainers_get_an_answer(name, said, adapted, tmp_path
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize("columns", [5, "x", ["a"], {"instruction": 5}])
+def test_columns_of_another_kind_are_refused(adapted, tmp_path, columns):
+    with pytest.raises(ConfigError, match="columns must be a mapping of roles"):
+        train_sft(adapted, [{"q": "a"}], output_dir=tmp_path, columns=columns)
+
+
 def test_a_dictionary_of_held_out_rows_has_losses(make_adapted, tmp_path):
     result = train_sft(
         make_adapted(),

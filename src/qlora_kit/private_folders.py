@@ -7,6 +7,7 @@ lock up when the process ends, however it ends, so that the next run can tell wh
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -41,6 +42,9 @@ _MARK: Final = ".qlora_kit-"
 _MARKED: Final = re.compile(
     r"\.(?P<name>.+)\.qlora_kit-[0-9a-f]{8}(?P<kind>\.partial|\.previous|\.lock)"
 )
+
+#: Names are random: more than one lock that another has is hardly ever met.
+_ATTEMPTS: Final = 20
 
 #: Bytes that the name of such a folder has beside the one it is made from.
 ADDED_BYTES: Final = len(f".{_MARK}12345678{PREVIOUS}")
@@ -114,7 +118,7 @@ def _lock_of(folder: Path) -> Path:
 
 def _make_locked_folder(parent: Path, name: str, mode: int) -> tuple[Path, HeldLock | None]:
     """A new folder, and a lock that the system drops when this process dies."""
-    while True:
+    for _ in range(_ATTEMPTS):
         folder = parent / f".{name}{_MARK}{secrets.token_hex(4)}{PARTIAL}"
         # Locked before it is there: no other run can take it for a leftover.
         try:
@@ -133,3 +137,5 @@ def _make_locked_folder(parent: Path, name: str, mode: int) -> tuple[Path, HeldL
             lock.release()
             raise
         return folder, lock
+    # Such as /proc, which has neither the file nor an error that says so.
+    raise OSError(errno.EACCES, "No file can be made", str(parent))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from qlora_kit.boundaries import describe_cause
 from qlora_kit.data.formatters.loop_budget import LoopBudget
@@ -20,6 +20,7 @@ from qlora_kit.generation.detokenization import TextAssembler
 from qlora_kit.generation.settings import Stops, check_sampling, make_config, read_stops
 from qlora_kit.generation.tokens import open_tokens
 from qlora_kit.handles import LoadedModel
+from qlora_kit.messages import Setting
 from qlora_kit.results import Answer, FinishReason, TextChunk
 from qlora_kit.values import is_whole_number
 
@@ -230,13 +231,23 @@ def _chunk(text: str, count: int, started: float, reason: FinishReason | None) -
 
 def _check_length(model: LoadedModel, prompt: str) -> None:
     """Refuse text that no tokenizer brings within what the model reads, without trying."""
+    if len(prompt) > _SURELY_BEYOND * _count_readable(model):
+        _refuse_length(model, f"{len(prompt):,} characters")
+
+
+def _count_readable(model: LoadedModel) -> int:
+    """Tokens that a model has positions for, or was loaded for where those are more."""
     positions = getattr(model.model.config.get_text_config(), "max_position_embeddings", None) or 0
-    most = max(model.max_seq_length, positions)
-    if len(prompt) > _SURELY_BEYOND * most:
-        raise ConfigError(
-            f"The prompt has {len(prompt):,} characters, and this model reads at most {most:,} "
-            "tokens. Shorten it."
-        )
+    return max(model.max_seq_length, positions)
+
+
+def _refuse_length(model: LoadedModel, length: str) -> NoReturn:
+    raise ConfigError(
+        f"The prompt has {length}, and this model reads at most {_count_readable(model):,} tokens. "
+        "Shorten it, or load the model with a larger ",
+        Setting("max_seq_length", of="load_quantized"),
+        ".",
+    )
 
 
 def _is_message(message: Mapping[str, Any]) -> bool:
@@ -291,6 +302,8 @@ def _encode(model: LoadedModel, prompt: Any) -> list[int]:
             raise ConfigError(f"Token ids must be whole numbers, got {prompt!r}.")
     if not ids:
         raise ConfigError("The prompt is empty: it has no tokens.")
+    if len(ids) > _count_readable(model):
+        _refuse_length(model, f"{len(ids):,} tokens")
     vocabulary = model.model.get_input_embeddings().weight.shape[0]
     if min(ids) < 0 or max(ids) >= vocabulary:
         bad = next(token for token in ids if not 0 <= token < vocabulary)

@@ -127,6 +127,7 @@ def train_sft(
     fields = {**sft_config, "packing": packing}
     check_values(fields, has_eval=eval_dataset is not None)
     callbacks = _check_callbacks(callbacks)
+    _check_columns(columns)
     if compute_metrics is not None and (not callable(compute_metrics) or eval_dataset is None):
         raise ConfigError(
             "compute_metrics is a function of transformers' EvalPrediction, and needs rows to "
@@ -278,6 +279,16 @@ def _check_model(model: Any) -> None:
             "This adapter was loaded for inference only; load it with ",
             Setting("is_trainable", True, "load_quantized"),
             ".",
+        )
+
+
+def _check_columns(columns: Any) -> None:
+    if columns is not None and not (
+        isinstance(columns, Mapping)
+        and all(isinstance(word, str) for pair in columns.items() for word in pair)
+    ):
+        raise invalid_value(
+            "columns", "must be a mapping of roles to the names of columns", columns, "formatter"
         )
 
 
