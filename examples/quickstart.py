@@ -25,8 +25,8 @@ from qlora_kit import (
     load_quantized,
     train_sft,
 )
-from qlora_kit.cli import quiet_dependencies
 from qlora_kit.errors import QloraKitError
+from qlora_kit.import_noise import drop_noise
 
 DATA = Path(__file__).resolve().parent / "field_guide.json"
 QUESTION = ("Write a field guide entry.", "Snow leopard")
@@ -101,7 +101,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="   %(message)s")
-    quiet_dependencies()
+    drop_noise()
     from transformers.utils import logging as transformers_logging
 
     # The steps above say what is being loaded.

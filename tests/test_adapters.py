@@ -104,7 +104,7 @@ def test_impossible_values_are_refused(base, arguments):
 def test_a_second_adapter_is_refused(base):
     model = attach_lora(base, r=2)
     with pytest.raises(ConfigError, match="already has an adapter"):
-        attach_lora(model, r=2)
+        attach_lora(model, r=4)
     with pytest.raises(ConfigError, match="load_quantized"):
         attach_lora("a string")
 

@@ -121,3 +121,31 @@ def test_a_chat_formatter_s_end_is_the_model_s_too(loaded):
         pytest.skip("this tokenizer has no chat template")
     formatter = ChatFormatter(loaded.tokenizer)
     assert loaded.find_end_token_id(formatter) == formatter.eos_token_id
+
+
+def test_a_method_of_another_library_names_the_call_here(adapted):
+    from qlora_kit.errors import ConfigError
+
+    for name, call in (("generate", "generate_stream"), ("save_pretrained", "export_model"),
+                       ("print_trainable_parameters", "trainable_parameters")):  # fmt: skip
+        assert not hasattr(adapted, name)
+        with pytest.raises(ConfigError, match=call):
+            getattr(adapted, name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = adapted.nothing
+
+
+def test_attaching_the_same_again_keeps_the_adapter(adapted, caplog):
+    from qlora_kit import attach_lora
+    from qlora_kit.errors import ConfigError
+
+    with caplog.at_level("INFO", "qlora_kit.adapters"):
+        assert attach_lora(adapted, r=4) is adapted
+    assert "already has this adapter" in caplog.text
+    with pytest.raises(ConfigError, match=r"r=8 \(it has 4\)"):
+        attach_lora(adapted, r=8)
+    with pytest.raises(ConfigError, match="target_modules='attention'"):
+        attach_lora(adapted, r=4, target_modules="attention")
+    model, _ = adapted
+    with pytest.raises(ConfigError, match="Pass the handle on whole"):
+        attach_lora(model)

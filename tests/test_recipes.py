@@ -10,8 +10,8 @@ from qlora_kit import DataSource, recipe_from_run, run_recipe
 from qlora_kit.cli import INTERRUPTED, main
 from qlora_kit.errors import ConfigError, DataError
 from qlora_kit.pipeline import check_pipeline
+from qlora_kit.recipe_text import format_recipe
 from qlora_kit.recipes import make_pipeline, merge_recipes, read_recipe, write_recipe
-from qlora_kit.recipes.files import format_recipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "examples" / "recipes"
 

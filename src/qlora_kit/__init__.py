@@ -62,6 +62,7 @@ __all__ = [
     "run_pipeline",
     "run_recipe",
     "train_sft",
+    "write_report",
 ]
 
 _HOME_OF: Final = {
@@ -113,6 +114,7 @@ _HOME_OF: Final = {
     "run_pipeline": "pipeline",
     "run_recipe": "recipes",
     "train_sft": "training",
+    "write_report": "report",
 }
 
 if TYPE_CHECKING:
@@ -147,6 +149,7 @@ if TYPE_CHECKING:
     from qlora_kit.pipeline import Pipeline, PipelineResult, check_pipeline, run_pipeline
     from qlora_kit.planning import TrainingForecast, plan_training
     from qlora_kit.recipes import recipe_from_run, run_recipe
+    from qlora_kit.report import write_report
     from qlora_kit.results import (
         Answer,
         Artifact,

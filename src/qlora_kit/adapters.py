@@ -99,13 +99,20 @@ def attach_lora(
     refuse_unknown(attach_lora, classic, ADAPTER_ARGUMENTS)
     if not isinstance(model, LoadedModel):
         raise ConfigError(
-            f"attach_lora takes what load_quantized returned, got {type(model).__name__}."
+            f"attach_lora takes what load_quantized returned, got {type(model).__name__}. Pass the "
+            "handle on whole, as in model = attach_lora(load_quantized(...)); it unpacks as "
+            "model, tokenizer wherever those are needed."
         )
     if isinstance(model, AdaptedModel):
-        raise ConfigError(
-            "This model already has an adapter. Load the base again for a new one, or go on "
-            "training this one."
-        )
+        given = {
+            "r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "bias": bias,
+            "use_gradient_checkpointing": use_gradient_checkpointing,
+            "random_state": random_state, "use_rslora": use_rslora, "use_dora": use_dora,
+            "init_lora_weights": init_lora_weights, "loftq_config": loftq_config or None,
+            "modules_to_save": modules_to_save, "layers_to_transform": layers_to_transform,
+            "rank_pattern": rank_pattern or None, "alpha_pattern": alpha_pattern or None,
+        }  # fmt: skip
+        return _keep_adapter(model, target_modules, given)
     if max_seq_length not in (None, model.max_seq_length):
         raise ConfigError(
             Setting("max_seq_length", max_seq_length, "load_quantized"),
@@ -178,6 +185,47 @@ def attach_lora(
         ", ".join(targets),
     )
     return adapted
+
+
+def _keep_adapter(
+    model: AdaptedModel, target_modules: str | Sequence[str], given: Mapping[str, Any]
+) -> AdaptedModel:
+    """The model as it is where it is asked for again, as when a notebook's cell runs twice.
+
+    Raises:
+        ConfigError: When other settings are asked for; names them.
+    """
+    own = model.adapter
+    changes = [
+        f"{name}={value!r} (it has {getattr(own, name)!r})"
+        for name, value in given.items()
+        if _as_tuple(getattr(own, name)) != _as_tuple(value)
+    ]
+    presets = {"attention": _ATTENTION_ALIASES, "mlp": _MLP_ALIASES}
+    has = set(_as_tuple(own.target_modules) or ())
+    if isinstance(target_modules, str) and target_modules in presets:
+        is_same = has <= set(presets[target_modules])
+    elif target_modules == "all-linear":
+        is_same = has >= set(DEFAULT_TARGET_MODULES)
+    else:
+        is_same = has == set(_as_tuple(target_modules) or ())
+    if not is_same:
+        changes.append(f"target_modules={target_modules!r}")
+    if changes:
+        raise ConfigError(
+            f"This model already has an adapter, and {', '.join(changes)} would be another one. "
+            "Load the base again for a new one: attach_lora(load_quantized(...)); or go on "
+            "training this one."
+        )
+    logger.info("The model already has this adapter; it is kept as it is, trained or not.")
+    return model
+
+
+def _as_tuple(value: Any) -> Any:
+    """A list, a tuple or one name alike."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return (value,) if isinstance(value, str) else value
+    return tuple(value)
 
 
 def _resolve_targets(asked: str | Sequence[str], model: Any) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from qlora_kit.config import AdapterConfig, LoadConfig
 from qlora_kit.errors import ConfigError
@@ -17,7 +17,27 @@ if TYPE_CHECKING:
     from qlora_kit.engines.base import Engine
     from qlora_kit.results import TrainResult
 
-__all__ = ["AdaptedModel", "BaseInfo", "LoadedModel", "RunRecord"]
+__all__ = ["AdaptedModel", "BaseInfo", "HandleError", "LoadedModel", "RunRecord"]
+
+#: Methods that people know from elsewhere, and what does the same here.
+_METHODS: Final[Mapping[str, str]] = {
+    "generate": "use generate_stream(model, prompt), or generate_batch(model, prompts).",
+    "save_pretrained": 'use export_model(model, "lora", "lora_model").',
+    "save_pretrained_merged": 'use export_model(model, "merged_16bit", "merged").',
+    "save_pretrained_gguf": 'use export_model(model, "gguf", "gguf_model").',
+    "push_to_hub": 'use export_model(model, "hub", repo_id=..., format="lora").',
+    "push_to_hub_merged": 'use export_model(model, "hub", repo_id=..., format="merged_16bit").',
+    "push_to_hub_gguf": 'use export_model(model, "hub", repo_id=..., format="gguf").',
+    "print_trainable_parameters": "print model.trainable_parameters and model.total_parameters.",
+    "merge_and_unload": 'use export_model(model, "merged_16bit", "merged").',
+    "train": "use train_sft(model, rows).",
+    "eval": "nothing is needed: answers and exports set the mode, and put it back.",
+    "for_inference": "nothing is needed: generate_stream sets the mode, and puts it back.",
+}
+
+
+class HandleError(ConfigError, AttributeError):
+    """A handle was taken for the model that it holds."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +186,15 @@ class LoadedModel:
                 ),
             )
         return index
+
+    def __getattr__(self, name: str) -> Any:
+        """Say what does here what a transformers or peft model's method does there."""
+        if name in _METHODS:
+            raise HandleError(
+                f"A {type(self).__name__} has no {name}: {_METHODS[name]} The transformers model "
+                "is model.model."
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __repr__(self) -> str:
         quant = self.base.quantization or "not quantized"

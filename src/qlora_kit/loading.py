@@ -32,6 +32,7 @@ from qlora_kit.errors import (
     invalid_value,
 )
 from qlora_kit.handles import AdaptedModel, LoadedModel
+from qlora_kit.import_noise import without_noise
 from qlora_kit.messages import Call, Setting
 from qlora_kit.paths import (
     describe_nearest,
@@ -142,6 +143,14 @@ def load_quantized(
         trust_remote_code=trust_remote_code,
         is_trainable=is_trainable,
     )
+    # The libraries are imported on the way.
+    with without_noise():
+        return _load(name, config, engine, base)
+
+
+def _load(
+    name: str, config: LoadConfig, engine: str | Engine, base: str | os.PathLike[str] | None
+) -> LoadedModel:
     path = _find(name, config)
     # An engine that was named is made first: unsloth patches what is imported after it.
     chosen = engine if engine == "auto" else resolve_engine(engine)

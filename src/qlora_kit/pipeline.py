@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Final
 
+from qlora_kit import ranks
 from qlora_kit.adapters import attach_lora
 from qlora_kit.config import AdapterConfig, LoadConfig
 from qlora_kit.errors import ConfigError, UnknownOptionError, did_you_mean
@@ -20,6 +21,7 @@ from qlora_kit.export import check_export, export_model
 from qlora_kit.handles import AdaptedModel
 from qlora_kit.loading import load_quantized
 from qlora_kit.messages import Setting
+from qlora_kit.report import write_report
 from qlora_kit.results import ExportResults, TrainResult
 from qlora_kit.training import check_training, train_sft
 from qlora_kit.values import is_finite_number
@@ -211,6 +213,9 @@ def run_pipeline(
         overwrite=asked.overwrite,
         **asked.export_options,
     )
+    if ranks.find_place().rank == 0:
+        # With the exports in it.
+        write_report(training.output_dir)
     return PipelineResult(model, training, exports)
 
 

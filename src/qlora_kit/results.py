@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from qlora_kit.errors import ExportError
+from qlora_kit.errors import ExportError, MissingDependencyError
 
 __all__ = [
     "Answer",
@@ -19,6 +20,8 @@ __all__ = [
     "Check",
     "ExportResults",
     "FinishReason",
+    "Moment",
+    "Sample",
     "TextChunk",
     "TrainResult",
     "Verification",
@@ -27,7 +30,37 @@ __all__ = [
 FinishReason = Literal["eos", "stop", "length"]
 
 
-@dataclass(frozen=True)
+class Moment(NamedTuple):
+    """The end of a step.
+
+    Attributes:
+        step: The step.
+        seconds: Since training began.
+        tokens: Tokens taken so far; ``None`` where that is not counted.
+        memory_gib: Memory in use.
+    """
+
+    step: int
+    seconds: float
+    tokens: int | None
+    memory_gib: float
+
+
+class Sample(NamedTuple):
+    """What a model answered in the course of its training.
+
+    Attributes:
+        step: After how many steps.
+        prompt: What it was asked.
+        answer: What it said.
+    """
+
+    step: int
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True, repr=False)
 class TrainResult:
     """What one training run did.
 
@@ -56,6 +89,8 @@ class TrainResult:
         run_id: The run's name in its checkpoints and manifest; a resumed run keeps it.
         best_step: The step whose weights the model has, where ``load_best_model_at_end`` brought
             an earlier one's back; else ``None``.
+        timeline: When each step ended, with tokens and memory.
+        samples: Answers to ``sample_prompts``, before, during and after.
     """
 
     steps: int
@@ -81,6 +116,47 @@ class TrainResult:
     plan: str = ""
     run_id: str = ""
     best_step: int | None = None
+    timeline: tuple[Moment, ...] = field(default=(), repr=False)
+    samples: tuple[Sample, ...] = field(default=(), repr=False)
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draw the losses with matplotlib.
+
+        Args:
+            axes: matplotlib axes to draw on; new ones by default.
+
+        Returns:
+            The axes.
+
+        Raises:
+            MissingDependencyError: When matplotlib is not installed.
+        """
+        if axes is None:
+            try:
+                from matplotlib import pyplot
+            except ImportError as error:
+                raise MissingDependencyError(
+                    f"plot draws with matplotlib, which cannot be imported ({error}). "
+                    "pip install matplotlib, or look at report.html in output_dir."
+                ) from error
+            _, axes = pyplot.subplots()
+        first = self.steps - len(self.losses)
+        axes.plot(range(first + 1, self.steps + 1), self.losses, label="loss")
+        if self.eval_losses:
+            axes.plot(*zip(*self.eval_losses, strict=True), marker="o", label="evaluation loss")
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss per token")
+        axes.legend()
+        return axes
+
+    def _repr_html_(self) -> str:
+        """A few lines for a notebook."""
+        report = self.output_dir / "report.html"
+        link = f"<br><small>{escape(str(report))}</small>" if report.is_file() else ""
+        return f"<p>{escape(str(self))}{link}</p>"
+
+    def __repr__(self) -> str:
+        return f"TrainResult({self})"
 
     def __str__(self) -> str:
         first, last = (self.losses[0], self.losses[-1]) if self.losses else (float("nan"),) * 2
@@ -177,7 +253,7 @@ class ArtifactFile:
     sha256: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Artifact:
     """A finished export.
 
@@ -205,6 +281,15 @@ class Artifact:
     def size(self) -> int:
         """Total size in bytes."""
         return sum(file.size for file in self.files)
+
+    def __repr__(self) -> str:
+        checks = self.verification.checks
+        checked = f"{len(checks)} checks passed" if checks else "not checked"
+        where = self.path or self.url
+        return (
+            f"Artifact({self.format!r}, {str(where)!r}, {len(self.files)} files, "
+            f"{self.size / 1e6:.1f} MB, {checked})"
+        )
 
 
 @dataclass(frozen=True, repr=False)

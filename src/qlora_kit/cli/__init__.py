@@ -9,7 +9,6 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import Final
 
 from qlora_kit import ranks
 from qlora_kit.cli import commands
@@ -17,15 +16,9 @@ from qlora_kit.cli.commands import INTERRUPTED
 from qlora_kit.cli.flags import FlagFormatter, FlagWriter
 from qlora_kit.cli.parser import parse
 from qlora_kit.errors import QloraKitError
+from qlora_kit.import_noise import drop_noise
 
-__all__ = ["INTERRUPTED", "main", "quiet_dependencies"]
-
-# Loggers, and what is in the one message of theirs to drop.
-_CHATTY: Final = {
-    "torch.utils._pytree": "is an Enum subclass and is now natively",
-    "torch.utils.cpp_extension": "No CUDA runtime is found",
-    "bitsandbytes.backends.cpu.ops": "kernels-community",
-}
+__all__ = ["INTERRUPTED", "main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 1 after an error that was explained, or 130 after Ctrl-C.
     """
-    quiet_dependencies()
+    drop_noise()
     options = parse(arguments)
     write = FlagWriter(options.command)
     handler = logging.StreamHandler()
@@ -66,26 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def quiet_dependencies() -> None:
-    """Drop three messages of other packages that nobody who runs this can act on.
-
-    torch deprecates what torchao does while it is imported, looks for a GPU's compiler before
-    compiling for a CPU, and bitsandbytes asks for a package that would download kernels this
-    library does not use. Everything else is shown. Only for programs: the library itself leaves
-    logging to whoever imports it.
-    """
-    for name in _CHATTY:
-        logging.getLogger(name).addFilter(_is_of_use)
-
-
 def _is_news(record: logging.LogRecord) -> bool:
     """Whether a record says what the command does not print itself."""
     printed = ("qlora_kit.training.run", "%s"), ("qlora_kit.export.job", "Exported ")
     return not any(
         record.name == name and str(record.msg).startswith(start) for name, start in printed
     )
-
-
-def _is_of_use(record: logging.LogRecord) -> bool:
-    text = record.getMessage()
-    return not any(part in text for part in _CHATTY.values())

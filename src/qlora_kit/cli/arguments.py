@@ -54,7 +54,9 @@ _TRAINING_FIELDS: Final[Mapping[str, tuple[Kind, str]]] = {
     "run_name": ("text", "the run's name in trackers"),
 }
 
-_TRAINING: Final = ("packing", "truncation", "plan", "resume_with_changes")
+_TRAINING: Final = (
+    "packing", "truncation", "plan", "sample_prompts", "sample_steps", "resume_with_changes",
+)  # fmt: skip
 _LOADING: Final = ("base", "revision", "cache_dir", "trust_remote_code")
 
 

@@ -255,9 +255,15 @@ def _doctor(options: argparse.Namespace, write: FlagWriter) -> int:
     return int(any(one.state == "problem" for one in findings))
 
 
+def _report(options: argparse.Namespace, write: FlagWriter) -> None:
+    from qlora_kit.report import write_report
+
+    print(write_report(options.output))
+
+
 def _recipe(options: argparse.Namespace, write: FlagWriter) -> None:
+    from qlora_kit.recipe_text import format_recipe
     from qlora_kit.recipes import recipe_from_run, write_recipe
-    from qlora_kit.recipes.files import format_recipe
 
     recipe = recipe_from_run(options.from_run)
     note = f"What trained {options.from_run}; run it with: qlora-kit train THIS_FILE"
@@ -292,6 +298,7 @@ RUN: Final[Mapping[str, Callable[[argparse.Namespace, FlagWriter], int | None]]]
     "doctor": _doctor,
     "evaluate": _evaluate,
     "recipe": _recipe,
+    "report": _report,
     "templates": _templates,
     "completion": _completion,
 }

@@ -65,6 +65,7 @@ SETTERS: Final[Mapping[str, Mapping[Owner, str]]] = {
 CALLS: Final[Mapping[str, Callable[[str], str]]] = {
     "AlpacaFormatter": lambda _: "--template alpaca",
     "ChatFormatter": lambda _: "--template chat",
+    "PromptCompletionFormatter": lambda _: "--template prompt-completion",
     "TextFormatter": lambda _: "--template text",
     "attach_lora": lambda _: "Train one with qlora-kit train first.",
     "train_sft": lambda _: "SFTConfig has",

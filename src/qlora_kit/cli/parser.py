@@ -89,6 +89,8 @@ def make_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--network", action="store_true", help="ask the hub whether it answers")
     _add_json(doctor)
     _add_json(commands.add_parser("templates", help="list what --template takes by name"))
+    report = commands.add_parser("report", help="write a run's report.html, exports included")
+    report.add_argument("output", help="the output folder of the run")
     recipe = commands.add_parser("recipe", help="write the recipe that repeats a past run")
     recipe.add_argument(
         "--from-run", required=True, metavar="OUTPUT", help="the output folder of the run"

@@ -297,6 +297,12 @@ def _encode(model: LoadedModel, prompt: Any) -> list[int]:
                 f"{describe_cause(error)} Give text, or formatter.prompt(...)."
             ) from error
     else:
+        if all(isinstance(part, str) for part in prompt):
+            raise ConfigError(
+                f"prompt is a list of {len(prompt)} texts, and one stream answers one. Give them "
+                "to generate_batch(model, prompts), or call generate_stream for each.",
+                parameter="prompt",
+            )
         ids = [part for part in prompt if is_whole_number(part)]
         if len(ids) != len(prompt):
             raise ConfigError(f"Token ids must be whole numbers, got {prompt!r}.")

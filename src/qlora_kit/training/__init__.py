@@ -45,6 +45,7 @@ from qlora_kit.training.run import Run, run_training
 from qlora_kit.training.validation import (
     check_evaluation,
     check_output_folder,
+    check_prompts,
     check_values,
 )
 
@@ -69,6 +70,8 @@ def train_sft(
     plan: Any = None,
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
     compute_metrics: Callable[[Any], Mapping[str, float]] | None = None,
+    sample_prompts: str | Sequence[str] | None = None,
+    sample_steps: int | None = None,
     resume_from_checkpoint: bool | str | os.PathLike[str] | None = None,
     resume_with_changes: bool = False,
     **sft_config: Any,
@@ -103,6 +106,9 @@ def train_sft(
         compute_metrics: transformers' function of an ``EvalPrediction`` (scores of the tokens,
             labels) to figures, which every evaluation logs. Evaluations then hold all scores, which
             takes memory; for answers there is :func:`~qlora_kit.evaluate`.
+        sample_prompts: Texts that the model is asked before and after, in the formatter's words;
+            the answers are in ``result.samples`` and in ``report.html``.
+        sample_steps: Ask them every so many steps as well.
         resume_from_checkpoint: ``True`` for the last whole checkpoint in ``output_dir``, ``"auto"``
             for the same where there is one and a new run where not, or a path. It must be of this
             run: the same rows, template, base, adapter and settings, but for the number of steps
@@ -128,6 +134,7 @@ def train_sft(
     check_values(fields, has_eval=eval_dataset is not None)
     callbacks = _check_callbacks(callbacks)
     _check_columns(columns)
+    prompts = check_prompts(sample_prompts, sample_steps)
     if compute_metrics is not None and (not callable(compute_metrics) or eval_dataset is None):
         raise ConfigError(
             "compute_metrics is a function of transformers' EvalPrediction, and needs rows to "
@@ -190,11 +197,17 @@ def train_sft(
             found, resume_from_checkpoint, identity, new_id, takes_changes=resume_with_changes
         )
         _check_place(resumption, folder, args.max_steps)
-        asked = {**fields, "truncation": truncation, "plan": plan, "callbacks": callbacks or None}
+        asked = {
+            **fields, "truncation": truncation, "plan": plan, "callbacks": callbacks or None,
+            "sample_prompts": list(prompts) or None, "sample_steps": sample_steps,
+        }  # fmt: skip
         recipe = describe_recipe(model, data, eval_dataset, asked)
         return run_training(
-            model, Run(job, data, options, optimizer, device, folder, identity, resumption, recipe)
-        )
+            model, Run(
+                job, data, options, optimizer, device, folder, identity, resumption, recipe,
+                prompts, sample_steps,
+            ),
+        )  # fmt: skip
 
 
 def _check_place(resumption: Resumption, folder: Path, max_steps: int) -> None:
@@ -223,6 +236,8 @@ def check_training(
     plan: Any = None,
     callbacks: Any = None,
     compute_metrics: Any = None,
+    sample_prompts: Any = None,
+    sample_steps: Any = None,
     resume_from_checkpoint: bool | str | os.PathLike[str] | None = None,
     resume_with_changes: bool = False,
     **sft_config: Any,
@@ -236,6 +251,8 @@ def check_training(
         plan: Left to the engine, which comes with the model.
         callbacks: As for ``train_sft``.
         compute_metrics: Left to ``train_sft``.
+        sample_prompts: As for ``train_sft``.
+        sample_steps: As for ``train_sft``.
         resume_from_checkpoint: As for ``train_sft``.
         resume_with_changes: As for ``train_sft``.
         **sft_config: Any field of TRL's ``SFTConfig``, by its own name.
@@ -244,6 +261,7 @@ def check_training(
         ConfigError: At the first setting that cannot work.
     """
     _check_callbacks(callbacks)
+    check_prompts(sample_prompts, sample_steps)
     check_values(sft_config, has_eval=has_eval)
     read_settings(sft_config, truncation, longest=2)
     folder = check_output_folder(output_dir)
@@ -271,7 +289,7 @@ def _check_model(model: Any) -> None:
         hint = (
             "attach an adapter first: model = attach_lora(model)"
             if isinstance(model, LoadedModel)
-            else "it takes what attach_lora returned"
+            else "it takes what attach_lora returned, the handle, not what it unpacks as"
         )
         raise ConfigError(f"train_sft got {type(model).__name__}; {hint}.")
     if model.trainable_parameters == 0:

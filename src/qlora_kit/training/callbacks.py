@@ -1,20 +1,26 @@
-"""Watching a run: a progress line, and what becomes of its checkpoints."""
+"""Watching a run: its timeline, a progress line, and what becomes of its checkpoints."""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from transformers import TrainerCallback
 
+from qlora_kit.device import measure_memory_gib
 from qlora_kit.engines.base import Trainer
 from qlora_kit.manifest import MANIFEST_NAME
+from qlora_kit.results import Moment
 from qlora_kit.training.checkpoint import CHECKPOINT_PREFIX, list_checkpoints
 
-__all__ = ["CheckpointKeeper", "ProgressLine", "replace_progress_callbacks"]
+__all__ = ["CheckpointKeeper", "ProgressLine", "Timeline", "replace_progress_callbacks"]
+
+#: transformers' table of losses in a notebook.
+_NOTEBOOK: Final = "NotebookProgressCallback"
 
 
 class CheckpointKeeper(TrainerCallback):
@@ -64,35 +70,91 @@ class CheckpointKeeper(TrainerCallback):
             shutil.rmtree(path, ignore_errors=True)
 
 
-class ProgressLine(TrainerCallback):
-    """One tqdm line: steps, loss, learning rate, evaluation loss."""
+class Timeline(TrainerCallback):
+    """When each step ended, with its tokens and the memory in use.
 
-    def __init__(self) -> None:
+    Args:
+        device: Where it trains.
+        count_tokens: The tokens taken so far; ``None`` where asking would wait for other ranks.
+    """
+
+    def __init__(self, device: Any, count_tokens: Callable[[], int] | None) -> None:
+        self._device, self._count = device, count_tokens
+        self._started = 0.0
+        self.moments: list[Moment] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.moments.append(
+            Moment(
+                step=state.global_step,
+                seconds=round(time.perf_counter() - self._started, 3),
+                tokens=None if self._count is None else self._count(),
+                memory_gib=round(measure_memory_gib(self._device), 3),
+            )
+        )
+
+    @property
+    def speed(self) -> float | None:
+        """Tokens a second over the last steps; ``None`` before the second."""
+        last = self.moments[-11:]
+        if len(last) < 2 or last[0].tokens is None or last[-1].tokens is None:
+            return None
+        seconds = last[-1].seconds - last[0].seconds
+        return (last[-1].tokens - last[0].tokens) / seconds if seconds > 0 else None
+
+
+class ProgressLine(TrainerCallback):
+    """One calm tqdm line: steps, loss, tokens a second, memory, time left.
+
+    Args:
+        timeline: What knows speed and memory; it is called before the line.
+        first: What the first step does besides, in a few words.
+    """
+
+    def __init__(self, timeline: Timeline | None = None, first: str = "") -> None:
         self._bar: Any = None
         self._shown: dict[str, str] = {}
+        self._timeline, self._first = timeline, first
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         from tqdm.auto import tqdm
 
         if state.is_world_process_zero:
             self._bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc="training", unit="step"
-            )
+                total=state.max_steps, initial=state.global_step, desc="training", unit="step",
+                bar_format="{desc} {n_fmt}/{total_fmt} steps |{bar:16}| {remaining} left{postfix}",
+            )  # fmt: skip
+            if self._first:
+                self._bar.set_postfix_str(self._first)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._bar is not None:
-            self._bar.update(state.global_step - self._bar.n)
+        if self._bar is None:
+            return
+        self._bar.update(state.global_step - self._bar.n)
+        if self._timeline is not None and self._timeline.moments:
+            speed = self._timeline.speed
+            if speed is not None:
+                self._shown["speed"] = f"{speed:,.0f} tokens/s"
+            self._shown["memory"] = f"{self._timeline.moments[-1].memory_gib:.1f} GiB"
+        self._show(refresh=False)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         if self._bar is None or not logs:
             return
-        for key, label in (("loss", "loss"), ("eval_loss", "eval"), ("learning_rate", "lr")):
+        for key, label in (("loss", "loss"), ("eval_loss", "eval loss")):
             if key in logs:
-                form = ".1e" if key == "learning_rate" else ".3f"
-                self._shown[label] = format(float(logs[key]), form)
-        self._bar.set_postfix(self._shown)
+                self._shown[label] = f"{label} {float(logs[key]):.3f}"
+        self._show(refresh=True)
+
+    def _show(self, *, refresh: bool) -> None:
+        order = ("loss", "eval loss", "speed", "memory")
+        said = ", ".join(self._shown[name] for name in order if name in self._shown)
+        self._bar.set_postfix_str(said, refresh=refresh)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
@@ -111,10 +173,11 @@ def replace_progress_callbacks(trainer: Trainer, line: ProgressLine) -> None:
     handler = trainer.callback_handler
     shows_bar = any(isinstance(callback, ProgressCallback) for callback in handler.callbacks)
     for callback in list(handler.callbacks):
-        # Subclasses are the user's own, except the notebook's table, which is kept.
-        if type(callback) in (ProgressCallback, PrinterCallback):
+        # Subclasses are the user's own, except the notebook's table: it fails where a run ends
+        # before the first step was logged, and takes the result with it.
+        kind = type(callback)
+        if kind in (ProgressCallback, PrinterCallback) or kind.__name__ == _NOTEBOOK:
+            shows_bar = shows_bar or kind.__name__ == _NOTEBOOK
             trainer.remove_callback(callback)
-    if shows_bar and not any(
-        type(callback).__name__ == "NotebookProgressCallback" for callback in handler.callbacks
-    ):
+    if shows_bar:
         trainer.add_callback(line)

@@ -12,7 +12,7 @@ import errno
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -39,11 +39,13 @@ from qlora_kit.errors import (
 from qlora_kit.handles import AdaptedModel
 from qlora_kit.manifest import MANIFEST_NAME, describe_model, to_jsonable, write_manifest
 from qlora_kit.messages import Setting
+from qlora_kit.report import write_report
 from qlora_kit.results import TrainResult
 from qlora_kit.training.arguments import DataOptions, Optimizer
 from qlora_kit.training.checkpoint import CHECKPOINT_PREFIX, Checkpoint
 from qlora_kit.training.examples import TrainingData
 from qlora_kit.training.identity import RunIdentity
+from qlora_kit.training.looks import describe_looks
 from qlora_kit.training.memory import advise_on_memory, describe_memory
 from qlora_kit.training.resumption import Resumption
 
@@ -75,6 +77,8 @@ class Run:
         identity: What makes it this run.
         resumption: Its id, and what it goes on from.
         recipe: What asks for it again.
+        sample_prompts: What the model is asked meanwhile.
+        sample_steps: How often.
     """
 
     job: TrainJob
@@ -86,6 +90,8 @@ class Run:
     identity: RunIdentity
     resumption: Resumption
     recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sample_prompts: Sequence[str] = ()
+    sample_steps: int | None = None
 
     @property
     def first_step(self) -> int:
@@ -139,13 +145,14 @@ def _train(model: AdaptedModel, run: Run, interrupts: InterruptCallback) -> tupl
     from qlora_kit.training.callbacks import (
         CheckpointKeeper,
         ProgressLine,
+        Timeline,
         replace_progress_callbacks,
     )
+    from qlora_kit.training.samples import SampleAsker
     from qlora_kit.training.shared_cores import SharedCores
     from qlora_kit.training.stopping import StopTogether
 
     cores = SharedCores(run.device)
-    line = ProgressLine()
     saves = CheckpointKeeper(
         lambda folder: write_checkpoint_manifest(model, folder, run.describe()),
         run.resumption.run_id,
@@ -158,6 +165,10 @@ def _train(model: AdaptedModel, run: Run, interrupts: InterruptCallback) -> tupl
         trainer = _make_trainer(model, _without_limit(run.job))
         release.append(trainer)
         trainer.while_saving = interrupts.holding
+        is_alone = ranks.find_place().world == 1
+        timeline = Timeline(run.device, (lambda: trainer.tokens_seen) if is_alone else None)
+        line = ProgressLine(timeline, _describe_first_step(trainer, run))
+        trainer.add_callback(timeline)
         replace_progress_callbacks(trainer, line)
         trainer.add_callback(interrupts)
         trainer.add_callback(saves)
@@ -170,6 +181,9 @@ def _train(model: AdaptedModel, run: Run, interrupts: InterruptCallback) -> tupl
         model.record.examples = run.data.dataset
         if run.data.formatter is not None:
             _adopt_chat_template(model, run.data.formatter)
+        asker = SampleAsker(model, run.data.formatter, run.sample_prompts, run.sample_steps)
+        trainer.add_callback(asker)
+        asker.ask(run.first_step)
         started = time.perf_counter()
         checkpoint = run.resumption.checkpoint
         try:
@@ -181,18 +195,24 @@ def _train(model: AdaptedModel, run: Run, interrupts: InterruptCallback) -> tupl
         finally:
             line.close()
         seconds = time.perf_counter() - started
+        asker.ask(trainer.state.global_step)
         # Gone once the trainer is released.
         plan = str(trainer.fast_plan or "TRL and peft")
         resolved = trainer.fast_plan
     peak = device_module.measure_peak_memory_gib(run.device)
     measured = _Measured(seconds, memory_before, max(peak, memory_before))
-    result = _make_result(model, run, trainer, interrupts, saves, measured, plan)
+    result = dataclasses.replace(
+        _make_result(model, run, trainer, interrupts, saves, measured, plan),
+        timeline=tuple(timeline.moments),
+        samples=tuple(asker.samples),
+    )
     # One run has one result: the main rank saw its checkpoints written.
     result = ranks.share("training", lambda: result)
     if trainer.is_world_process_zero():
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
             write_manifest(run.folder, "training", _describe_run(model, run, result, resolved))
+            write_report(run.folder)
         # The model is trained; losing hours of it over a full disk would help nobody.
         except OSError as error:
             logger.error(
@@ -423,4 +443,28 @@ def _describe_run(
         # Sanitized: without tokens.
         "arguments": to_jsonable(args.to_sanitized_dict()),
         "result": to_jsonable(result),
+        "timeline": [moment._asdict() for moment in result.timeline],
+        "samples": [sample._asdict() for sample in result.samples],
+        "logged": _read_log(result),
+        "looks": describe_looks(run.data.dataset, model.tokenizer),
     }
+
+
+def _read_log(result: TrainResult) -> list[dict[str, float]]:
+    """What a report draws of the trainer's log: steps with losses and learning rates."""
+    names = ("step", "loss", "learning_rate", "eval_loss")
+    return [
+        {name: float(entry[name]) for name in names if name in entry}
+        for entry in result.log_history
+        if "loss" in entry or "eval_loss" in entry
+    ]
+
+
+def _describe_first_step(trainer: Trainer, run: Run) -> str:
+    """What the silent first step does."""
+    from qlora_kit.engines.native.fast.plan import parse_plan
+
+    if not trainer.uses_fast_step or parse_plan(run.job.plan).compile is False:
+        return ""
+    about = "20 s" if run.device.type == "cuda" else "20 to 60 s"
+    return f"first step: compiling, once, about {about}"

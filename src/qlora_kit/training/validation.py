@@ -25,6 +25,7 @@ __all__ = [
     "check_evaluation",
     "check_names",
     "check_output_folder",
+    "check_prompts",
     "check_values",
 ]
 
@@ -271,3 +272,24 @@ def _try_out(folder: Path) -> None:
             # Another rank may have removed the folder that it had made to try it out.
             if attempt == _ATTEMPTS - 1:
                 raise
+
+
+def check_prompts(prompts: Any, every: Any) -> tuple[str, ...]:
+    """The prompts to ask, if they can be.
+
+    Raises:
+        ConfigError: When they are no texts, or ``every`` is no number of steps.
+    """
+    given = (prompts,) if isinstance(prompts, str) else prompts
+    given = () if given is None else given
+    if not isinstance(given, Sequence) or not all(isinstance(p, str) and p for p in given):
+        raise invalid_value("sample_prompts", "must be texts to ask the model", prompts)
+    if every is not None and not is_whole_number(every, at_least=1):
+        raise invalid_value("sample_steps", "must be a whole number of at least 1", every)
+    if every is not None and not given:
+        raise ConfigError(
+            "sample_steps says how often to ask sample_prompts: give those as well.",
+            parameter="sample_steps",
+            value=every,
+        )
+    return tuple(given)

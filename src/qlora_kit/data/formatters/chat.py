@@ -19,6 +19,7 @@ from qlora_kit.data.formatters.chat_rows import read_conversation
 from qlora_kit.data.formatters.chat_template import ChatTemplate, find_training_template
 from qlora_kit.data.formatters.content_check import find_lost, say_lost
 from qlora_kit.data.formatters.formatter_base import FormatterBase, SpecialTokens, check_tokenizer
+from qlora_kit.data.formatters.shipped_templates import check_markers, read_chat_template
 from qlora_kit.data.formatters.special_names import break_names, mend_names
 from qlora_kit.data.sources.row_problems import BadRowPolicy
 from qlora_kit.data.sources.rows import Rows, UnusedData
@@ -60,8 +61,10 @@ class ChatFormatter(FormatterBase):
     Args:
         tokenizer: The model's tokenizer.
         response_only: Whether only the assistant's turns carry loss, or everything.
-        chat_template: A template (Jinja) in place of the tokenizer's own. ``"training"`` is TRL's
-            version of it, where TRL has one, which keeps the thoughts of earlier turns.
+        chat_template: A template (Jinja) in place of the tokenizer's own, or the name of one:
+            ``"chatml"``, or one that TRL ships, such as ``"qwen3"`` or ``"llama3"``; see
+            ``qlora-kit templates``. ``"training"`` is TRL's version of the tokenizer's own, where
+            TRL has one, which keeps the thoughts of earlier turns.
         eos_token: The token that ends an answer; by default the one that the template writes
             after an assistant's turn, else the tokenizer's end token.
         columns: Which column holds the conversation: ``{"messages": "dialogue"}``.
@@ -99,8 +102,20 @@ class ChatFormatter(FormatterBase):
         self._is_training_template = chat_template == "training"
         if self._is_training_template:
             chat_template = find_training_template(tokenizer)
-        self.system = system
+        named = None if chat_template is None else read_chat_template(chat_template)
         self.template_kwargs = dict(template_kwargs or {})
+        if named is not None:
+            name, chat_template = chat_template, named
+            short = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+            try:
+                rendered = tokenizer.apply_chat_template(
+                    short, chat_template=named, tokenize=False, **self.template_kwargs
+                )
+            # What the template lacks in this tokenizer, such as a beginning token.
+            except Exception:  # noqa: BLE001
+                rendered = named
+            check_markers(str(name), str(rendered), tokenizer)
+        self.system = system
         self.template = ChatTemplate(TextTokenizer(tokenizer), chat_template, self.template_kwargs)
         super().__init__(
             tokenizer,

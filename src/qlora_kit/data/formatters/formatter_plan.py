@@ -17,6 +17,7 @@ from qlora_kit.data.formatters.alpaca_templates import BUILTIN_TEMPLATES
 from qlora_kit.data.formatters.chat import ChatFormatter
 from qlora_kit.data.formatters.formatter_base import FormatterBase
 from qlora_kit.data.formatters.registry import formatter_from_spec
+from qlora_kit.data.formatters.shipped_templates import list_chat_templates
 from qlora_kit.data.formatters.text import PromptCompletionFormatter, TextFormatter
 from qlora_kit.data.sources.raw_rows import RawRows
 from qlora_kit.data.sources.row_checks import check_columns, parse_rows
@@ -41,7 +42,8 @@ logger = logging.getLogger(__name__)
 
 def list_templates() -> tuple[str, ...]:
     """Every template that has a name: Alpaca's wordings, then the registered formatters."""
-    return tuple(dict.fromkeys((*BUILTIN_TEMPLATES, *get_formatter_registry().names())))
+    own = (*BUILTIN_TEMPLATES, *get_formatter_registry().names())
+    return tuple(dict.fromkeys((*own, *list_chat_templates())))
 
 
 def describe_templates() -> list[dict[str, str]]:
@@ -54,6 +56,8 @@ def describe_templates() -> list[dict[str, str]]:
     for name in registry.names():
         said = (inspect.getdoc(registry.get(name)) or "").split("\n\n")[0]
         described.setdefault(name, re.sub(r"`+|:\w+:|~[\w.]+\.", "", " ".join(said.split())))
+    for name in list_chat_templates():
+        described.setdefault(name, "Conversations, for a model with these tokens and no template.")
     return [{"name": name, "summary": summary} for name, summary in described.items()]
 
 
@@ -188,6 +192,8 @@ def _find_kind(name: str) -> type[FormatterBase]:
 def _read_template(template: str) -> tuple[type[FormatterBase], dict[str, Any]]:
     if template in BUILTIN_TEMPLATES or "{" in template:
         return AlpacaFormatter, {"template": template}
+    if template in list_chat_templates():
+        return ChatFormatter, {"chat_template": template}
     path = expand_path(template)
     known = list_templates()
     if not path.is_file():

@@ -222,7 +222,8 @@ def _parse_csv(path: Path, text: str) -> list[RawRow]:
             if not fields:
                 continue
             if header is None:
-                header = fields
+                # Blanks around a name are there for whoever reads the file.
+                header = [name.strip() for name in fields]
                 twice = sorted({name for name in header if header.count(name) > 1})
                 if twice:
                     raise DataError(f"{path}, line {line}: the header names {twice[0]!r} twice.")

@@ -9,7 +9,7 @@ from qlora_kit.data.sources.raw_rows import RawRow, RawRows, read_source
 from qlora_kit.data.sources.row_problems import BadRows, Location, RowProblem, settle_problems
 from qlora_kit.data.sources.rows import RowRoles, Rows, UnusedData, is_filled
 from qlora_kit.errors import DataError
-from qlora_kit.messages import Setting
+from qlora_kit.messages import Call, Setting
 
 __all__ = ["RowSchema", "check_columns", "load_rows", "parse_rows"]
 
@@ -32,6 +32,19 @@ class RowSchema(NamedTuple):
     columns: Mapping[str, str]
     list_used: Callable[[Sequence[str]], set[str] | None]
 
+
+#: What people call the columns of a role.
+_SYNONYMS: Final[Mapping[str, tuple[str, ...]]] = {
+    "instruction": ("instruction", "question", "query", "prompt", "task", "request", "user", "q"),
+    "input": ("input", "context", "passage", "document"),
+    "output": ("output", "answer", "response", "completion", "target", "reply", "solution", "a"),
+    "prompt": ("prompt", "question", "instruction", "query", "input", "q"),
+    "completion": ("completion", "answer", "response", "output", "target", "reply", "a"),
+    "text": ("text", "content", "body", "document"),
+    "messages": ("messages", "conversations", "conversation", "dialogue", "dialog", "chat"),
+}
+#: Columns that are about a row, and not its text.
+_NO_TEXT: Final = frozenset({"id", "idx", "index", "uid", "uuid", "date", "time", "url", "source"})
 
 #: Columns that mean something no formatter here carries out, and what they mean.
 _REFUSED: Final = {
@@ -168,14 +181,50 @@ def check_columns(
     missing = find_missing(present)
     if missing:
         role = next(iter(missing))
-        example = next((name for name in present if name not in columns.values()), "...")
+        example = _guess_column(role, present, columns) or "..."
         raise DataError(
             f"No row of {source.label} has a column {' or '.join(map(repr, missing.values()))}. "
             f"Its columns are: {', '.join(map(repr, present[:12]))}.",
             parameter="columns",
             advice=(
+                *_name_fitting_formatter(present),
                 "Say which one it is, for example ",
                 Setting("columns", {role: example}, "formatter"),
                 ".",
             ),
         )
+
+
+def _guess_column(role: str, present: Sequence[str], columns: Mapping[str, str]) -> str | None:
+    """The column that most likely holds a role, by the names that people give it."""
+    free = [name for name in present if name not in columns.values()]
+    words = _SYNONYMS.get(role, ())
+    for word in words:
+        for name in free:
+            if name.strip().casefold() == word:
+                return name
+    for word in words:
+        for name in free:
+            if len(word) > 2 and word in name.casefold():
+                return name
+    taken = {word for other, known in _SYNONYMS.items() if other != role for word in known}
+    plain = [name for name in free if name.strip().casefold() not in taken | _NO_TEXT]
+    return next(iter(plain), None)
+
+
+def _name_fitting_formatter(present: Sequence[str]) -> tuple[object, ...]:
+    """The formatter that rows with these columns are for, where that is plain."""
+    names = set(present)
+    if names & {"messages", "conversations"}:
+        return (
+            "They look like conversations: ",
+            Call("ChatFormatter", "ChatFormatter(tokenizer)"),
+            ". ",
+        )
+    if {"prompt", "completion"} <= names:
+        return (
+            "They look like prompts with completions: ",
+            Call("PromptCompletionFormatter", "PromptCompletionFormatter(tokenizer)"),
+            ". ",
+        )
+    return ()

@@ -1,0 +1,79 @@
+"""Chat templates by name, for base models that have none: those that TRL ships, and ChatML."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+from qlora_kit.errors import ConfigError
+
+__all__ = ["check_markers", "list_chat_templates", "read_chat_template"]
+
+#: What most base models of the last years have tokens for.
+_CHATML: Final = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+#: Those that need pictures.
+_OTHERS: Final = re.compile(r"_vl$|vlm|llava|idefics|diffusion")
+_MARKERS: Final = re.compile(r"<[|｜][^<>|｜\s]{1,40}[|｜]>|<(?:start|end)_of_turn>|</?s>")
+
+
+@cache
+def _list_files() -> dict[str, Path]:
+    found = importlib.util.find_spec("trl")
+    places = [] if found is None else found.submodule_search_locations or []
+    return {
+        path.stem: path
+        for place in places
+        for path in sorted((Path(place) / "chat_templates").glob("*.jinja"))
+        if not path.stem.endswith("_training") and not _OTHERS.search(path.stem)
+    }
+
+
+def list_chat_templates() -> tuple[str, ...]:
+    """Names of chat templates that need no file of one's own."""
+    return ("chatml", *_list_files())
+
+
+def read_chat_template(name: str) -> str | None:
+    """The template of that name; ``None`` where there is none."""
+    if name == "chatml":
+        return _CHATML
+    path = _list_files().get(name)
+    return None if path is None else path.read_text(encoding="utf-8")
+
+
+def check_markers(name: str, rendered: str, tokenizer: Any) -> None:
+    """Refuse a template whose marks are no tokens of the model: no answer could end with one.
+
+    Args:
+        name: The template.
+        rendered: A short conversation in it.
+        tokenizer: The model's tokenizer.
+
+    Raises:
+        ConfigError: With the marks that are missing, and the templates that would go.
+    """
+    known = tokenizer.get_vocab()
+    missing = [mark for mark in dict.fromkeys(_MARKERS.findall(rendered)) if mark not in known]
+    if not missing:
+        return
+    fitting = [
+        other
+        for other in list_chat_templates()
+        if (marks := set(_MARKERS.findall(read_chat_template(other) or "")))
+        and any(mark in known for mark in marks)
+    ]
+    advice = f"It has those of: {', '.join(fitting[:8])}. " if fitting else ""
+    raise ConfigError(
+        f"The chat template {name!r} writes {', '.join(missing)}, which this model's tokenizer has "
+        f"no tokens for. {advice}Or use an Alpaca template, which is plain text.",
+        parameter="chat_template",
+        value=name,
+    )
