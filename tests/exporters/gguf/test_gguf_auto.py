@@ -58,7 +58,7 @@ def test_bytes_go_where_they_save_most():
 @pytest.mark.parametrize(
     ("shape", "bits"),
     # Rows that do not divide by 256 leave the types that are quick to encode.
-    [("unaligned", 5.2), pytest.param("aligned", 4.6, marks=pytest.mark.slow)],
+    [("unaligned", 7.2), pytest.param("aligned", 4.6, marks=pytest.mark.slow)],
 )
 def test_the_loss_that_is_said_is_the_files(shape, bits, tmp_path):
     """The measured model and the file, run in llama.cpp, are as far from the live one."""

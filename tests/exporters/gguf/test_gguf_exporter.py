@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -368,3 +369,25 @@ def test_a_trained_smollm2_answers_as_trained_in_llama_cpp(smollm2_folder, tmp_p
         assert llama.greedy(ids, len(wanted)) == wanted
     with Llama(path) as llama:
         assert llama.greedy(ids, len(wanted)) != wanted
+
+
+def test_a_model_that_no_file_holds_is_refused_before_it_is_trained(tmp_path):
+    from qlora_kit.pipeline import Pipeline, run_pipeline
+
+    config = tiny.make_config("llama")
+    model = tiny.make_model(config)
+    base = tiny.save_checkpoint(model, tiny.byte_level_tokenizer(), tmp_path / "base")
+    stored = json.loads((base / "config.json").read_text())
+    stored["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    (base / "config.json").write_text(json.dumps(stored))
+    asked = Pipeline(
+        model=base,
+        data=[{"prompt": "What?", "completion": "That."}],
+        loading={"max_seq_length": 64, "dtype": "float32", "load_in_4bit": False},
+        training={"output_dir": tmp_path / "run", "max_steps": 1},
+        exports={"gguf": {}},
+        export_path=tmp_path / "out",
+    )
+    with pytest.raises(UnsupportedModelError, match="dynamic"):
+        run_pipeline(asked)
+    assert not (tmp_path / "run").exists(), "it was trained first"
