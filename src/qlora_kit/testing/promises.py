@@ -22,7 +22,7 @@ from qlora_kit.artifacts.files import list_files
 from qlora_kit.errors import ExportError, UnknownOptionError
 from qlora_kit.handles import AdaptedModel
 from qlora_kit.hookspecs import Exporter, describe_exporter_faults
-from qlora_kit.manifest import MANIFEST_NAME
+from qlora_kit.manifest import MANIFEST_NAME, write_manifest
 from qlora_kit.options import build_options, collects_unknown
 from qlora_kit.testing.contract import Broken, Contract, Promise
 from qlora_kit.testing.damage import DAMAGES, copy_export, find_weight_files
@@ -181,7 +181,10 @@ def _keeps_secrets(contract: Contract) -> None:
 def _repeats(contract: Contract) -> None:
     again = contract.folder / "again"
     again.mkdir()
-    (again / "from an older export").write_text("")
+    # Only an export is replaced.
+    older = "from an older export"
+    (again / older).write_text("")
+    write_manifest(again, "artifact", {"files": [{"name": older}]})
     job = contract.make_job("again", overwrite=True)
     # Nobody promises that exports share anything.
     job.request = dataclasses.replace(job.request, shared=None)
