@@ -8,11 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit import ranks
+from qlora_kit.cli.asking import read_form
+from qlora_kit.cli.chat import run_chat
 from qlora_kit.cli.completion import write_completion
 from qlora_kit.cli.flags import FlagWriter
+from qlora_kit.cli.generating import answer_file
 from qlora_kit.cli.lists import takes_export_list, takes_generation_list
 from qlora_kit.cli.output import (
     describe_failures,
+    print_answered,
     print_artifact,
     print_exporters,
     print_json,
@@ -119,33 +123,24 @@ def _plan(options: argparse.Namespace, write: FlagWriter) -> int:
 
 def _generate(options: argparse.Namespace, write: FlagWriter) -> None:
     from qlora_kit import generate_stream
-    from qlora_kit.data import plan_formatter
 
     settings = read_settings(
         options.settings, "model", "prompt", "max_new_tokens", takes_list=takes_generation_list
     )
-    plan = None
-    if options.template is not None:
-        plan = plan_formatter(template=options.template, system=options.system)
-    elif options.system is not None:
-        raise ConfigError(
-            "--system goes with --template: what a model was trained with has a system text of "
-            "its own."
-        )
+    settings["max_new_tokens"] = options.max_new_tokens
+    if options.instruction is None:
+        if options.output is None:
+            raise ConfigError("Give an instruction, or a file of them: --input FILE --output FILE.")
+        done = answer_file(options, _load, settings)
+        print_json(done) if options.json else print_answered(done)
+        return
+    if options.output is not None:
+        raise ConfigError("--output goes with a file of rows; give no instruction beside it.")
+    plan = read_form(options)
     model = _load(options)
-    formatter = model.record.formatter
-    if plan is not None:
-        formatter = plan.make(model.tokenizer)
-    elif formatter is None:
-        # What the model's makers trained it with, if they did; else the plainest of instructions.
-        template = "chat" if model.tokenizer.chat_template else "alpaca"
-        formatter = plan_formatter(template=template).make(model.tokenizer)
-        sys.stderr.write(
-            f"{options.model} does not say how it was trained; asking with --template {template}.\n"
-        )
-    prompt = formatter.prompt(options.instruction, options.input)
+    prompt = plan.complete(model).formatter.prompt(options.instruction, options.input)
     text, chunk = "", None
-    for chunk in generate_stream(model, prompt, max_new_tokens=options.max_new_tokens, **settings):
+    for chunk in generate_stream(model, prompt, **settings):
         text += chunk.text
         if not options.json:
             print(chunk.text, end="", flush=True)
@@ -153,6 +148,18 @@ def _generate(options: argparse.Namespace, write: FlagWriter) -> None:
         print()
     elif chunk is not None:
         print_json({**to_jsonable(chunk), "text": text})
+
+
+def _chat(options: argparse.Namespace, write: FlagWriter) -> None:
+    settings = read_settings(
+        options.settings, "model", "prompt", "max_new_tokens", takes_list=takes_generation_list
+    )
+
+    def load(options: argparse.Namespace, name: str | None = None) -> Any:
+        chosen = {"model": name or options.model}
+        return _load(argparse.Namespace(**{**vars(options), **chosen}))
+
+    run_chat(options, load, {**settings, "max_new_tokens": options.max_new_tokens})
 
 
 # -- evaluate --------------------------------------------------------------------------------
@@ -293,6 +300,7 @@ RUN: Final[Mapping[str, Callable[[argparse.Namespace, FlagWriter], int | None]]]
     "train": _train,
     "plan": _plan,
     "generate": _generate,
+    "chat": _chat,
     "export": _export,
     "exporters": _exporters,
     "doctor": _doctor,

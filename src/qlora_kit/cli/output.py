@@ -10,7 +10,14 @@ from typing import Any
 from qlora_kit.cli.flags import FlagWriter
 from qlora_kit.manifest import to_jsonable
 
-__all__ = ["describe_failures", "print_artifact", "print_exporters", "print_json", "print_results"]
+__all__ = [
+    "describe_failures",
+    "print_answered",
+    "print_artifact",
+    "print_exporters",
+    "print_json",
+    "print_results",
+]
 
 
 def print_json(value: Any) -> None:
@@ -30,6 +37,12 @@ def print_results(results: Any, write: FlagWriter) -> int:
     for name, text in describe_failures(results, write).items():
         sys.stderr.write(f"{name} FAILED: {type(results.failures[name]).__name__}: {text}\n")
     return 1 if results.failures else 0
+
+
+def print_answered(done: Mapping[str, Any]) -> None:
+    """One line about a file of answers."""
+    before = f", {done['found_there']} of them from before" if done["found_there"] else ""
+    print(f"{done['output']}: {done['answers']} answers{before}")
 
 
 def print_artifact(artifact: Any) -> None:

@@ -10,7 +10,9 @@ from typing import Any, Final, NoReturn
 from qlora_kit import __version__
 from qlora_kit.boundaries import hide_secrets
 from qlora_kit.cli.arguments import add_arguments
+from qlora_kit.cli.chat import add_chat_flags
 from qlora_kit.cli.completion import SHELLS
+from qlora_kit.cli.generating import add_file_flags
 from qlora_kit.errors import did_you_mean
 
 __all__ = ["CommandParser", "list_commands", "make_parser", "parse"]
@@ -82,6 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_plan(commands)
     _add_generate(commands)
+    _add_chat(commands)
     _add_export(commands)
     _add_json(commands.add_parser("exporters", help="list the export formats"))
     _add_evaluate(commands)
@@ -171,10 +174,13 @@ def _add_pipeline(train: argparse.ArgumentParser) -> None:
 
 
 def _add_generate(commands: Any) -> None:
-    generate = commands.add_parser("generate", help="answer one instruction")
+    generate = commands.add_parser("generate", help="answer an instruction, or a file of them")
     _add_model(generate)
-    generate.add_argument("instruction")
-    generate.add_argument("--input", default="", help="the instruction's input")
+    generate.add_argument("instruction", nargs="?")
+    generate.add_argument(
+        "--input", default="", help="the instruction's input; without one, a file of rows"
+    )
+    add_file_flags(generate)
     _add_template(generate, "what the model was trained with, where that is known")
     generate.add_argument("--max-new-tokens", type=int, default=256)
     _add_json(generate)
@@ -198,6 +204,14 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument("--split", help="which split of the data (train)")
     _add_template(evaluate, "what the model was trained with, else the columns")
     _add_json(evaluate)
+
+
+def _add_chat(commands: Any) -> None:
+    chat = commands.add_parser("chat", help="talk with a model")
+    _add_model(chat)
+    _add_template(chat, "what the model was trained with, where that is known")
+    add_chat_flags(chat)
+    _add_settings(chat, "any GenerationConfig field, for example temperature=0.7")
 
 
 def _add_export(commands: Any) -> None:

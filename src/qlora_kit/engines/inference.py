@@ -87,7 +87,7 @@ def _end_training(model: Any) -> None:
     if any(type(part).train not in usual or vars(part).get("use_kernels") for part in training):
         model.eval()
     for part in training:
-        part.training = False
+        vars(part)["training"] = False  # ten times as fast as Module's own way
 
 
 def _put_back(model: Any, tokenizer: Any, found: _Found) -> None:
@@ -95,7 +95,7 @@ def _put_back(model: Any, tokenizer: Any, found: _Found) -> None:
     model.generation_config.max_length = found.max_length
     tokenizer.padding_side = found.padding_side
     for part in found.training:
-        part.training = True
+        vars(part)["training"] = True
     for part, value in found.checkpointing:
         part.gradient_checkpointing = value
 

@@ -9,11 +9,14 @@ __all__ = ["list_modules"]
 
 def list_modules(model: Any) -> list[Any]:
     """A model and all modules in it, each once, in the order of ``model.modules()``."""
-    found: dict[int, Any] = {}
+    found: list[Any] = []
+    seen: set[Any] = set()
     waiting = [model]
     while waiting:
         module = waiting.pop()
-        if id(module) not in found:
-            found[id(module)] = module
-            waiting += [part for part in reversed(module._modules.values()) if part is not None]
-    return list(found.values())
+        if module is not None and module not in seen:
+            seen.add(module)
+            found.append(module)
+            if module._modules:
+                waiting += reversed(module._modules.values())
+    return found

@@ -7,6 +7,8 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 
 from qlora_kit import generate_stream
+from qlora_kit.engines.native.fast.decoding_weights import DecodingWeights
+from qlora_kit.engines.native.fast.peft_layers import read_group
 
 
 def _forwards(model):
@@ -61,6 +63,27 @@ def test_a_small_update_arrives(make_adapted, load_in_4bit, has_bias):
     assert _arrived(peft, exact, update) < 0.5
     assert _arrived(together, exact, update) == pytest.approx(1, abs=0.2)
     assert _arrived(one_by_one, exact, update) == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+@pytest.mark.parametrize("load_in_4bit", [True, False])
+def test_a_small_update_arrives_in_the_decoder(make_adapted, load_in_4bit, is_cached):
+    """Of any number of tokens, whether or not a 16-bit copy is read."""
+    module = make_adapted(dtype="bfloat16", load_in_4bit=load_in_4bit).model
+    module = module.get_base_model().model.layers[0].mlp.gate_proj
+    module.lora_B["default"].weight.data *= 1e-3
+    group = read_group([module], torch.bfloat16, trains=False)
+    weights = DecodingWeights(group, torch.bfloat16)
+    if is_cached:
+        weights.cache()
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn((240, 64), generator=generator).bfloat16().to(module.weight.device)
+    exact = x.double() @ weights._dequantize().double().T
+    update = _update_of(module, x)
+    for count in (1, 3, 240):
+        with torch.no_grad():
+            out = torch.cat([weights.apply(rows) for rows in x.split(count)])
+        assert _arrived(out, exact, update) == pytest.approx(1, abs=0.2)
 
 
 def test_float32_answers_are_pefts_own(make_adapted, ids):

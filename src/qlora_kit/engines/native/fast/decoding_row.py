@@ -1,4 +1,4 @@
-"""One more token of one answer: the kernels of :mod:`decoding_row_kernels`, launched in order.
+"""One more token of one answer: its kernels, launched in order.
 
 Where the driver knows how (compute capability 9.0), a kernel begins to read its weights while the
 one before it still runs.
@@ -14,14 +14,15 @@ import triton
 from torch import Tensor
 
 from qlora_kit.engines.native.fast import decoding_row_kernels as kernels
+from qlora_kit.engines.native.fast import decoding_row_products as products
 from qlora_kit.engines.native.fast.decoding_weights import DecodingWeights
 from qlora_kit.engines.native.fast.kv_cache import KeyValueCache
 
 __all__ = ["covers", "read_row_logits", "reads_stored", "run_row"]
 
 #: Columns of a program that makes a product's input.
-_NORM_BLOCK: Final = 128
-_GATE_BLOCK: Final = 256
+_NORM_BLOCK: Final = 64
+_GATE_BLOCK: Final = 128
 #: Tokens that a program of the attention kernel takes at once, and programs that it aims at.
 _KEYS: Final = 64
 _PROGRAMS: Final = 256
@@ -35,10 +36,10 @@ class Tile(NamedTuple):
     warps: int
 
 
-#: Of several measured on an H200 (2026-11-28), for inputs of fewer columns than `_LONG` and others.
-_LONG: Final = 4096
-_TILES: Final = (Tile(4, 256, 1), Tile(4, 1024, 4))
-_PACKED_TILES: Final = (Tile(2, 128, 1), Tile(4, 256, 2))
+#: The best of several on an H200 (2026-11-28) for inputs of fewer than 4,096 columns, of fewer
+#: than 8,192, and of more.
+_TILES: Final = (Tile(4, 256, 1), Tile(4, 1024, 4), Tile(4, 1024, 4))
+_PACKED_TILES: Final = (Tile(2, 128, 1), Tile(2, 512, 4), Tile(4, 256, 2))
 
 
 class _Input(NamedTuple):
@@ -216,10 +217,10 @@ def _launch_product(
     residual: Tensor | None,
     out: Tensor,
 ) -> None:
-    tile = _TILES[columns >= _LONG]
+    tile = _TILES[(columns >= 4096) + (columns >= 8192)]
     step = _fit_rows(tile.rows, rows)
     ends, total = _bound(rows)
-    kernels.product_kernel[(triton.cdiv(total, step),)](
+    products.product_kernel[(triton.cdiv(total, step),)](
         given.x, *_three(matrices), out if up is None else up, given.shares,
         out if bias is None else bias, out if residual is None else residual, out, *ends, total,
         stride, 0 if up is None else up.shape[1], COLUMNS=columns,
@@ -232,17 +233,17 @@ def _launch_packed(
     weights: DecodingWeights, given: _Input, residual: Tensor | None, out: Tensor
 ) -> None:
     group = weights.group
-    tile = _PACKED_TILES[group.columns >= _LONG]
+    tile = _PACKED_TILES[(group.columns >= 4096) + (group.columns >= 8192)]
     step = _fit_rows(tile.rows, group.rows)
     ends, total = _bound(group.rows)
     packed = [weight.view(-1).view(torch.int32) for weight in group.weights]
-    kernels.packed_product_kernel[(triton.cdiv(total, step),)](
+    products.packed_product_kernel[(triton.cdiv(total, step),)](
         given.x, *_three(packed), *_three(group.scales),
         out if weights.up is None else weights.up, given.shares,
         out if group.bias is None else group.bias, out if residual is None else residual, out,
         *ends, total, weights.rank, COLUMNS=group.columns,
         BLOCK=min(tile.block, triton.next_power_of_2(group.columns // 8)), ROWS=step,
-        BLOCKSIZE=group.blocksize, UNPACK=write_unpacking(group.quant_type),
+        BLOCKSIZE=group.blocksize, UNPACK=products.write_unpacking(group.quant_type),
         **_shared(weights.up, group.bias, given, residual), num_warps=tile.warps,
         **_early(out.device),
     )  # fmt: skip
@@ -284,50 +285,3 @@ def _early(device: torch.device) -> dict[str, bool]:
     """Whether kernels begin before the one before them has ended."""
     can = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     return {"EARLY": can, "launch_pdl": can} if can else {"EARLY": False}
-
-
-@cache
-def write_unpacking(quant_type: str) -> str:
-    """PTX that turns the eight weights of an int32 into float32, by their order in a row.
-
-    The 16 values stand in float16, four to a register, upper bytes and lower ones apart: PRMT
-    picks four bytes of two registers by the nibbles of a third. What is packed first stands in
-    the upper half of a byte.
-    """
-    from bitsandbytes.functional import get_4bit_type
-
-    values = get_4bit_type(quant_type, device="cpu").to(torch.float16).view(torch.int16).tolist()
-
-    def write_registers(shift: int) -> list[str]:
-        found = [(value >> shift) & 255 for value in values]
-        return [
-            f"0x{int.from_bytes(bytes(found[i : i + 4]), 'little'):08X}" for i in range(0, 16, 4)
-        ]
-
-    high, low = write_registers(8), write_registers(0)
-    lines = [
-        ".reg .b32 m, s, k, a, b, h, l, p;",
-        ".reg .b16 u, v;",
-        "and.b32 m, $8, 0x77777777;",
-        "shr.u32 s, $8, 3;",
-        "and.b32 s, s, 0x11111111;",
-    ]
-    for half in (0, 4):
-        if half:
-            lines += ["shr.u32 m, m, 16;", "shr.u32 s, s, 16;"]
-        # All ones in the bytes whose value is of the table's second half.
-        lines.append("prmt.b32 k, 0x0000FF00, 0, s;")
-        for target, table in (("h", high), ("l", low)):
-            lines += [
-                f"prmt.b32 a, {table[0]}, {table[1]}, m;",
-                f"prmt.b32 b, {table[2]}, {table[3]}, m;",
-                f"lop3.b32 {target}, a, b, k, 0xD8;",
-            ]
-        for first, order in ((half, "0x4051"), (half + 2, "0x6273")):
-            lines += [
-                f"prmt.b32 p, l, h, {order};",
-                "mov.b32 {u, v}, p;",
-                f"cvt.f32.f16 ${first}, u;",
-                f"cvt.f32.f16 ${first + 1}, v;",
-            ]
-    return "{\n" + "\n".join(lines) + "\n}"

@@ -1,8 +1,8 @@
-"""Triton kernels of a step for one answer, where every kernel's start counts.
+"""Triton kernels of a step for one answer: what makes the inputs of its products.
 
-A step reads each weight once and computes little. A layer is nine kernels: those that make a
-product's input also multiply their share of it with the LoRA A matrices, and leave the shares to
-the product, which adds ``up @ low``, biases and the residual before anything is rounded.
+A step reads each weight once and computes little, so every kernel's start counts. A layer is nine:
+those here also multiply their share of an input with the LoRA A matrices, and leave the shares to
+the product (:mod:`decoding_row_products`).
 
 Imported only where Triton runs.
 """
@@ -17,20 +17,20 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = [
+    "RANKS",
     "attention_kernel",
     "combine_kernel",
+    "enter",
     "gate_kernel",
     "norm_kernel",
-    "packed_product_kernel",
-    "product_kernel",
 ]
 
 #: Ranks of the adapters that are taken at once.
-_RANKS = tl.constexpr(32)
+RANKS = tl.constexpr(32)
 
 
 @triton.jit
-def _begin(EARLY: tl.constexpr):
+def enter(EARLY: tl.constexpr):
     """Let the next kernel start its reading of weights, and wait for the one before."""
     if EARLY:
         gdc_launch_dependents()
@@ -49,42 +49,11 @@ def _place(column, size, EIGHTS: tl.constexpr):
 def _store_shares(x, down, shares, size, column, inside, rank, RANK: tl.constexpr):
     """This program's share of ``down @ x``."""
     program = tl.program_id(0)
-    for start in tl.static_range(0, RANK, _RANKS):
-        r = start + tl.arange(0, _RANKS)
+    for start in tl.static_range(0, RANK, RANKS):
+        r = start + tl.arange(0, RANKS)
         here = (r < rank)[:, None] & inside[None, :]
         part = tl.load(down + r[:, None] * size + column[None, :], here, 0.0).to(tl.float32)
         tl.store(shares + program * rank + r, tl.sum(part * x[None, :], 1), r < rank)
-
-
-@triton.jit
-def _add_update(total, up, shares, at, rows, rank, SHARES: tl.constexpr, RANK: tl.constexpr,
-                COUNT: tl.constexpr):  # fmt: skip
-    """``total + up @ low`` of the shares of ``low``."""
-    share = tl.arange(0, SHARES)
-    for start in tl.static_range(0, RANK, _RANKS):
-        r = start + tl.arange(0, _RANKS)
-        here = (share < COUNT)[:, None] & (r < rank)[None, :]
-        low = tl.sum(tl.load(shares + share[:, None] * rank + r[None, :], here, 0.0), 0)
-        inside = (at < rows)[:, None] & (r < rank)[None, :]
-        part = tl.load(up + at[:, None] * rank + r[None, :], inside, 0.0).to(tl.float32)
-        total += tl.sum(part * low[None, :], 1)
-    return total
-
-
-@triton.jit
-def _finish(total, bias, hidden, out, at, rows, HAS_BIAS: tl.constexpr, ADDS: tl.constexpr):
-    """Round a product once and store it, or add it to the residual."""
-    inside = at < rows
-    kind = out.dtype.element_ty
-    if HAS_BIAS:
-        total += tl.load(bias + at, inside, 0.0).to(tl.float32)
-    value = total.to(kind)
-    if ADDS:
-        before = tl.load(hidden + at, inside, 0.0)
-        value = (before.to(tl.float32) + value.to(tl.float32)).to(kind)
-        tl.store(hidden + at, value, inside)
-    else:
-        tl.store(out + at, value, inside)
 
 
 @triton.jit
@@ -104,7 +73,7 @@ def norm_kernel(
     EARLY: tl.constexpr,
 ):
     """``BLOCK`` columns of a normalized row; each program reads all of it."""
-    _begin(EARLY)
+    enter(EARLY)
     kind = out.dtype.element_ty
     everything = tl.arange(0, WHOLE)
     row = tl.load(hidden + everything, everything < size, 0.0).to(tl.float32)
@@ -133,7 +102,7 @@ def gate_kernel(
     EARLY: tl.constexpr,
 ):
     """``BLOCK`` columns of ``silu(gate) * up``."""
-    _begin(EARLY)
+    enter(EARLY)
     kind = out.dtype.element_ty
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
@@ -189,7 +158,7 @@ def attention_kernel(
     Heads are normalized and rotated here. The first share also has the new token, whose key and
     value it puts into the cache; no program reads them there in this step.
     """
-    _begin(EARLY)
+    enter(EARLY)
     group, split = tl.program_id(0), tl.program_id(1)
     groups = tl.num_programs(0)
     kind = keys.dtype.element_ty
@@ -269,7 +238,7 @@ def combine_kernel(
     EARLY: tl.constexpr,
 ):
     """The shares of one query head, each scaled to the largest score."""
-    _begin(EARLY)
+    enter(EARLY)
     head = tl.program_id(0)
     split, lane = tl.arange(0, SPLITS), tl.arange(0, WIDE)
     place = (head // SHARED * SPLITS + split) * SHARED + head % SHARED
@@ -282,135 +251,3 @@ def combine_kernel(
     column = head * SIZE + lane
     tl.store(out + _place(column, size, EIGHTS), x, inside)
     _store_shares(x.to(tl.float32), down, shares, size, column, inside, rank, RANK)
-
-
-@triton.jit
-def _choose(row, w0, w1, w2, rows0, rows1):
-    """The projection that a row belongs to, of up to three that follow each other."""
-    if row < rows0:
-        weight, local = w0, row
-    elif row < rows1:
-        weight, local = w1, row - rows0
-    else:
-        weight, local = w2, row - rows1
-    return weight, local.to(tl.int64)
-
-
-@triton.jit
-def product_kernel(
-    x,
-    w0,
-    w1,
-    w2,
-    up,
-    shares,
-    bias,
-    hidden,
-    out,
-    rows0,
-    rows1,
-    rows,
-    stride,
-    rank,
-    COLUMNS: tl.constexpr,
-    COUNT: tl.constexpr,
-    SHARES: tl.constexpr,
-    RANK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ADDS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    """``ROWS`` outputs of a product with weights as they are."""
-    row = tl.program_id(0) * ROWS
-    weight, local = _choose(row, w0, w1, w2, rows0, rows1)
-    lane = tl.arange(0, ROWS)
-    at = row + lane
-    column = tl.arange(0, BLOCK)
-    base = weight + (local + lane)[:, None] * stride + column[None, :]
-    here = (at < rows)[:, None]
-    # No kernel writes weights: the first of them are on their way before the input is there.
-    part = tl.load(base, here & (column < COLUMNS)[None, :], 0.0)
-    _begin(EARLY)
-    some = tl.load(x + column, column < COLUMNS, 0.0).to(tl.float32)
-    total = part.to(tl.float32) * some[None, :]
-    for start in tl.static_range(BLOCK, COLUMNS, BLOCK):
-        if start + BLOCK <= COLUMNS:
-            part = tl.load(base + start, here, 0.0)
-            some = tl.load(x + start + column).to(tl.float32)
-        else:
-            part = tl.load(base + start, here & (start + column < COLUMNS)[None, :], 0.0)
-            some = tl.load(x + start + column, start + column < COLUMNS, 0.0).to(tl.float32)
-        total += part.to(tl.float32) * some[None, :]
-    result = _add_update(tl.sum(total, 1), up, shares, at, rows, rank, SHARES, RANK, COUNT)
-    _finish(result, bias, hidden, out, at, rows, HAS_BIAS, ADDS)
-
-
-@triton.jit
-def packed_product_kernel(
-    x,
-    w0,
-    w1,
-    w2,
-    s0,
-    s1,
-    s2,
-    up,
-    shares,
-    bias,
-    hidden,
-    out,
-    rows0,
-    rows1,
-    rows,
-    rank,
-    COLUMNS: tl.constexpr,
-    COUNT: tl.constexpr,
-    SHARES: tl.constexpr,
-    RANK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ADDS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKSIZE: tl.constexpr,
-    UNPACK: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    """The same with 4-bit weights, eight to an int32 and an input that lies accordingly."""
-    row = tl.program_id(0) * ROWS
-    weight, local = _choose(row, w0, w1, w2, rows0, rows1)
-    scales, _ = _choose(row, s0, s1, s2, rows0, rows1)
-    eighths: tl.constexpr = COLUMNS // 8
-    lane = tl.arange(0, ROWS)
-    at = row + lane
-    column = tl.arange(0, BLOCK)
-    base = weight + (local + lane)[:, None] * eighths
-    ratio: tl.constexpr = BLOCKSIZE // 8
-    scales += (local + lane)[:, None] * (COLUMNS // BLOCKSIZE)
-    here = (at < rows)[:, None]
-    packed = tl.load(base + column[None, :], here & (column < eighths)[None, :], 0)
-    scale = tl.load(scales + column[None, :] // ratio, here & (column < eighths)[None, :], 0.0)
-    _begin(EARLY)
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in tl.static_range(0, eighths, BLOCK):
-        place = start + column
-        inside = place < eighths
-        if start > 0:
-            packed = tl.load(base + place[None, :], here & inside[None, :], 0)
-            scale = tl.load(scales + place[None, :] // ratio, here & inside[None, :], 0.0)
-        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-            UNPACK, "=f,=f,=f,=f,=f,=f,=f,=f,r", [packed],
-            dtype=(tl.float32,) * 8, is_pure=True, pack=1,
-        )  # fmt: skip
-        part = a * tl.load(x + place, inside, 0.0).to(tl.float32)[None, :]
-        part += b * tl.load(x + eighths + place, inside, 0.0).to(tl.float32)[None, :]
-        part += c * tl.load(x + 2 * eighths + place, inside, 0.0).to(tl.float32)[None, :]
-        part += d * tl.load(x + 3 * eighths + place, inside, 0.0).to(tl.float32)[None, :]
-        part += e * tl.load(x + 4 * eighths + place, inside, 0.0).to(tl.float32)[None, :]
-        part += f * tl.load(x + 5 * eighths + place, inside, 0.0).to(tl.float32)[None, :]
-        part += g * tl.load(x + 6 * eighths + place, inside, 0.0).to(tl.float32)[None, :]
-        part += h * tl.load(x + 7 * eighths + place, inside, 0.0).to(tl.float32)[None, :]
-        total += part * scale
-    result = _add_update(tl.sum(total, 1), up, shares, at, rows, rank, SHARES, RANK, COUNT)
-    _finish(result, bias, hidden, out, at, rows, HAS_BIAS, ADDS)

@@ -18,6 +18,9 @@ __all__ = ["DecodingWeights", "measure_cached_bytes"]
 
 _linear = torch.nn.functional.linear
 
+#: From here on a copy of the weights is less than a product in float32.
+_MANY_ROWS = 128
+
 
 def measure_cached_bytes(group: GroupReader, dtype: torch.dtype) -> int:
     """Bytes of a group's matrix with its adapters beside it."""
@@ -120,7 +123,7 @@ class DecodingWeights:
         if low is None or self.up is None:
             return _linear(x, weight, bias)
         if x.device.type == "cuda" and x.dtype != torch.float32:
-            return self._add_wide(x, low, weight, span)
+            return self._add_once(x, low, weight, span)
         if x.shape[0] == 1:
             # A bias is added before the sum of a single row is rounded; addmm's kernel rounds.
             update = _linear(low, self.up[span])
@@ -129,13 +132,17 @@ class DecodingWeights:
             out = (low @ self.up[span].T).addmm_(x, weight.T)
         return out if bias is None else out.add_(bias)
 
-    def _add_wide(self, x: Tensor, low: Tensor, weight: Tensor, span: slice) -> Tensor:
+    def _add_once(self, x: Tensor, low: Tensor, weight: Tensor, span: slice) -> Tensor:
         """A GPU's kernels that add a product to what is there round the product before."""
         assert self.up is not None
+        bias = None if self.group.bias is None else self.group.bias[span]
+        if x.shape[0] >= _MANY_ROWS:
+            wide = torch.cat((weight, self.up[span]), dim=1)
+            return _linear(torch.cat((x, low), dim=1), wide, bias)
         out = torch.mm(x, weight.T, out_dtype=torch.float32)
         out += low @ self.up[span].T
-        if self.group.bias is not None:
-            out += self.group.bias[span]
+        if bias is not None:
+            out += bias
         return out.to(x.dtype)
 
     def _dequantize(self) -> Tensor:
