@@ -15,11 +15,15 @@ _WINDOW = 500
 
 
 def measure_quality(
-    model: Path | None, types: list[str], text_file: Path | None, count: int
+    model: Path | None,
+    types: list[str],
+    text_file: Path | None,
+    count: int,
+    imatrix: Path | None = None,
 ) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="qlora_kit-bench-") as scratch:
         checkpoint = _find_checkpoint(model, Path(scratch))
-        return _measure(checkpoint, types, text_file, count, Path(scratch))
+        return _measure(checkpoint, types, text_file, count, Path(scratch), imatrix)
 
 
 def _find_checkpoint(model: Path | None, scratch: Path) -> Path:
@@ -35,7 +39,12 @@ def _find_checkpoint(model: Path | None, scratch: Path) -> Path:
 
 
 def _measure(
-    checkpoint: Path, types: list[str], text_file: Path | None, count: int, scratch: Path
+    checkpoint: Path,
+    types: list[str],
+    text_file: Path | None,
+    count: int,
+    scratch: Path,
+    imatrix: Path | None,
 ) -> dict[str, Any]:
     import numpy as np
     import torch
@@ -43,6 +52,7 @@ def _measure(
 
     from gguf_llamacpp import Llama, kl_divergence
     from qlora_kit.exporters.gguf.conversion.file_writer import convert
+    from qlora_kit.exporters.gguf.quantization.importance import read_importance
     from qlora_kit.weights.source import SafetensorsSource
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -78,7 +88,10 @@ def _measure(
     for name in types:
         print(f"... {name}", file=sys.stderr, flush=True)
         with SafetensorsSource(checkpoint) as source:
-            done = convert(source, config, tokenizer, scratch, quantization=name)
+            done = convert(
+                source, config, tokenizer, scratch, quantization=name,
+                importance=None if imatrix is None else read_importance(imatrix),
+            )  # fmt: skip
         path = done.files[name]
         numbers = sum(math.prod(tensor.shape) for tensor in done.plan.tensors)
         with Llama(path, n_ctx=_WINDOW + 8) as llama:
@@ -101,7 +114,8 @@ def _measure(
         path.unlink()
     text = text_file.name if text_file else "the answers of examples/field_guide.json"
     return {
-        "subject": f"{_name(checkpoint)}, {total} tokens of {text} in windows of {_WINDOW}.",
+        "subject": f"{_name(checkpoint)}, {total} tokens of {text} in windows of {_WINDOW}, "
+        + ("unguided." if imatrix is None else f"with the importance matrix {imatrix.name}."),
         "tokens": total,
         "rows": rows,
     }

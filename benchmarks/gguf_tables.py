@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="checkpoint folder or .gguf, for quality")
     parser.add_argument("--text", type=Path, help="text, for quality")
     parser.add_argument("--tokens", type=int, default=500)
+    parser.add_argument("--imatrix", type=Path, help="importance matrix, for quality")
     asked = parser.parse_args()
     report: dict[str, Any] = {"machine": describe_machine()}
     started = time.perf_counter()
@@ -120,7 +121,7 @@ def main() -> None:
         from gguf_quality import measure_quality
 
         report["quality"] = measure_quality(
-            asked.model, asked.types or QUALITY_TYPES, asked.text, asked.tokens
+            asked.model, asked.types or QUALITY_TYPES, asked.text, asked.tokens, asked.imatrix
         )
         save()
     print(render(report))
