@@ -14,6 +14,7 @@ from gguf_llamacpp import Llama, kl_divergence
 from qlora_kit import export_model
 from qlora_kit.errors import ConfigError
 from qlora_kit.exporters.gguf.conversion.file_writer import convert
+from qlora_kit.exporters.gguf.conversion.origin import read_origin
 from qlora_kit.weights.source import SafetensorsSource
 
 torch = pytest.importorskip("torch")
@@ -49,7 +50,7 @@ def test_with_merged_16bit_the_model_is_merged_once(four_bit, base, merges, tmp_
     with SafetensorsSource(folder) as source:
         again = convert(
             source, config, model.tokenizer, tmp_path, quantization=types, name="base",
-            stop_token_ids=model.base.stop_token_ids,
+            stop_token_ids=model.base.stop_token_ids, origin=read_origin(model),
         )  # fmt: skip
     for name in types:
         file = results["gguf"].facts["files"][name]
