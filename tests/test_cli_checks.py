@@ -199,7 +199,7 @@ def test_lists_are_given_by_comma(checked):
         (["train", "M", "D", "--lora-droput", "1"], "no --lora-droput. Did you mean '--lora-drop"),
         (["train", "M", "D", "--max-step=3"], "no --max-step. Did you mean '--max-steps'"),
         (["train", "M", "D", "--adam-beta1", "1"], "give it as --set adam_beta1=VALUE"),
-        (["generate", "M", "Hi", "--overwrite"], "It is a flag of train, export."),
+        (["exporters", "--overwrite"], "It is a flag of train, "),
         (["export", "M", "lora", "x", "--quantisation", "q8_0"], "no --quantisation. See --help"),
         (["export", "M", "lora", "x", "y"], "what is y?"),
         (["trian", "M", "D"], "Did you mean 'train'?"),
@@ -354,6 +354,8 @@ def test_every_setting_that_messages_name_exists():
         "train_sft": names(qlora_kit.train_sft) | {f.name for f in dataclasses.fields(SFTConfig)},
         "generate_stream": names(qlora_kit.generate_stream) | set(vars(GenerationConfig())),
         "export_model": names(qlora_kit.export_model) | options,
+        "evaluate": names(qlora_kit.evaluate),
+        "plan_training": names(qlora_kit.plan_training),
     }
     found = []
     for path in Path(qlora_kit.__file__).parent.rglob("*.py"):

@@ -124,9 +124,9 @@ def evaluate(
     scorers = _read_metrics(metrics, regex)
     for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if not is_whole_number(value, at_least=1):
-            raise invalid_value(name, "must be a whole number of at least 1", value)
+            raise invalid_value(name, "must be a whole number of at least 1", value, "evaluate")
     if limit is not None and not is_whole_number(limit, at_least=1):
-        raise invalid_value("limit", "must be a whole number of at least 1", limit)
+        raise invalid_value("limit", "must be a whole number of at least 1", limit, "evaluate")
     loaded = _load_rows(model, rows, formatter)
     chosen = loaded if limit is None else loaded[:limit]
     encoded = chosen.formatter.encode(chosen, max_length=model.max_seq_length, truncation="end")

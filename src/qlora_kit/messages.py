@@ -33,6 +33,8 @@ Owner = Literal[
     "train_sft",
     "generate_stream",
     "export_model",
+    "evaluate",
+    "plan_training",
 ]
 
 

@@ -68,7 +68,9 @@ def plan_training(
             read_recipe(pipeline) if isinstance(pipeline, str | os.PathLike) else pipeline
         )
     if row_tokens is not None and not is_whole_number(row_tokens, at_least=1):
-        raise invalid_value("row_tokens", "must be a whole number of at least 1", row_tokens)
+        raise invalid_value(
+            "row_tokens", "must be a whole number of at least 1", row_tokens, "plan_training"
+        )
     checked = _check(pipeline)
     device = measure_machine() if card is None else find_card(card)
     opened = open_configuration(pipeline)
