@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -353,7 +354,9 @@ def _check_updates(request: ExportRequest, file: GgufFile) -> Check:
         got = (written_b @ written_a) * (alpha / rank)
         size = float(np.linalg.norm(wanted))
         error = float(np.linalg.norm(got - wanted)) / (size or 1.0)
-        if not error <= worst:
+        # A NaN compares false with everything, also with what comes after it.
+        error = math.inf if math.isnan(error) else error
+        if error > worst:
             worst, worst_name = error, factors.name
     if names != set(file.tensors):
         return Check("updates", False, f"Unknown tensors: {sorted(set(file.tensors) - names)[:3]}.")

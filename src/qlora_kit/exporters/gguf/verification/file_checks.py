@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -80,8 +81,9 @@ def check_files(
         for recipe, file in sound:
             allowed = TENSOR_TOLERANCES[plan.types[recipe.name][planned.name]]
             share = _relative_error(file, planned.name, *truth) / allowed
-            # Written so that a NaN, which compares false, counts as worst.
-            if not share <= worst[recipe.name][0]:
+            # A NaN compares false with everything, also with what comes after it.
+            share = math.inf if math.isnan(share) else share
+            if share > worst[recipe.name][0]:
                 worst[recipe.name] = (share, planned.name)
     checks = []
     for recipe, file in opened:
