@@ -82,6 +82,10 @@ def test_an_occupied_destination_is_refused_before_training(make, tmp_path):
     (tmp_path / "run" / "lora" / "old").touch()
     with pytest.raises(DestinationExistsError):
         check_pipeline(make(exports=["lora"]))
+    # What no export put there is not replaced either.
+    with pytest.raises(DestinationExistsError, match="what no export put there: old"):
+        check_pipeline(make(exports=["lora"], overwrite=True))
+    (tmp_path / "run" / "lora" / "old").unlink()
     check_pipeline(make(exports=["lora"], overwrite=True))
 
 

@@ -167,11 +167,10 @@ class ExportJob:
             facts = dict(self._call("write", Mapping, self.request, folder))
             verification = Verification("none")
             if self.request.verify:
-                verification = mention_idle_adapter(
-                    self.request.model,
-                    self._call("verify", Verification, self.request, folder),
-                )
+                verification = self._call("verify", Verification, self.request, folder)
             with self._explained_errors("could not be finished"):
+                if self.request.verify:
+                    verification = mention_idle_adapter(self.request.model, verification)
                 _raise_for_mismatch(self.name, verification)
                 facts |= verification.facts
                 files = [
