@@ -329,6 +329,7 @@ def test_they_keep_the_contract_of_exporters(exporter, options):
     assert len(testing.check_exporter(exporter, options=options)) > 10
 
 
+@pytest.mark.slow  # two minutes; test_gguf_convert.py has the untrained one
 def test_a_trained_smollm2_answers_as_trained_in_llama_cpp(smollm2_folder, tmp_path):
     """Two answers learned by the adapter alone, then asked of every file as Ollama would ask."""
     model = qlora_kit.load_quantized(smollm2_folder, 128, "float32", load_in_4bit=False)

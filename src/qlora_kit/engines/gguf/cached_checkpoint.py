@@ -169,6 +169,11 @@ def _check_architecture(reader: GGUFReader, path: Path) -> None:
             f"from GGUF (checked: {', '.join(_READ_CORRECTLY)}). Start from the model's "
             "safetensors checkpoint."
         )
+    if architecture == "llama" and read_value(reader, "llama.expert_count", 0):
+        raise UnsupportedModelError(
+            f"{path} holds a model with experts (Mixtral), which transformers reads as a plain "
+            "Llama from GGUF. Start from the model's safetensors checkpoint."
+        )
     tensors = {tensor.name for tensor in reader.tensors}
     scaled = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
     if scaled & tensors or read_value(reader, f"{architecture}.rope.scaling.type"):
