@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from qlora_kit import attach_lora, export_model, load_quantized
 from qlora_kit.errors import UnsupportedModelError
 from qlora_kit.weights.fingerprint import fingerprint_weights
+from qlora_kit.weights.merge_base import find_changed_file
 
 WEIGHTS = "model.safetensors"
 NORM = "model.layers.0.input_layernorm.weight"
@@ -108,7 +109,8 @@ def test_a_base_that_changed_since_it_was_loaded_is_noticed(
         base = tmp_path / "nf4"
     model = attach_lora(_load(base), r=2)
     # Touched, with the same content.
-    os.utime(base / WEIGHTS, ns=(1, 1))
+    for name in (WEIGHTS, "config.json"):
+        os.utime(base / name, ns=(1, 1))
     export_model(model, "merged_16bit", tmp_path / "touched", verify=False)
     assert "changed since" not in caplog.text
     name = next(n for n in load_file(base / WEIGHTS) if n.endswith("norm.weight"))
@@ -118,6 +120,15 @@ def test_a_base_that_changed_since_it_was_loaded_is_noticed(
             export_model(model, name, tmp_path / name, verify=False)
     export_model(model, "lora", tmp_path / "lora", verify=False)
     assert "the base there is not the one in memory" in caplog.text
+
+
+def test_a_configuration_that_changed_is_noticed_and_a_touched_one_is_not(base):
+    model = attach_lora(_load(base), r=2)
+    os.utime(base / "config.json", ns=(1, 1))
+    assert find_changed_file(model) is None
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "rope_theta": 1.0}))
+    assert find_changed_file(model) == "config.json"
 
 
 def test_an_adapter_on_another_base_of_the_same_shape_is_told_of(base, tmp_path, caplog):

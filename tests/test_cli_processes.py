@@ -44,6 +44,15 @@ def test_counts_that_are_none_are_refused(asked, tiny_llama, rows, capsys):
     assert "--nproc takes a number of processes, or auto" in capsys.readouterr().err
 
 
+def test_more_processes_than_the_machine_can_run_are_refused(tiny_llama, rows, monkeypatch, capsys):
+    import torch
+
+    for cards, said in ((0, "this machine has cores"), (4, "there are cards here: 4")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda cards=cards: cards)
+        assert main(["train", str(tiny_llama), str(rows), "--nproc", "1000000"]) == 1
+        assert said in capsys.readouterr().err
+
+
 def test_a_launcher_has_counted_already(tiny_llama, rows, monkeypatch, capsys):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)

@@ -54,7 +54,7 @@ class BaseInfo:
         source: ``"checkpoint"`` or ``"gguf"`` (then ``path`` is the dequantized cache).
         stop_token_ids: Every token that ends an answer of the base, the end-of-text token first.
         fingerprint: Of its weights' content, or ``None`` where the engine does not tell.
-        stamps: Size and time of change of its files as they were read, by name.
+        stamps: What tells whether its files changed since they were read, by name.
     """
 
     name_or_path: str

@@ -1,6 +1,6 @@
 """Whether the installed libraries are ones that this library was run with.
 
-The ranges stand in the package's own metadata, and both of their ends are what the tests ran on.
+The ranges stand in the package's own metadata; ``pyproject.toml`` says what ran on their ends.
 ``pip`` keeps to them; environments that were put together otherwise are told of it here.
 """
 

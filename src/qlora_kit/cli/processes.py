@@ -46,6 +46,7 @@ def count_processes(asked: str) -> int:
             "A launcher has started this process already, as one of several. Leave out --nproc."
         )
     cards = int(torch.cuda.device_count())
+    cores = os.cpu_count() or 1
     if asked == "auto":
         return max(1, cards)
     if not asked.isdecimal() or int(asked) < 1:
@@ -54,6 +55,11 @@ def count_processes(asked: str) -> int:
         raise ConfigError(
             f"--nproc {asked} asks for more processes than there are cards here: {cards}, one for "
             "each process."
+        )
+    if not cards and int(asked) > cores:
+        raise ConfigError(
+            f"--nproc {asked} asks for more processes than this machine has cores: {cores}, and it "
+            "has no card."
         )
     return int(asked)
 
@@ -81,8 +87,9 @@ def run_processes(count: int, arguments: Sequence[str]) -> int:
         arguments: The command's.
     """
     port = _choose_port()
-    processes = [_start(rank, count, port, arguments) for rank in range(count)]
+    processes: list[subprocess.Popen[bytes]] = []
     with _forwarding(processes):
+        processes.extend(_start(rank, count, port, arguments) for rank in range(count))
         failed = _wait(processes)
     return failed or processes[0].returncode
 

@@ -77,7 +77,7 @@ class OpenedCheckpoint:
         model_config: transformers' configuration of the model.
         tokenizer: Its tokenizer, with padding settled.
         fingerprint: Of its weights' content.
-        stamps: Size and time of change of its files, from before they were read.
+        stamps: What tells whether its files changed since they were read, by name.
     """
 
     folder: Path

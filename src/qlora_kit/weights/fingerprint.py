@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -54,10 +55,18 @@ def fingerprint_weights(folder: Path, *, is_quantized: bool) -> str:
 
 
 def stamp_files(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of change, in nanoseconds, of each weight file and of ``config.json``."""
-    files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
-    stats = {file.name: file.stat() for file in files if file.is_file()}
-    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+    """What tells whether files changed, by name.
+
+    Size and time of change, in nanoseconds, of each weight file; size and checksum of
+    ``config.json``, which costs nothing to read.
+    """
+    stats = {file.name: file.stat() for file in sorted(folder.glob("*.safetensors"))}
+    stamps = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+    config = folder / "config.json"
+    if config.is_file():
+        content = config.read_bytes()
+        stamps[config.name] = (len(content), zlib.crc32(content))
+    return stamps
 
 
 def _refuse_whole_numbers(source: SafetensorsSource, names: list[str]) -> None:
