@@ -86,7 +86,7 @@ def _prepare(options: argparse.Namespace) -> dict[str, Any]:
     }
     work.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    failure = _start(job, work / "prepare.log", timeout=600)
+    failure = start_worker(job, work / "prepare.log", timeout=600)
     if failure:
         raise SystemExit(f"The model could not be prepared: {failure}")
     facts: dict[str, Any] = json.loads((work / "prepared.json").read_text(encoding="utf-8"))
@@ -115,21 +115,21 @@ def _run(row: Row, facts: dict[str, Any], options: argparse.Namespace) -> dict[s
         "result": str(result_file.resolve()),
         "work": str((options.work or options.out).resolve()),
     }
-    failure = _start(job, options.out / f"{row.name}.log", timeout=options.timeout)
+    failure = start_worker(job, options.out / f"{row.name}.log", timeout=options.timeout)
     if failure or not result_file.is_file():
         return {"row": row.name, "error": failure or "no result"}
     result: dict[str, Any] = json.loads(result_file.read_text(encoding="utf-8"))
     return {"row": row.name, **result}
 
 
-def _start(job: dict[str, Any], log: Path, timeout: int) -> str | None:
+def start_worker(job: dict[str, Any], log: Path, timeout: int, script: Path = HERE) -> str | None:
     """Run a worker; the last line of its log when it fails."""
     job_file = log.with_suffix(".job.json")
     job_file.write_text(json.dumps(job), encoding="utf-8")
     with log.open("w", encoding="utf-8") as stream:
         try:
             code = subprocess.run(
-                [sys.executable, str(HERE), "--worker", str(job_file)],
+                [sys.executable, str(script), "--worker", str(job_file)],
                 stdout=stream, stderr=subprocess.STDOUT, timeout=timeout, check=False,
                 env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
             ).returncode  # fmt: skip

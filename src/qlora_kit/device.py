@@ -133,14 +133,19 @@ def get_device_name(device: torch.device) -> str:
 
 
 def measure_free_bytes(device: torch.device) -> int:
-    """Bytes that can be allocated on a device now: free ones, and those torch holds idle."""
+    """Bytes that can be allocated on a device now: free ones, and those torch holds idle.
+
+    A share that ``torch.cuda.set_per_process_memory_fraction`` set is all there is.
+    """
     import psutil
     import torch
 
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(free + idle)
+        free, total = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device)
+        share = torch.cuda.get_per_process_memory_fraction(device)
+        free = min(free, int(share * total) - reserved)
+        return max(0, int(free + reserved - torch.cuda.memory_allocated(device)))
     return int(psutil.virtual_memory().available)
 
 
