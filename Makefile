@@ -27,7 +27,7 @@ RELEASE_STEPS ?= 60
 CAPPED = torch transformers trl peft bitsandbytes
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-full test-lowest test-newest test-beyond coverage lint plugin docs release-check clean
+.PHONY: help env quickstart test test-full test-gpu test-lowest test-newest test-beyond coverage lint plugin docs release-check clean
 
 help:
 	@echo "make env         a virtual environment in $(VENV), versions from constraints.txt"
@@ -35,6 +35,7 @@ help:
 	@echo "make lint        style, types and layers"
 	@echo "make test        lint and the tests"
 	@echo "make test-full   the same and the slow tests"
+	@echo "make test-gpu    the tests that a CUDA device changes, on one; what is skipped says why"
 	@echo "make test-lowest, test-newest"
 	@echo "                 the tests on the lowest and the newest versions that pyproject.toml allows;"
 	@echo "                 TESTS=tests/test_x.py runs a part"
@@ -70,6 +71,14 @@ test: lint
 
 test-full: lint
 	$(BIN)/python -m pytest $(PARALLEL) $(SLOWEST) -m "slow or not slow"
+
+# What a CUDA device changes. Many processes share the card: most of a test is Python.
+GPU_TESTS ?= tests/engines tests/data tests/weights tests/training tests/verification \
+  $(foreach stage,adapters evaluation export generation loading loading_adapters pipeline ranks training,tests/test_$(stage).py)
+test-gpu: env
+	$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA device")'
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 12 --dist loadfile \
+	  $(SLOWEST) -rs $(GPU_TESTS)
 
 # Environments of their own, without unsloth, which allows fewer versions, and without constraints.
 test-lowest: RESOLVE = --resolution lowest-direct

@@ -14,7 +14,7 @@ from adapter_folders import (
     make_peft,
 )
 from checkpoints import make_checkpoint
-from forward import logits_of
+from forward import are_same, logits_of
 from qlora_kit import attach_lora, export_model, generate_stream, load_quantized, train_sft
 from qlora_kit.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
 
@@ -140,7 +140,7 @@ def test_a_resized_vocabulary_goes_in_and_out(resized, tiny_llama, tmp_path, loa
     expected = logits_of(load_plain_adapter(tiny_llama, resized, ROWS))
     model = load_quantized(resized, 64, "float32", load_in_4bit)
     if not load_in_4bit:
-        assert torch.equal(logits_of(model.model), expected)
+        assert are_same(logits_of(model.model), expected)
     export_model(model, "lora", tmp_path / "lora", verify="full")
     again = load_plain_adapter(tiny_llama, tmp_path / "lora", ROWS)
     assert torch.equal(logits_of(again), expected)
@@ -160,11 +160,9 @@ def test_a_resized_vocabulary_goes_in_and_out(resized, tiny_llama, tmp_path, loa
     ids=["saved", "adapted"],
 )
 def test_trained_embeddings_of_a_resized_vocabulary_come_back(tiny_llama, tmp_path, options):
-    import torch
-
     model = make_peft(tiny_llama, rows=448, **options)
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
-    assert torch.equal(logits_of(load(tmp_path / "adapter").model), logits_of(model))
+    assert are_same(logits_of(load(tmp_path / "adapter").model), logits_of(model))
 
 
 def test_a_vocabulary_without_its_rows_is_refused(tiny_llama, tmp_path):

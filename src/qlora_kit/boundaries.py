@@ -7,7 +7,9 @@ what it tells its user. The cause stays chained, and a bug of this library stays
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
+import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
@@ -123,5 +125,15 @@ def _is_library(file: str) -> bool:
     # Compiled modules name the file that they were built from.
     if file.endswith((".pyx", ".pxi", ".pxd")):
         return True
-    path = str(Path(file).resolve())
-    return path.startswith(_LIBRARIES) or "site-packages" in path
+    path = Path(file).resolve()
+    return (
+        str(path).startswith(_LIBRARIES)
+        or "site-packages" in str(path)
+        or any(_holds_installed(folder) for folder in path.parents)
+    )
+
+
+@functools.cache
+def _holds_installed(folder: Path) -> bool:
+    """Whether packages were installed into a folder (``pip install --target``, for one)."""
+    return str(folder) in sys.path and any(folder.glob("*.dist-info"))

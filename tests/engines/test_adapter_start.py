@@ -41,7 +41,7 @@ def test_a_checkpoint_comes_back_exactly(tiny_llama, tmp_path, alpaca_rows, star
             right = base_weight(model).float() + other.model.get_base_model().model.layers[
                 1
             ].mlp.down_proj.get_delta_weight("default")
-            assert torch.allclose(merged.load(NAME), right, atol=1e-6)
+            assert torch.allclose(merged.load(NAME).cpu(), right.cpu(), atol=1e-6)
     # And once more: a checkpoint of what came back, and the adapter on the base as it is on disk.
     train_sft(again, rows, output_dir=tmp_path / "more", max_steps=1, save_steps=1,
               save_strategy="steps", disable_tqdm=True)  # fmt: skip

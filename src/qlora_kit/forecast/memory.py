@@ -145,7 +145,7 @@ def forecast_memory(
     )
     tokens = max(min(plan.micro_batch_tokens, step.largest), step.longest)
     logits = min(plan.loss_chunk_tokens, tokens) * memory.loss_per_token
-    kept = memory.dequantized if plan.caches_weights else 2 * memory.largest_group
+    kept = memory.dequantized if plan.caches_weights else memory.on_the_fly
     return MemoryForecast(
         **common,
         activations=plan.predicted_bytes - logits - kept - memory.gradients,

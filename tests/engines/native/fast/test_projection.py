@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from qlora_kit.engines.native.fast.projection import dequantize, project
+from qlora_kit.engines.native.fast import projection
+from qlora_kit.engines.native.fast.projection import dequantize, fill_joined, join, project
 
 ROWS, COLUMNS, RANK = [48, 16, 16], 64, 4
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 @pytest.fixture
@@ -35,12 +37,22 @@ def _blocks(matrix):
     return parts
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_equals_float64_arithmetic(group, cached):
+@pytest.mark.parametrize("rounds", [False, True], ids=["added", "stacked"])
+@pytest.mark.parametrize("kept", ["packed", "cached", "joined"])
+def test_equals_float64_arithmetic(group, kept, rounds, monkeypatch):
+    """In both orders of adding: the second is what 16 bits on a GPU take."""
     packed, scales, dense, down, up, x, bias = group
-    weights = [dense] if cached else packed
+    weights, scales = (packed, scales) if kept == "packed" else ([dense], [])
+    if kept == "joined":
+        weights = [join(dense, len(down))]
+        fill_joined([(weights[0], down, up)])
+    monkeypatch.setattr(projection, "rounds_before_adding", lambda device, dtype: rounds)
+    if rounds:
+        # A sum in float32 is for CUDA alone; these products are as wide as that one's.
+        monkeypatch.setattr(torch, "mm", _in_float32(torch.mm))
+        monkeypatch.setattr(torch, "addmm", _in_float32(torch.addmm))
     leaves = [tensor.clone().requires_grad_() for tensor in (x, down, up)]
-    out = project(leaves[0], weights, [] if cached else scales, ROWS, 64, "nf4", bias, *leaves[1:])
+    out = project(leaves[0], weights, scales, ROWS, 64, "nf4", bias, *leaves[1:])
     probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
     (out * probe).sum().backward()
 
@@ -53,6 +65,10 @@ def test_equals_float64_arithmetic(group, cached):
         torch.testing.assert_close(leaf.grad.double(), reference.grad, rtol=1e-4, atol=1e-4)
     for part, reference in zip(_blocks(leaves[2].grad), _blocks(wide[2].grad), strict=True):
         torch.testing.assert_close(part.double(), reference, rtol=1e-4, atol=1e-4)
+
+
+def _in_float32(function):
+    return lambda *arguments, out_dtype: function(*(one.to(out_dtype) for one in arguments))
 
 
 def test_passes_gradcheck_in_float64(group):
@@ -89,20 +105,34 @@ def test_operators_are_registered_correctly(group):
     )
 
 
-def test_a_small_adapter_survives_bfloat16():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+@pytest.mark.parametrize("rows", [32, 96], ids=["narrow", "wide"])
+def test_a_small_adapter_survives_bfloat16(device, rows):
     """Added to a product that is rounded already, most of an update below half a step is lost."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(512, COLUMNS, generator=generator).bfloat16()
-    dense = torch.randn(sum(ROWS), COLUMNS, generator=generator).bfloat16()
-    down = torch.randn(RANK, COLUMNS, generator=generator).bfloat16()
-    up = (2e-4 * torch.randn(sum(ROWS), RANK, generator=generator)).bfloat16()
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).to(device, torch.bfloat16)
+
+    x, dense, down = draw(512, COLUMNS), draw(rows, COLUMNS), draw(RANK, COLUMNS)
+    up, grad = 2e-4 * draw(rows, RANK), draw(512, rows)
+    leaf = x.clone().requires_grad_()
+
+    def share_kept(out, large, update):
+        large, update = large.double(), update.double()
+        return float(((out.double() - large) * update).sum() / (update * update).sum())
+
     exact = x.double() @ dense.double().T
     update = (x.double() @ down.double().T) @ up.double().T
-
-    def share_kept(out):
-        return float(((out.double() - exact) * update).sum() / (update * update).sum())
-
-    assert 0.9 < share_kept(project(x, [dense], [], ROWS, 0, "", None, down, up)) < 1.1
+    exact_back = grad.double() @ dense.double()
+    update_back = (grad.double() @ up.double()) @ down.double()
+    joined = join(dense, RANK)
+    fill_joined([(joined, down, up)])
+    for weight in (dense, joined):
+        out = project(leaf, [weight], [], [rows], 0, "", None, down, up)
+        (back,) = torch.autograd.grad(out, leaf, grad)
+        assert 0.9 < share_kept(out, exact, update) < 1.1
+        assert 0.9 < share_kept(back, exact_back, update_back) < 1.1
     # What peft's layers compute, and this project did at first.
     twice_rounded = torch.nn.functional.linear(x, dense) + (x @ down.T) @ up.T
-    assert share_kept(twice_rounded) < 0.5
+    assert share_kept(twice_rounded, exact, update) < 0.5

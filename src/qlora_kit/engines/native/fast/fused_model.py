@@ -34,7 +34,12 @@ from qlora_kit.engines.native.fast.loss import (
 )
 from qlora_kit.engines.native.fast.peft_layers import GroupReader, read_group, read_norms
 from qlora_kit.engines.native.fast.plan import FastPlan, MemoryModel, ResolvedPlan
-from qlora_kit.engines.native.fast.projection import dequantize
+from qlora_kit.engines.native.fast.projection import (
+    dequantize,
+    fill_joined,
+    join,
+    rounds_before_adding,
+)
 from qlora_kit.engines.native.fast.rank_sum import RankSum
 
 __all__ = ["FusedModel"]
@@ -89,6 +94,8 @@ class FusedModel:
         self.is_quantized = any(group.scales for group in fused)
         self.rank_sum = self._make_rank_sum(model, fused)
         self._layers: list[LayerTensors] = []
+        # Cached weights that hold their adapters too, with those.
+        self._joined: list[tuple[Tensor, Tensor, Tensor]] = []
         self._plan: ResolvedPlan | None = None
         self._softmax_call = self._choose_softmax(asked)
 
@@ -127,6 +134,7 @@ class FusedModel:
     def apply(self, plan: ResolvedPlan) -> None:
         """Set up what a plan asks for."""
         self._plan = plan
+        self._joined = []
         self._layers = [
             LayerTensors(
                 *read_norms(layer),
@@ -145,7 +153,7 @@ class FusedModel:
             self._plan = plan
             return
         # Before others are made.
-        self._layers = []
+        self._layers, self._joined = [], []
         self.apply(plan)
 
     def memory_model(self) -> MemoryModel:
@@ -176,6 +184,8 @@ class FusedModel:
         for copies in self.adapter_copies:
             copies.refresh()
             copies.clear_gradients()
+        if self._joined:
+            fill_joined(self._joined)
 
     def end_micro_batch(self) -> None:
         """Gather a micro-batch's gradients."""
@@ -285,6 +295,7 @@ class FusedModel:
         if not isinstance(group, GroupReader):
             return Modules(group)
         weights, scales = group.weights, group.scales
+        down, up = self._copies_of.get(id(group), (None, None))
         if caches and scales:
             weights = [
                 dequantize(
@@ -293,7 +304,13 @@ class FusedModel:
                 )
             ]  # fmt: skip
             scales = []
-        down, up = self._copies_of.get(id(group), (None, None))
+            if (
+                down is not None
+                and up is not None
+                and rounds_before_adding(self.device, self.dtype)
+            ):
+                weights = [join(weights[0], len(down))]
+                self._joined.append((weights[0], down, up))
         return Projections(
             weights, scales, group.rows, group.blocksize, group.quant_type, group.bias, down, up
         )

@@ -162,6 +162,13 @@ class MemoryModel:
             gradients=2 * copies,
         )
 
+    @property
+    def on_the_fly(self) -> int:
+        """Bytes of weights that are dequantized for the moment."""
+        # The next group is dequantized while the last one's memory is still held; in 16 bits on
+        # a GPU it is copied beside its adapters.
+        return 3 * self.largest_group
+
     def predict(self, tokens: int, checkpointed: int, *, caches: bool, loss_chunk: int) -> int:
         """Peak bytes beyond the loaded model for a micro-batch of ``tokens``."""
         # A layer that is not recomputed keeps its activations; every layer keeps its input; of
@@ -170,8 +177,7 @@ class MemoryModel:
         kept += self.layers * self.boundary_per_token
         if checkpointed:
             kept += self.saved_per_token
-        # On the fly, the next group is dequantized while the last one's memory is still held.
-        fixed = self.dequantized if caches else 2 * self.largest_group
+        fixed = self.dequantized if caches else self.on_the_fly
         fixed += self.gradients + min(loss_chunk, tokens) * self.loss_per_token
         return fixed + tokens * (kept + self.transient_per_token)
 

@@ -23,7 +23,7 @@ from qlora_kit.engines.native.fast.peft_layers import (
     read_adapter,
     read_group,
 )
-from qlora_kit.engines.native.fast.projection import dequantize, project
+from qlora_kit.engines.native.fast.projection import project
 from qlora_kit.engines.readers import Readers
 
 __all__ = ["is_rounding", "rounding_once"]
@@ -91,40 +91,21 @@ def _forward(
         adapter = read_adapter(module)
         if isinstance(adapter, AdapterPart):
             rows = x.reshape(-1, x.shape[-1])
-            compute = _compute_row if rows.shape[0] == 1 else _compute_rows
-            if x.device.type != "cpu":
-                compute = _compute_product
+            is_row = rows.shape[0] == 1 and x.device.type == "cpu"
+            compute = _compute_row if is_row else _compute_rows
             return compute(base, rows, adapter).reshape(*x.shape[:-1], -1)
     out: Tensor = type(module).forward(module, x, *args, **kwargs)
     return out
 
 
 def _compute_rows(base: Any, x: Tensor, adapter: AdapterPart) -> Tensor:
-    """Many tokens ``(T, K)`` as in training, shape ``(T, N)``."""
+    """Any number of tokens ``(T, K)`` as in training, shape ``(T, N)``."""
     group = read_group([base], x.dtype)
     assert not isinstance(group, str)
     return project(
         x, group.weights, group.scales, group.rows, group.blocksize, group.quant_type,
         group.bias, adapter.down.to(x.dtype), (adapter.up * adapter.scaling).to(x.dtype),
     )  # fmt: skip
-
-
-def _compute_product(base: Any, x: Tensor, adapter: AdapterPart) -> Tensor:
-    """Any number of tokens on a GPU, ``[x, down @ x] @ [W | up].T``, shape ``(T, N)``.
-
-    A GPU's kernels that add a product to what is there round it before they add, however many
-    rows there are: of a small update as much is lost as in peft's order (H200, 2026-11-28). A
-    single sum leaves them no choice.
-    """
-    group = read_group([base], x.dtype)
-    assert not isinstance(group, str)
-    weight = dequantize(
-        group.weights, group.scales, group.rows, group.columns, group.blocksize,
-        group.quant_type, x.dtype,
-    )  # fmt: skip
-    low = x @ adapter.down.to(x.dtype).T
-    whole = torch.cat((weight, (adapter.up * adapter.scaling).to(x.dtype)), dim=1)
-    return torch.nn.functional.linear(torch.cat((x, low), dim=1), whole, group.bias)
 
 
 def _compute_row(base: Any, x: Tensor, adapter: AdapterPart) -> Tensor:
