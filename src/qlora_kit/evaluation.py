@@ -224,8 +224,7 @@ def _load_rows(model: LoadedModel, rows: Any, formatter: Any) -> Rows:
     raw = rows if isinstance(rows, Rows) else read_source(rows)
     chosen = formatter or model.record.formatter
     if chosen is None:
-        columns = raw.columns if not isinstance(raw, Rows) else ()
-        chosen = plan_formatter(columns).make(model.tokenizer)
+        chosen = plan_formatter(() if isinstance(raw, Rows) else raw).make(model.tokenizer)
         logger.info("The model does not say how it was trained; using %s.", type(chosen).__name__)
     if not isinstance(chosen, FormatterBase):
         raise ConfigError(

@@ -299,7 +299,7 @@ def _plan_formatter(rows: RawRows, said: Mapping[str, Any]) -> FormatterPlan:
 
     spec = said.get("formatter")
     if spec is None:
-        return plan_formatter(rows.columns, **said)
+        return plan_formatter(rows, **said)
     beside = set(said) - {"formatter", "columns", "on_bad_rows", "max_reported_rows"}
     if beside:
         raise ConfigError(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from qlora_kit.data import formatter_from_spec, plan_formatter
+from qlora_kit.data import formatter_from_spec, plan_formatter, read_source
 from qlora_kit.errors import QloraKitError
 
 from .test_everything_is_learned import _decode_runs
@@ -164,7 +164,11 @@ CELLS = {
             ("<think>\n\n</think>",),
         ),
         "conversations in two parts": Cell(
-            {"prompt": [USER], "completion": [ANSWER]}, refused="messages"
+            {"prompt": [USER, {**ANSWER, "content": "Wet."}, USER], "completion": [ANSWER]},
+            ("Wet.",), (f"Sunny.{END}",),
+        ),
+        "pairs": Cell(
+            {"prompt": [USER], "chosen": [ANSWER], "rejected": [ANSWER]}, refused="the better one",
         ),
     },
 }  # fmt: skip
@@ -184,7 +188,7 @@ def test_a_row_of_the_convention(convention: str, name: str, tokenizer: Any) -> 
     cell = CELLS[convention][name]
 
     def encode() -> Any:
-        formatter = plan_formatter(set(cell.row)).make(tokenizer)
+        formatter = plan_formatter(read_source([cell.row])).make(tokenizer)
         if hasattr(formatter, "response_only") and "instruction" in cell.row:
             spec = formatter.template_spec() | {"response_only": True}
             formatter = formatter_from_spec(spec, tokenizer)

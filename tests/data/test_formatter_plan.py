@@ -33,6 +33,7 @@ KINDS: dict[str, tuple[list[dict[str, Any]], type[FormatterBase]]] = {
     ),
     "prompt-completion": ([{"prompt": "2 + 2 =", "completion": " 4"}] * 2,
                           PromptCompletionFormatter),
+    "two parts": ([{"prompt": CHAT[:1], "completion": CHAT[1:]}] * 2, ChatFormatter),
     "text": ([{"text": "Once upon a time"}] * 2, TextFormatter),
 }  # fmt: skip
 
@@ -164,10 +165,60 @@ def test_a_completion_carries_loss_and_its_prompt_does_not(
     assert all_trained["labels"][1:] == all_trained["input_ids"][1:]
 
 
-def test_conversations_in_two_parts_are_turned_away_with_advice(tokenizers: dict[str, Any]) -> None:
-    formatter = PromptCompletionFormatter(tokenizers["bytes"])
-    with pytest.raises(DataError, match="join lists of messages into one column 'messages'"):
-        formatter.load([{"prompt": CHAT[:1], "completion": CHAT[1:]}])
+def test_conversations_in_two_parts_are_learned_in_the_second(tokenizers: dict[str, Any]) -> None:
+    tokenizer = tokenizers["bytes"]
+    longer = [*CHAT, {"role": "user", "content": "And you?"}]
+    row = {"asked": longer, "said": json.dumps(CHAT[1:]), "system": "Be kind."}
+    named = {"prompt": "asked", "completion": "said"}
+    plan = plan_formatter(read_source([row]), columns=named)
+    assert plan.kind is ChatFormatter
+    plan.check(read_source([row]))
+    formatter = plan.make(tokenizer)
+    rows = formatter.load([row])
+    assert not rows.unused
+    start = formatter.prompt([{"role": "system", "content": "Be kind."}, *longer]).token_ids
+    (example,) = formatter.encode(rows, max_length=512).dataset
+    assert example["input_ids"][: len(start)] == list(start)
+    assert set(example["labels"][: len(start)]) == {-100}
+    assert tokenizer.decode([i for i in example["labels"] if i != -100]) == "Hi!<|im_end|>"
+    joined = {"messages": [{"role": "system", "content": "Be kind."}, *longer, CHAT[1]]}
+    (same,) = ChatFormatter(tokenizer, response_only=False).encode([joined], max_length=512).dataset
+    whole = ChatFormatter(tokenizer, response_only=False, columns=named, system="Unused.")
+    assert whole.encode([row], max_length=512).dataset[0] == same
+    # The formatter's own system message stands in front of the prompt too.
+    led = ChatFormatter(tokenizer, system="Be kind.").encode(
+        [{"prompt": longer, "completion": CHAT[1:]}], max_length=512
+    )
+    assert led.dataset[0] == example
+
+
+def test_rows_in_one_part_and_in_two_are_read_together(tokenizers: dict[str, Any]) -> None:
+    rows = ChatFormatter(tokenizers["bytes"]).load(
+        [{"messages": CHAT}, {"prompt": CHAT[:1], "completion": CHAT[1:], "note": "x"}]
+    )
+    assert [row["messages"] for row in rows] == [CHAT, CHAT]
+    assert [unused.what for unused in rows.unused] == ["the column 'note'"]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "Hi?", "completion": CHAT[1:]}, "'prompt' is text and not a list of messages"),
+        ({"prompt": CHAT[:1], "completion": "Hi!"}, "'completion' is text and not a list of"),
+        ({"prompt": CHAT[:1], "completion": None}, "'completion' is not a list of messages but"),
+        ({"prompt": [], "completion": CHAT[1:]}, "'prompt' is empty"),
+        ({"prompt": CHAT, "completion": CHAT[:1]}, "no message of 'completion' is the assistant's"),
+        ({"prompt": [{"role": "user"}], "completion": CHAT}, "message 1 of 'prompt' has a content"),
+    ],
+)
+def test_what_is_wrong_with_a_part_is_said(tokenizers: dict[str, Any], row: Any, said: str) -> None:
+    raw = read_source([{"prompt": CHAT[:1], "completion": CHAT[1:]}, row])
+    with pytest.raises(DataError, match=said):
+        plan_formatter(raw).make(tokenizers["bytes"]).load(raw)
+    with pytest.raises(DataError, match="ChatFormatter"):
+        PromptCompletionFormatter(tokenizers["bytes"]).load(raw)
+    with pytest.raises(ConfigError, match="from the one or from"):
+        ChatFormatter.map_columns({"messages": "a", "prompt": "b"})
 
 
 @pytest.mark.parametrize("kind", [PromptCompletionFormatter, TextFormatter])

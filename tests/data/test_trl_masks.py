@@ -102,6 +102,24 @@ def test_a_training_template_trains_what_it_trains_in_trl(name: str, kind: str) 
         assert ours[-1] == end
 
 
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "gemma", "qwen2_5"])
+def test_a_conversation_in_two_parts_trains_what_it_trains_in_trl(name: str) -> None:
+    formatter = _make(name)
+    prompt = [Q, A, {"role": "user", "content": "And five?"}]
+    row = {"prompt": prompt, "completion": [{**A, "content": "9"}]}
+    # As TRL's trainer does: what the whole has beyond the prompt is the completion.
+    template = {"chat_template": formatter.template.source, "tokenize": True, "return_dict": False}
+    render = formatter.tokenizer.apply_chat_template
+    start = render(prompt, add_generation_prompt=True, **template)
+    whole = render(prompt + row["completion"], **template)
+    assert whole[: len(start)] == start
+    (example,) = formatter.encode([row], max_length=1000).dataset
+    learned = [label for label in example["labels"] if label != -100]
+    assert example["input_ids"] == whole[: len(example["input_ids"])]
+    assert learned == whole[len(start) : len(example["input_ids"])]
+    assert not formatter.tokenizer.decode(whole[len(example["input_ids"]) :]).strip()
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.jinja")))
 def test_a_template_loses_nothing_in_silence(name: str) -> None:
     try:

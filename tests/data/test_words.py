@@ -24,6 +24,8 @@ def tokenizer(adapted):
         ({"id": 1, "instruction": "a", "final_answer": "b"}, "columns={'output': 'final_answer'}"),
         ({"messages": []}, "look like conversations: ChatFormatter(tokenizer)"),
         ({"prompt": "a", "completion": "b"}, "PromptCompletionFormatter(tokenizer)"),
+        ({"prompt": [1], "completion": [2]}, "in two parts: ChatFormatter(tokenizer)"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "give the better one as the answer"),
     ],
 )
 def test_hints_name_columns_that_make_sense_and_the_fitting_formatter(tokenizer, row, said):

@@ -173,7 +173,7 @@ def _evaluate(options: argparse.Namespace, write: FlagWriter) -> None:
     raw = read_source(options.data, options.split or "train", local_files_only=not options.download)
     plan = None
     if options.template is not None or options.system is not None:
-        plan = plan_formatter(raw.columns, template=options.template, system=options.system)
+        plan = plan_formatter(raw, template=options.template, system=options.system)
         plan.check(raw)
     metrics = list(METRICS) if options.metrics is None else split_names(options.metrics)
     results, spec = {}, None

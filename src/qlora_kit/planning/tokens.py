@@ -40,7 +40,7 @@ def _measure(checked: CheckedPipeline, folder: Path, limit: int) -> tuple[list[i
         encoded: Any = take_tokenized(values, max_length=limit, truncation=truncation)
     else:
         tokenizer = load_tokenizer(folder)
-        plan = checked.formatter or plan_formatter(checked.rows.columns)
+        plan = checked.formatter or plan_formatter(checked.rows)
         formatter = plan.make(tokenizer)
         rows = formatter.load(checked.rows)
         if checked.asked.eval_fraction is not None:

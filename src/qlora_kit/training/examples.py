@@ -19,7 +19,7 @@ from qlora_kit.training.arguments import DataOptions
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from qlora_kit.data import EncodedExamples
+    from qlora_kit.data import EncodedExamples, RawRows
 
 __all__ = ["TrainingData", "make_collator", "prepare_examples", "prepare_training_data"]
 
@@ -129,7 +129,7 @@ def prepare_examples(
         return _describe("tokenized", encoded, formatter, getattr(rows, "origin", None))
     is_chosen = formatter is None
     if formatter is None:
-        formatter = _choose_formatter(model, columns, named_columns)
+        formatter = _choose_formatter(model, rows, columns, named_columns)
     # Before rows are read: an end token that the model lacks makes all of it useless.
     model.find_end_token_id(formatter)
     if not isinstance(rows, Rows):
@@ -182,7 +182,7 @@ def _check_vocabulary(model: AdaptedModel, encoded: EncodedExamples, formatter: 
 
 
 def _choose_formatter(
-    model: AdaptedModel, columns: set[str], named: Mapping[str, str] | None
+    model: AdaptedModel, rows: RawRows, columns: set[str], named: Mapping[str, str] | None
 ) -> Any:
     """The formatter that the columns ask for, where none was given."""
     from qlora_kit.data import plan_formatter
@@ -194,7 +194,7 @@ def _choose_formatter(
             "'text' is not used. To train on it: %s.",
             " and ".join(beside), Call("TextFormatter", "dataset.select_columns(['text'])"),
         )  # fmt: skip
-    plan = plan_formatter(columns, columns=named)
+    plan = plan_formatter(rows, columns=named)
     logger.info("No formatter was given; using %s(model.tokenizer).", plan.kind.__name__)
     formatter = plan.make(model.tokenizer)
     remembered = model.record.formatter

@@ -15,7 +15,11 @@ from qlora_kit.data.formatters.chat_messages import (
     parse_message,
     use_key_of_template,
 )
-from qlora_kit.data.formatters.chat_rows import read_conversation
+from qlora_kit.data.formatters.chat_rows import (
+    holds_messages,
+    read_conversation,
+    read_two_parts,
+)
 from qlora_kit.data.formatters.chat_template import ChatTemplate, find_training_template
 from qlora_kit.data.formatters.content_check import find_lost, say_lost
 from qlora_kit.data.formatters.formatter_base import FormatterBase, SpecialTokens, check_tokenizer
@@ -25,7 +29,7 @@ from qlora_kit.data.sources.row_problems import BadRowPolicy
 from qlora_kit.data.sources.rows import Rows, UnusedData
 from qlora_kit.data.tokens.segments import Prompt, Segment
 from qlora_kit.data.tokens.text_tokenizer import TextTokenizer
-from qlora_kit.errors import DataError, did_you_mean
+from qlora_kit.errors import ConfigError, DataError, did_you_mean
 from qlora_kit.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -48,8 +52,9 @@ _BESIDE: Final = ("tools", "functions", "system", "chat_template_kwargs")
 class ChatFormatter(FormatterBase):
     """Formats conversations with the model's chat template.
 
-    Reads ``messages`` (``role``, ``content``) and ShareGPT's ``conversations`` (``from``,
-    ``value``), and beside them ``tools`` (a list or its JSON text), ``system`` and
+    Reads ``messages`` (``role``, ``content``), ShareGPT's ``conversations`` (``from``, ``value``)
+    and conversations in two parts, ``prompt`` and ``completion``, of which the first is given and
+    not learned; beside them ``tools`` (a list or its JSON text), ``system`` and
     ``chat_template_kwargs``. A message with ``"weight": 0`` or ``"train": false`` is not learned.
     What the template leaves out of a row refuses the row. The tokens are those of
     ``tokenizer.apply_chat_template``, cut where the assistant's turns begin and end; text of a
@@ -67,7 +72,8 @@ class ChatFormatter(FormatterBase):
             TRL has one, which keeps the thoughts of earlier turns.
         eos_token: The token that ends an answer; by default the one that the template writes
             after an assistant's turn, else the tokenizer's end token.
-        columns: Which column holds the conversation: ``{"messages": "dialogue"}``.
+        columns: Which column holds the conversation: ``{"messages": "dialogue"}``, or
+            ``{"prompt": "asked", "completion": "said"}``.
         system: System message for conversations that have none.
         template_kwargs: Further variables of the template, such as ``{"enable_thinking": False}``.
         on_bad_rows: What to do about rows that cannot be used: ``"raise"`` or ``"skip"``.
@@ -81,6 +87,7 @@ class ChatFormatter(FormatterBase):
 
     name = "chat"
     roles = ("messages",)
+    optional_roles = ("prompt", "completion")
     adds_bos = False
     adds_eos = False
 
@@ -149,19 +156,45 @@ class ChatFormatter(FormatterBase):
     def find_missing(
         cls, present: Sequence[str], columns: Mapping[str, str] | None = None
     ) -> dict[str, str]:
-        """Either of the usual columns will do, unless one was named."""
-        if columns or not any(name in present for name in _COLUMNS):
+        """Any of the usual columns will do, unless one was named."""
+        parts = {role: cls.map_columns(columns)[role] for role in cls.optional_roles}
+        if columns and not set(columns) & set(parts):
             return super().find_missing(present, columns)
-        return {}
+        missing = {role: column for role, column in parts.items() if column not in present}
+        if columns or not missing:
+            return missing
+        if any(name in present for name in _COLUMNS):
+            return {}
+        return super().find_missing(present, columns)
+
+    @classmethod
+    def map_columns(cls, columns: Mapping[str, str] | None) -> dict[str, str]:
+        """The column of every role; a conversation is in one column or in two."""
+        mapped = super().map_columns(columns)
+        if columns and "messages" in columns and set(columns) & set(cls.optional_roles):
+            raise ConfigError(
+                "columns names 'messages' and a part of a conversation in two parts; a "
+                "conversation is read from the one or from 'prompt' and 'completion'."
+            )
+        return mapped
 
     @classmethod
     def read_row(
         cls, row: Mapping[str, Any], columns: Mapping[str, str] | None = None
     ) -> tuple[dict[str, Any], list[str]]:
         """The messages of a raw row in one form, and what is wrong with them."""
-        column = cls.map_columns(columns)["messages"]
-        if not columns:
-            column = next((name for name in _COLUMNS if row.get(name) is not None), column)
+        mapped = cls.map_columns(columns)
+        prompt, completion = (mapped[role] for role in cls.optional_roles)
+        if columns:
+            in_parts, column = "messages" not in columns, mapped["messages"]
+        else:
+            filled = [name for name in _COLUMNS if row.get(name) is not None]
+            column = next(iter(filled), mapped["messages"])
+            in_parts = not filled and (
+                row.get(completion) is not None or holds_messages(row.get(prompt))
+            )
+        if in_parts:
+            return read_two_parts(row, prompt, completion)
         return read_conversation(row, column)
 
     @classmethod
@@ -169,22 +202,30 @@ class ChatFormatter(FormatterBase):
         cls, present: Sequence[str], columns: Mapping[str, str] | None = None
     ) -> set[str] | None:
         """The conversation, and what is read beside it."""
-        own = cls.map_columns(columns)["messages"]
-        if not columns and own not in present:
-            own = next((name for name in _COLUMNS if name in present), own)
-        return {own, *_BESIDE} if cls._reads_as_known() else None
+        mapped = cls.map_columns(columns)
+        own = {mapped["messages"]}
+        if set(columns or ()) & set(cls.optional_roles):
+            own = {mapped[role] for role in cls.optional_roles}
+        elif not columns and not own & set(present):
+            own = {name for name in _COLUMNS if name in present} or set(cls.optional_roles)
+        return {*own, *_BESIDE} if cls._reads_as_known() else None
 
     def segments(self, row: Mapping[str, Any]) -> Sequence[Segment]:
         """The rendered conversation, cut where the assistant's turns begin and end."""
-        mark, safe = self._protect({**row, "messages": self._complete(row["messages"])})
+        completed = self._complete(row["messages"])
+        # A system message may have come in front of the prompt of a conversation in two parts.
+        given = row.get("prompt_length", 0) + len(completed) - len(row["messages"])
+        mark, safe = self._protect({**row, "messages": completed})
         messages, extras = safe["messages"], _find_extras(safe)
         text, turns = self.template.render_spans(messages, extras)
         self._check_content(messages, extras, text)
         excluded = {n for n, message in enumerate(messages) if message.get("train") is False}
-        if excluded and any(turn.message is None for turn in turns):
+        answered = any(message["role"] == "assistant" for message in messages[:given])
+        if (excluded or answered) and any(turn.message is None for turn in turns):
+            what = "one with a weight of 0" if excluded else "one of the prompt"
             raise DataError(
                 "the template's generation markers do not tell which message a turn is, so that "
-                "one with a weight of 0 cannot be left out; use a template without markers"
+                f"{what} cannot be left out; use a template without markers"
             )
         unlearned = {
             number: messages[number]["content"].strip()
@@ -202,6 +243,8 @@ class ChatFormatter(FormatterBase):
                     segment._replace(is_excluded=True)
                     for segment in self.text.split_special(text[start:end])
                 ]
+            elif number is not None and number < given:
+                segments += self.text.split_special(text[start:end])
             else:
                 segments += self._end_turn(
                     self.text.split_special(text[start:end], is_trained=True)
@@ -292,14 +335,16 @@ class ChatFormatter(FormatterBase):
                 rows.source,
             )
         asking = sum(
-            message.get("train") is True and message["role"] != "assistant"
+            message.get("train") is True
+            and (message["role"] != "assistant" or number < row.get("prompt_length", 0))
             for row in rows
-            for message in row["messages"]
+            for number, message in enumerate(row["messages"])
         )
         if asking and self.response_only:
             logger.warning(
-                "%s messages of %s ask to be learned (weight 1, or train) and are not the "
-                "assistant's; only the assistant's are learned. response_only=False learns all.",
+                "%s messages of %s ask to be learned (weight 1, or train) and are of a prompt or "
+                "not the assistant's; only what the assistant answers is learned. "
+                "response_only=False learns all.",
                 f"{asking:,}",
                 rows.source,
             )

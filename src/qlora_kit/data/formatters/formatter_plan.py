@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.data.formatters.alpaca import AlpacaFormatter
 from qlora_kit.data.formatters.alpaca_templates import BUILTIN_TEMPLATES
 from qlora_kit.data.formatters.chat import ChatFormatter
+from qlora_kit.data.formatters.chat_rows import holds_messages
 from qlora_kit.data.formatters.formatter_base import FormatterBase
 from qlora_kit.data.formatters.registry import formatter_from_spec
 from qlora_kit.data.formatters.shipped_templates import list_chat_templates
@@ -22,6 +23,7 @@ from qlora_kit.data.formatters.text import PromptCompletionFormatter, TextFormat
 from qlora_kit.data.sources.raw_rows import RawRows
 from qlora_kit.data.sources.row_checks import check_columns, parse_rows
 from qlora_kit.data.sources.row_problems import BadRows
+from qlora_kit.data.sources.rows import is_filled
 from qlora_kit.errors import ConfigError, did_you_mean
 from qlora_kit.paths import expand_path
 from qlora_kit.plugins import get_formatter_registry
@@ -124,27 +126,54 @@ class FormatterPlan:
         return made
 
 
-def choose_kind(columns: Collection[str]) -> type[FormatterBase]:
-    """The formatter that rows with these columns ask for; Alpaca's if they name none."""
+def choose_kind(columns: Collection[str], *, in_parts: bool = False) -> type[FormatterBase]:
+    """The formatter that rows with these columns ask for; Alpaca's if they name none.
+
+    Args:
+        columns: The columns, or the roles that were named.
+        in_parts: Whether a prompt and its completion are lists of messages.
+    """
     if "instruction" in columns:
         return AlpacaFormatter
     if "messages" in columns or "conversations" in columns:
         return ChatFormatter
     if "prompt" in columns and "completion" in columns:
-        return PromptCompletionFormatter
+        return ChatFormatter if in_parts else PromptCompletionFormatter
     return TextFormatter if "text" in columns else AlpacaFormatter
 
 
-def _choose_named(columns: Collection[str], present: Collection[str]) -> type[FormatterBase]:
+def _choose_for(
+    present: Collection[str], columns: Mapping[str, str], rows: RawRows | None
+) -> type[FormatterBase]:
     """What named roles ask for; where they leave that open, together with the columns there are."""
-    kind = choose_kind(columns)
-    if kind is AlpacaFormatter and not {"instruction", "input", "output"} & set(columns):
-        return choose_kind({*columns, *present})
+    in_parts = rows is not None and _hold_messages(
+        rows, [columns.get(role, role) for role in ChatFormatter.optional_roles]
+    )
+    kind = choose_kind(columns or present, in_parts=in_parts)
+    if (
+        columns
+        and kind is AlpacaFormatter
+        and not {"instruction", "input", "output"} & set(columns)
+    ):
+        return choose_kind({*columns, *present}, in_parts=in_parts)
     return kind
 
 
+def _hold_messages(rows: RawRows, columns: Collection[str]) -> bool:
+    """Whether the first row that fills one of the columns has a list of messages there."""
+    for row in rows.rows:
+        filled = [
+            row.value[name]
+            for name in columns
+            if isinstance(row.value, Mapping) and is_filled(row.value.get(name))
+        ]
+        if filled:
+            return any(map(holds_messages, filled))
+    return False
+
+
 def plan_formatter(
-    present: Collection[str] = (),
+    present: RawRows | Collection[str] = (),
     *,
     template: str | None = None,
     columns: Mapping[str, str] | None = None,
@@ -154,7 +183,8 @@ def plan_formatter(
     """A formatter as far as it can be made, and checked, without a tokenizer.
 
     Args:
-        present: The columns of the rows; they decide where no template or column is named.
+        present: The rows that were read, or their columns; they decide where no template or
+            column is named. Columns alone do not tell a prompt's text from its messages.
         template: One of :func:`list_templates`; a text with ``{instruction}``, ``{input}`` and
             ``{output}``, or a file that holds one; or a ``.jinja`` file with a chat template.
         columns: Which column holds which role.
@@ -166,7 +196,10 @@ def plan_formatter(
     """
     given = {"columns": columns, "system": system, **options}
     if template is None:
-        kind = _choose_named(columns, present) if columns else choose_kind(present)
+        if isinstance(present, RawRows):
+            kind = _choose_for(present.columns, columns or {}, present)
+        else:
+            kind = _choose_for(present, columns or {}, None)
     elif template not in BUILTIN_TEMPLATES and get_formatter_registry().claims(template):
         kind = _find_kind(template)
     else:

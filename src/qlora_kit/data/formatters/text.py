@@ -93,10 +93,10 @@ class PromptCompletionFormatter(TextFormatter):
     def read_row(
         cls, row: Mapping[str, Any], columns: Mapping[str, str] | None = None
     ) -> tuple[dict[str, Any], list[str]]:
-        """Text in both; conversations in two parts are turned away with what to do."""
+        """Text in both; conversations in two parts are another formatter's."""
         values, reasons = super().read_row(row, columns)
         if any(isinstance(value, list) for value in values.values()):
-            reasons.append("join lists of messages into one column 'messages'")
+            reasons.append("lists of messages are for the 'chat' formatter, ChatFormatter")
         return values, reasons
 
 

@@ -92,25 +92,29 @@ def _find_unused(source: RawRows, schema: RowSchema) -> list[UnusedData]:
     Raises:
         DataError: When one is known to mean something that would be missing.
     """
-    present = source.columns
-    used = schema.list_used(present)
-    unused = []
-    for name in present if used is None else [name for name in present if name not in used]:
-        if used is None and name not in _REFUSED:
+    values: dict[str, list[Any]] = {}
+    # What is read depends on what else a row says, and rows of several data sets may differ.
+    used_by_columns: dict[tuple[str, ...], set[str] | None] = {}
+    for row in source.rows:
+        if not isinstance(row.value, Mapping):
             continue
-        values = [
-            row.value[name]
-            for row in source.rows
-            if isinstance(row.value, Mapping) and is_filled(row.value.get(name))
-        ]
-        if values and name in _REFUSED and name not in schema.columns.values():
+        filled = {str(name): value for name, value in row.value.items() if is_filled(value)}
+        columns = tuple(filled)
+        if columns not in used_by_columns:
+            used_by_columns[columns] = schema.list_used(columns)
+        used = used_by_columns[columns]
+        for name, value in filled.items():
+            if name in _REFUSED if used is None else name not in used:
+                values.setdefault(name, []).append(value)
+    for name, found in values.items():
+        if name in _REFUSED and name not in schema.columns.values():
             raise DataError(
-                f"{len(values):,} rows of {source.label} have a column {name!r}: {_REFUSED[name]}. "
+                f"{len(found):,} rows of {source.label} have a column {name!r}: {_REFUSED[name]}. "
                 "Remove the column if the rows make sense without it."
             )
-        if values:
-            unused.append(UnusedData(f"the column {name!r}", len(values), values[0]))
-    return unused
+    return [
+        UnusedData(f"the column {name!r}", len(found), found[0]) for name, found in values.items()
+    ]
 
 
 def parse_rows(
@@ -187,7 +191,7 @@ def check_columns(
             f"Its columns are: {', '.join(map(repr, present[:12]))}.",
             parameter="columns",
             advice=(
-                *_name_fitting_formatter(present),
+                *_name_fitting_formatter(source),
                 "Say which one it is, for example ",
                 Setting("columns", {role: example}, "formatter"),
                 ".",
@@ -212,16 +216,31 @@ def _guess_column(role: str, present: Sequence[str], columns: Mapping[str, str])
     return next(iter(plain), None)
 
 
-def _name_fitting_formatter(present: Sequence[str]) -> tuple[object, ...]:
+def _name_fitting_formatter(source: RawRows) -> tuple[object, ...]:
     """The formatter that rows with these columns are for, where that is plain."""
-    names = set(present)
+    names = set(source.columns)
     if names & {"messages", "conversations"}:
         return (
             "They look like conversations: ",
             Call("ChatFormatter", "ChatFormatter(tokenizer)"),
             ". ",
         )
+    if {"chosen", "rejected"} <= names:
+        return (
+            "They look like pairs of a better and a worse answer, which are not learned here; ",
+            "give the better one as the answer. ",
+        )
     if {"prompt", "completion"} <= names:
+        in_parts = any(
+            isinstance(row.value, Mapping) and isinstance(row.value.get("prompt"), list)
+            for row in source.rows[:1]
+        )
+        if in_parts:
+            return (
+                "They look like conversations in two parts: ",
+                Call("ChatFormatter", "ChatFormatter(tokenizer)"),
+                ". ",
+            )
         return (
             "They look like prompts with completions: ",
             Call("PromptCompletionFormatter", "PromptCompletionFormatter(tokenizer)"),
