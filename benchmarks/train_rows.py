@@ -23,6 +23,7 @@ class Row:
         plan: Our plan's other options.
         devices: Device types it runs on.
         steps: Overrides the number of steps.
+        filled: Rows are single examples of this many tokens, one text behind the other.
         profile: Whether to record kernels.
     """
 
@@ -35,6 +36,7 @@ class Row:
     plan: dict[str, Any] = field(default_factory=dict)
     devices: tuple[str, ...] = ("cuda", "cpu")
     steps: int = 0
+    filled: int = 0
     profile: bool = False
 
 
@@ -67,6 +69,18 @@ ROWS = (
     Row(
         "ours-packed-16384-none-graphs", "ours", 1, 1, 16384, "none",
         {"weights": "cache", "cuda_graphs": True}, devices=_GPU,
+    ),
+    Row(
+        "ours-packed-16384-half", "ours", 1, 1, 16384, "selective",
+        {"weights": "nf4", "checkpointed_layers": 18}, devices=_GPU,
+    ),
+    *(
+        Row(f"{engine}-{length // 1024}k", engine, 1, 1, 0, checkpointing, plan,
+            devices=_GPU, steps=4, filled=length)
+        for length in (32768, 131072)
+        for engine, checkpointing, plan in (
+            ("ours", "full", {"weights": "nf4"}), ("unsloth", "unsloth", {}),
+        )
     ),
     Row(
         "profile-packed-16384-none", "ours", 1, 1, 16384, "none", {"weights": "nf4"},

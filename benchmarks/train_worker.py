@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import time
@@ -178,10 +179,24 @@ def _arguments(row: Row, job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _tokenized(job: dict[str, Any]) -> Any:
+def _fill(parts: list[Any], lengths: list[int], filled: int) -> list[Any]:
+    """Texts or token ids, joined to examples of at least ``filled`` tokens each."""
+    joined, rest = [], 0
+    for part, length in zip(parts * (8 * filled // sum(lengths) + 1), itertools.cycle(lengths)):
+        if rest <= 0:
+            joined.append(part[:0])
+            rest = filled
+        joined[-1] += part
+        rest -= length
+    return joined
+
+
+def _tokenized(row: Row, job: dict[str, Any]) -> Any:
     from datasets import Dataset
 
     ids = json.loads(Path(job["facts"]["data"]).read_text(encoding="utf-8"))["ids"]
+    if row.filled:
+        ids = [one[: row.filled] for one in _fill(ids, [len(one) for one in ids], row.filled)]
     return Dataset.from_list([{"input_ids": part, "labels": part} for part in ids])
 
 
@@ -193,11 +208,13 @@ def _make_ours(row: Row, job: dict[str, Any]) -> Run:
     from qlora_kit import attach_lora, load_quantized, train_sft
 
     facts = job["facts"]
-    model = attach_lora(load_quantized(facts["model"], dtype=facts["dtype"], engine="native"))
+    length = row.filled or row.packed or facts["max_length"]
+    loaded = load_quantized(facts["model"], length, facts["dtype"], engine="native")
+    model = attach_lora(loaded)
     plan = dict(row.plan)
     if row.checkpointing is not None:
         plan["checkpointing"] = row.checkpointing
-    dataset = _tokenized(job)
+    dataset = _tokenized(row, job)
     settings = _arguments(row, job)
     settings.pop("use_cpu")
 
@@ -205,8 +222,7 @@ def _make_ours(row: Row, job: dict[str, Any]) -> Run:
         watch.start()
         result = train_sft(
             model, dataset, plan=plan, packing=bool(row.packed),
-            max_length=row.packed or job["facts"]["max_length"],
-            callbacks=[watch.callback, *callbacks], **settings,
+            max_length=length, callbacks=[watch.callback, *callbacks], **settings,
         )  # fmt: skip
         watch.plan = result.plan
 
@@ -239,7 +255,7 @@ def _make_trl(row: Row, job: dict[str, Any]) -> Run:
         **_arguments(row, job), gradient_checkpointing=bool(row.checkpointing), **packing
     )
     settings: dict[str, Any] = {"model": model.model, "args": args}
-    settings |= {"train_dataset": _tokenized(job), "processing_class": model.tokenizer}
+    settings |= {"train_dataset": _tokenized(row, job), "processing_class": model.tokenizer}
     if args.use_cpu:
         # TRL 1.15's own loss is a triton kernel; this adds the model's own and nothing else.
         return _run_trainer(NativeTrainer(**settings, plan=False))
@@ -252,7 +268,7 @@ def _make_unsloth(row: Row, job: dict[str, Any]) -> Run:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    length = row.packed or job["facts"]["max_length"]
+    length = row.filled or row.packed or job["facts"]["max_length"]
     model, tokenizer = FastLanguageModel.from_pretrained(
         job["facts"]["model"], max_seq_length=length, load_in_4bit=True,
         dtype=getattr(torch, job["facts"]["dtype"]), local_files_only=True,
@@ -263,7 +279,10 @@ def _make_unsloth(row: Row, job: dict[str, Any]) -> Run:
                         "down_proj"],
         use_gradient_checkpointing=row.checkpointing, max_seq_length=length,
     )  # fmt: skip
-    texts = json.loads(Path(job["facts"]["data"]).read_text(encoding="utf-8"))["texts"]
+    data = json.loads(Path(job["facts"]["data"]).read_text(encoding="utf-8"))
+    texts = data["texts"]
+    if row.filled:
+        texts = _fill(texts, [len(one) for one in data["ids"]], row.filled)
     args = SFTConfig(
         **_arguments(row, job), dataset_text_field="text", max_length=length,
         packing=bool(row.packed), dataset_num_proc=1,
