@@ -156,6 +156,14 @@ def train_sft(
             parameter="activation_offloading",
             value=True,
         )
+    if sft_config.get("use_cpu") and device.type != "cpu":
+        raise ConfigError(
+            Setting("use_cpu", True, "train_sft"),
+            f": the model is on {device}. Hide the cards before anything is imported, with "
+            "CUDA_VISIBLE_DEVICES= in the environment, or leave it out.",
+            parameter="use_cpu",
+            value=True,
+        )
     optimizer = choose_optimizer(settings.optimizer, device)
     if optimizer.note:
         logger.info("Optimizer: %s.", optimizer.note)
@@ -205,7 +213,7 @@ def train_sft(
         return run_training(
             model, Run(
                 job, data, options, optimizer, device, folder, identity, resumption, recipe,
-                prompts, sample_steps,
+                prompts, sample_steps, fields, bool(resume_from_checkpoint),
             ),
         )  # fmt: skip
 

@@ -16,8 +16,9 @@ from typing import Any, Final, Literal, NoReturn, Union, get_args, get_origin, g
 
 from qlora_kit.boundaries import describe_cause
 from qlora_kit.engines.checkpointing import SPELLINGS
-from qlora_kit.errors import ConfigError
+from qlora_kit.errors import ConfigError, MissingDependencyError, did_you_mean
 from qlora_kit.messages import Setting
+from qlora_kit.training.optimizer_options import check_optimizer_options
 
 __all__ = ["check_fields"]
 
@@ -39,6 +40,8 @@ _WORDS: Final[Mapping[str, tuple[str, ...]]] = {
 _COMPILE_MODES: Final = (
     "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs",
 )  # fmt: skip
+#: Trackers whose check transformers names in another way.
+_TRACKER_MODULES: Final = {"azure_ml": "azureml", "comet_ml": "comet", "flyte": "flytekit"}
 #: Far more than any machine has cores; each is a process.
 _MOST_PROCESSES: Final = 512
 
@@ -72,6 +75,8 @@ def check_fields(fields: Mapping[str, Any]) -> None:
             _check_range(name, value)
     _check_compiling(fields)
     _check_schedule(fields)
+    _check_trackers(fields)
+    check_optimizer_options(fields)
 
 
 @cache
@@ -147,6 +152,35 @@ def _check_schedule(fields: Mapping[str, Any]) -> None:
             parameter="lr_scheduler_kwargs",
             value=options,
         ) from error
+
+
+def _check_trackers(fields: Mapping[str, Any]) -> None:
+    """Refuse trackers that transformers does not know, or that are not installed."""
+    asked = fields.get("report_to")
+    names = [asked] if isinstance(asked, str) else list(asked or ())
+    if not set(names) - {"none", "all"}:
+        return
+    from transformers.integrations import integration_utils as trackers
+
+    known = (*trackers.INTEGRATION_TO_CALLBACK, "all", "none")
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                Setting("report_to", asked),
+                f": there is no tracker {name!r}.{did_you_mean(name, known)} transformers knows "
+                f"{', '.join(known)}.",
+                parameter="report_to",
+                value=asked,
+            )
+        is_there = getattr(trackers, f"is_{_TRACKER_MODULES.get(name, name)}_available", None)
+        if is_there is not None and not is_there():
+            raise MissingDependencyError(
+                Setting("report_to", asked),
+                f": {name} is not installed here. Install it, or leave it out: losses are in "
+                "report.html and in the manifest anyway.",
+                parameter="report_to",
+                value=asked,
+            )
 
 
 def _is_real(value: object) -> bool:

@@ -44,6 +44,7 @@ from qlora_kit.results import TrainResult
 from qlora_kit.training.arguments import DataOptions, Optimizer
 from qlora_kit.training.checkpoint import Checkpoint
 from qlora_kit.training.examples import TrainingData
+from qlora_kit.training.field_effects import Situation, find_idle_fields
 from qlora_kit.training.identity import RunIdentity
 from qlora_kit.training.memory import advise_on_memory
 from qlora_kit.training.outcome import Measured, describe_run, make_result
@@ -78,6 +79,8 @@ class Run:
         recipe: What asks for it again.
         sample_prompts: What the model is asked meanwhile.
         sample_steps: How often.
+        asked: Fields of ``SFTConfig`` as they were given.
+        is_resuming: Whether a checkpoint was asked for, if there should be one.
     """
 
     job: TrainJob
@@ -91,6 +94,8 @@ class Run:
     recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sample_prompts: Sequence[str] = ()
     sample_steps: int | None = None
+    asked: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    is_resuming: bool = False
 
     @property
     def first_step(self) -> int:
@@ -156,6 +161,7 @@ def _train(model: AdaptedModel, run: Run, interrupts: InterruptCallback) -> tupl
     with _released_afterwards(model) as release:
         trainer = _make_trainer(model, _without_limit(run.job))
         release.append(trainer)
+        _say_what_is_idle(model, run, trainer)
         trainer.while_saving = interrupts.holding
         is_alone = ranks.find_place().world == 1
         timeline = Timeline(run.device, (lambda: trainer.tokens_seen) if is_alone else None)
@@ -213,6 +219,26 @@ def _train(model: AdaptedModel, run: Run, interrupts: InterruptCallback) -> tupl
                 run.folder, describe_cause(error),
             )  # fmt: skip
     return result, trainer.state.max_steps
+
+
+def _say_what_is_idle(model: AdaptedModel, run: Run, trainer: Trainer) -> None:
+    """Name the settings that this run has no use for, and why."""
+    situation = Situation(
+        args=run.job.args,
+        has_fast_step=trainer.uses_fast_step,
+        has_eval=run.job.eval_dataset is not None,
+        has_metrics=run.job.compute_metrics is not None,
+        has_experts=hasattr(model.model.config.get_text_config(), "output_router_logits"),
+        is_packed=run.data.is_packed,
+        is_resuming=run.is_resuming,
+        world=ranks.find_place().world,
+    )
+    idle = find_idle_fields(run.asked, situation)
+    if idle:
+        logger.warning(
+            "Without effect in this run: %s.",
+            "; ".join(f"{name} ({reason})" for name, reason in idle.items()),
+        )
 
 
 def _take_steps(

@@ -57,6 +57,7 @@ REFUSED: Final[Mapping[str, str | Sequence[str | Setting | Call]]] = {
     "eval_packing": "Evaluation rows are never packed.",
     "trust_remote_code": "Give it to load_quantized.",
     "do_train": "train_sft trains.",
+    "enable_jit_checkpoint": "SIGTERM saves a checkpoint and ends the run in any case.",
 }
 
 #: Names of other trainers' arguments, and what does the same here.

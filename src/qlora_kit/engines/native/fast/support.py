@@ -69,6 +69,8 @@ def _find_in_model(model: Any) -> str | None:
 def _find_in_settings(args: Any, dtype: torch.dtype) -> str | None:
     if args.deepspeed or args.fsdp:
         return "DeepSpeed or FSDP is in use"
+    if getattr(args, "parallelism_config", None) is not None:
+        return "a parallelism_config is in use"
     if args.loss_type not in (None, "nll", "chunked_nll"):
         return f"loss_type={args.loss_type!r}"
     # What is looked for in the forward pass of modules happens in none here.
