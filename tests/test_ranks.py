@@ -33,8 +33,14 @@ RUNS: dict[str, dict[str, Any]] = {
     "packed": {**SHARED, "packing": True, "max_length": 64, "load_in_4bit": False},
     # One row in the last effective batch: a rank has none.
     "few": {**SHARED, "rows": 5, "per_device_train_batch_size": 1},
-    # peft's own modules compute these, and their parameters lie outside of the adapter copies.
-    "dora": {**SHARED, "rows": 5, "use_dora": True, "max_steps": 2},
+    # A head's gradient is gathered, a norm's is autograd's; both outside of the adapter copies.
+    "dora": {
+        **SHARED,
+        "rows": 5,
+        "use_dora": True,
+        "max_steps": 2,
+        "modules_to_save": ["lm_head", "norm"],
+    },
     "saving": {**SHARED, "save_strategy": "steps", "save_steps": 3, "output_dir": "saved"},
     "stopped": {**SHARED, "stops": True},
 }

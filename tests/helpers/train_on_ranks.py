@@ -40,7 +40,9 @@ def main(base: str, folder: str, runs: dict[str, dict[str, object]]) -> None:
         stops, rows = settings.pop("stops", False), settings.pop("rows", len(ROWS))
         evaluates = settings.pop("evaluates", False)
         loaded = load_quantized(base, 128, "float32", loaded_in_4bit)
-        model = randomize(attach_lora(loaded, r=4, use_dora=settings.pop("use_dora", False)))
+        adapter = {name: settings.pop(name) for name in ("use_dora", "modules_to_save")
+                   if name in settings}  # fmt: skip
+        model = randomize(attach_lora(loaded, r=4, **adapter))
         formatter = AlpacaFormatter(
             model.tokenizer, "{instruction}{input}|{output}", response_only=True
         )

@@ -50,6 +50,19 @@ def test_the_curve_is_plain_trls(make_adapted, make_trainer, kind, plan):
     assert moved > 1e-2
 
 
+def test_a_trained_vocabulary_takes_the_fast_step(make_adapted, make_trainer):
+    adapter = {"modules_to_save": ["lm_head", "embed_tokens"]}
+    plain, fast = make_adapted(**adapter), make_adapted(**adapter)
+    reference = make_trainer(plain, False, max_steps=4)
+    reference.train()
+    trainer = make_trainer(fast, {**EAGER, "enabled": True}, max_steps=4)
+    trainer.train()
+    assert trainer.step_losses == pytest.approx(reference.step_losses, abs=2e-5)
+    _assert_close(_parameters(fast), _parameters(plain), 2e-5)
+    # Their gradient in float32, and what the optimizer is given.
+    assert trainer._runner.fused_model.memory_model().gradients > 2 * 8 * 2 * 384 * 64
+
+
 def test_packed_rows_train_like_their_examples(make_adapted, make_trainer, token_rows):
     """Neighbours in a packed row do not see each other, nor train across their border."""
     packed = [
@@ -152,7 +165,7 @@ def test_release_leaves_the_model_as_it_was(make_adapted, make_trainer, token_ro
 @pytest.mark.parametrize(
     ("adapter", "fields", "reason"),
     [
-        ({"modules_to_save": ["lm_head"]}, {}, "head is trained"),
+        ({}, {"loss_type": "dft"}, "loss_type='dft'"),
         ({}, {"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
         ({}, {"bf16": True}, "mixed precision"),
     ],
@@ -173,9 +186,8 @@ def test_what_is_not_covered_trains_through_trl_and_says_why(
 
 
 def test_insisting_on_what_is_not_covered_is_an_error(make_adapted, make_trainer):
-    adapted = make_adapted(modules_to_save=["lm_head"])
-    with pytest.raises(EngineError, match="head is trained"):
-        make_trainer(adapted, {"enabled": True})
+    with pytest.raises(EngineError, match="neftune_noise_alpha=5"):
+        make_trainer(make_adapted(), {"enabled": True}, neftune_noise_alpha=5.0)
 
 
 def test_checkpointing_follows_the_user_unless_left_open(make_adapted, make_trainer):

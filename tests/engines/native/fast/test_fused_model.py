@@ -118,17 +118,49 @@ def test_recomputing_draws_the_same_dropout_masks(make_adapted, token_rows):
     _assert_equal(results[1], results[0], 1e-5)
 
 
-@pytest.mark.parametrize("name", ["q_norm", "model.norm"])
-def test_a_trained_norm_is_left_to_trl(make_adapted, name):
-    from types import SimpleNamespace
+@pytest.mark.parametrize(
+    ("adapter", "options"),
+    [
+        ({"modules_to_save": ["lm_head", "embed_tokens"]}, {"loss_chunk_tokens": 7}),
+        ({"modules_to_save": ["lm_head", "norm", "q_norm", "input_layernorm"]}, {}),
+        ({"target_modules": ("q_proj", "embed_tokens", "lm_head")}, {"loss_chunk_tokens": 7}),
+    ],
+    ids=["vocabulary", "norms", "adapted"],
+)
+def test_what_trains_beside_projections(make_adapted, token_rows, adapter, options):
+    model = make_adapted("qwen3", **adapter).model
+    for name, parameter in model.named_parameters():
+        if "lora_embedding" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    loss, reference, count = _reference(model, token_rows[:ROWS])
+    fast_loss, gradients, _, _ = _fast(
+        model, token_rows[:ROWS], count, micro_batch_tokens=45, **options
+    )
+    assert fast_loss == pytest.approx(loss, rel=1e-6)
+    _assert_equal(gradients, reference, 1e-5)
 
-    from qlora_kit.engines.native.fast.support import find_obstacle
 
-    model = make_adapted("qwen3").model
-    assert "is trained" not in str(find_obstacle(model, SimpleNamespace(deepspeed="x")))
-    found = [p for n, p in model.named_parameters() if f"{name}.weight" in n]
-    found[0].requires_grad_()
-    assert "is trained, which is no part" in find_obstacle(model, SimpleNamespace())
+@pytest.mark.parametrize("trained", ["both", "tokens"])
+def test_a_tied_vocabulary_gets_the_gradients_of_both_its_ends(tmp_path, token_rows, trained):
+    from peft import LoraConfig, get_peft_model
+
+    from checkpoints import make_checkpoint
+    from qlora_kit import load_quantized
+
+    folder = make_checkpoint(tmp_path / "base", "qwen3", tie_word_embeddings=True)
+    base = load_quantized(folder, 256, "float32", engine="native").model
+    settings = {
+        "both": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        "tokens": {"trainable_token_indices": [token_rows[0]["input_ids"][-1], 7, 0]},
+    }[trained]
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], r=4, **settings))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "tokens_delta" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    loss, reference, count = _reference(model, token_rows[:ROWS])
+    fast_loss, gradients, _, _ = _fast(model, token_rows[:ROWS], count, micro_batch_tokens=45)
+    assert fast_loss == pytest.approx(loss, rel=1e-6)
+    _assert_equal(gradients, reference, 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,47 @@ dozen kernels for the whole model instead of several per parameter.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from qlora_kit.engines.native.fast.peft_layers import AdapterPart, GroupReader
 
-__all__ = ["AdapterCopies", "make_adapter_copies"]
+__all__ = ["AdapterCopies", "Gathered", "make_adapter_copies"]
+
+
+class Gathered(Protocol):
+    """What trains outside of autograd's own gradients: read per step, gathered in wide buffers."""
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """What gradients are gathered in."""
+
+    @property
+    def gradient_count(self) -> int:
+        """How many numbers the gathered gradients have."""
+
+    def nbytes(self) -> int:
+        """Bytes of copies and of gathered gradients."""
+
+    def place_gradients(self, buffer: Tensor) -> None:
+        """Gather gradients in a buffer of :attr:`gradient_count` numbers from now on."""
+
+    def refresh(self) -> None:
+        """Take the parameters' present values."""
+
+    def clear_gradients(self) -> None:
+        """Start a step."""
+
+    def gather_gradients(self) -> None:
+        """Add a micro-batch's gradients to the gathered ones."""
+
+    def drop_gradients(self) -> None:
+        """Forget a micro-batch's gradients."""
+
+    def publish_gradients(self) -> None:
+        """Make the gathered gradients the parameters' own."""
 
 
 class AdapterCopies:

@@ -11,7 +11,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from qlora_kit import ranks
-from qlora_kit.engines.native.fast.adapter_copies import AdapterCopies, make_adapter_copies
+from qlora_kit.engines.native.fast.adapter_copies import (
+    AdapterCopies,
+    Gathered,
+    make_adapter_copies,
+)
 from qlora_kit.engines.native.fast.attention import (
     AttentionKind,
     choose_attention,
@@ -28,7 +32,6 @@ from qlora_kit.engines.native.fast.layer import (
 from qlora_kit.engines.native.fast.layout import MicroBatch
 from qlora_kit.engines.native.fast.loss import (
     SoftmaxStep,
-    linear_cross_entropy,
     plain_softmax_step,
     softmax_step,
 )
@@ -41,6 +44,7 @@ from qlora_kit.engines.native.fast.projection import (
     rounds_before_adding,
 )
 from qlora_kit.engines.native.fast.rank_sum import RankSum
+from qlora_kit.engines.native.fast.vocabulary import Vocabulary
 
 __all__ = ["FusedModel"]
 
@@ -62,10 +66,9 @@ class FusedModel:
         base = model.get_base_model()
         self._decoder = base.model
         self._trainable = [one for one in model.parameters() if one.requires_grad]
-        self._embedding = base.get_input_embeddings()
-        self._head: Tensor = base.get_output_embeddings().weight.detach()
-        self.dtype: torch.dtype = self._embedding.weight.dtype
-        self.device: torch.device = self._embedding.weight.device
+        embedding = base.get_input_embeddings().weight
+        self.dtype: torch.dtype = embedding.dtype
+        self.device: torch.device = embedding.device
         config = base.config
         attention = self._decoder.layers[0].self_attn
         self._layer_call = Compiled(
@@ -89,29 +92,31 @@ class FusedModel:
             group for layer in self._readers for group in layer.values()
             if isinstance(group, GroupReader)
         ]  # fmt: skip
-        self.adapter_copies: list[AdapterCopies]
-        self.adapter_copies, self._copies_of = make_adapter_copies(fused, self.dtype)
+        copies: list[AdapterCopies]
+        copies, self._copies_of = make_adapter_copies(fused, self.dtype)
+        self._vocabulary = Vocabulary(base, self.dtype)
+        #: What gathers gradients itself; everything else that trains is left to autograd.
+        self.gathered: list[Gathered] = [*copies, *self._vocabulary.trained]
         self.is_quantized = any(group.scales for group in fused)
-        self.rank_sum = self._make_rank_sum(model, fused)
+        self._left_to_autograd = self._find_others(fused)
+        self.rank_sum = (
+            None
+            if ranks.join().world == 1
+            else RankSum(self.gathered, self._left_to_autograd, self.device)
+        )
         self._layers: list[LayerTensors] = []
         # Cached weights that hold their adapters too, with those.
         self._joined: list[tuple[Tensor, Tensor, Tensor]] = []
         self._plan: ResolvedPlan | None = None
         self._softmax_call = self._choose_softmax(asked)
 
-    def _make_rank_sum(self, model: Any, fused: Sequence[GroupReader]) -> RankSum | None:
-        if ranks.join().world == 1:
-            return None
-        copied = {
+    def _find_others(self, fused: Sequence[GroupReader]) -> list[Tensor]:
+        gathered = {
             id(tensor)
             for group in fused for part in group.adapters if part is not None
             for tensor in (part.down, part.up)
-        }  # fmt: skip
-        others = [
-            parameter for parameter in model.parameters()
-            if parameter.requires_grad and id(parameter) not in copied
-        ]  # fmt: skip
-        return RankSum(self.adapter_copies, others, self.device)
+        } | {id(weight.trained) for weight in self._vocabulary.trained}  # fmt: skip
+        return [one for one in self._trainable if id(one) not in gathered]
 
     @property
     def plan(self) -> ResolvedPlan:
@@ -131,6 +136,11 @@ class FusedModel:
             isinstance(group, GroupReader) for layer in self._readers for group in layer.values()
         )
 
+    @property
+    def is_capturable(self) -> bool:
+        """Whether a micro-batch writes its gradients where a replay would write them again."""
+        return self.is_fully_fused and not self._left_to_autograd
+
     def apply(self, plan: ResolvedPlan) -> None:
         """Set up what a plan asks for."""
         self._plan = plan
@@ -145,7 +155,7 @@ class FusedModel:
 
     def apply_smaller(self, plan: ResolvedPlan) -> None:
         """Give up what a plan asked for, for another one that takes less; gradients are dropped."""
-        for copies in self.adapter_copies:
+        for copies in self.gathered:
             copies.drop_gradients()
         for parameter in self._trainable:
             parameter.grad = None
@@ -159,29 +169,34 @@ class FusedModel:
     def memory_model(self) -> MemoryModel:
         """What a step takes, from shapes alone."""
         shape, size = self.shape, self.dtype.itemsize
-        hidden = self._embedding.weight.shape[1]
         groups = [group for layer in self._readers for group in layer.values()
                   if isinstance(group, GroupReader)]  # fmt: skip
         sizes = [sum(group.rows) * group.columns * size for group in groups]
         return MemoryModel.of_layers(
             layers=len(self._readers),
-            hidden=hidden,
+            hidden=self._decoder.config.hidden_size,
             queries=shape.heads * shape.head_dim,
             keys=shape.kv_heads * shape.head_dim,
             intermediate=shape.intermediate,
             item_bytes=size,
-            vocabulary=self._head.shape[0],
+            vocabulary=self._vocabulary.size,
             has_triton=self._has_triton,
             dequantized=sum(
                 taken for taken, group in zip(sizes, groups, strict=True) if group.scales
             ),
             largest_group=max(sizes, default=0),
-            copies=sum(copies.nbytes() for copies in self.adapter_copies),
+            copies=sum(copies.nbytes() for copies in self.gathered),
         )
 
-    def begin_step(self) -> None:
-        """Take the adapters' present values; forget earlier gradients."""
-        for copies in self.adapter_copies:
+    def begin_step(self, share: Tensor | float = 1.0) -> None:
+        """Take the adapters' present values; forget earlier gradients.
+
+        Args:
+            share: What the summed loss of every micro-batch will be multiplied by.
+        """
+        own = self._vocabulary.share
+        own.copy_(share) if isinstance(share, Tensor) else own.fill_(share)
+        for copies in self.gathered:
             copies.refresh()
             copies.clear_gradients()
         if self._joined:
@@ -189,12 +204,12 @@ class FusedModel:
 
     def end_micro_batch(self) -> None:
         """Gather a micro-batch's gradients."""
-        for copies in self.adapter_copies:
+        for copies in self.gathered:
             copies.gather_gradients()
 
     def end_step(self) -> None:
         """Hand the gathered gradients to peft's parameters."""
-        for copies in self.adapter_copies:
+        for copies in self.gathered:
             copies.publish_gradients()
 
     def loss(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -210,18 +225,16 @@ class FusedModel:
         hidden = self.hidden_states(batch)
         norm = self._decoder.norm
         hidden = norm(hidden.index_select(0, batch.trained))
-        return linear_cross_entropy(
-            hidden, self._head, batch.targets, self.plan.loss_chunk_tokens, self._softmax()
+        return self._vocabulary.loss(
+            hidden, batch.targets, self.plan.loss_chunk_tokens, self._softmax()
         )
 
     def hidden_states(self, batch: MicroBatch) -> Tensor:
         """The last decoder layer's output, shape ``(T, H)``."""
-        hidden = self._embedding(batch.input_ids[None])
-        cos, sin = self._decoder.rotary_emb(hidden, batch.position_ids[None])
-        hidden, cos, sin = hidden[0].detach(), cos[0], sin[0]
         grad = torch.is_grad_enabled()
-        # The first layer's input needs no gradient; asking for one lets it share the others' graph.
-        hidden.requires_grad_(grad)
+        hidden = self._vocabulary.look_up(batch.input_ids)
+        cos, sin = self._decoder.rotary_emb(hidden[None], batch.position_ids[None])
+        cos, sin = cos[0], sin[0]
         mask = None
         if self.attention == "mask":
             mask = make_block_mask(batch.bounds, hidden.shape[0])

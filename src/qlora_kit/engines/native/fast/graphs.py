@@ -98,7 +98,7 @@ class GraphPool:
         except RuntimeError as error:
             logger.warning("Capturing a CUDA graph failed: %s", str(error).splitlines()[0])
             torch.cuda.synchronize(self._fused_model.device)
-            for copies in self._fused_model.adapter_copies:
+            for copies in self._fused_model.gathered:
                 copies.drop_gradients()
             return None
         self._pool = self._pool or graph.pool()

@@ -1,8 +1,9 @@
-"""Cross-entropy of a frozen language-model head without the logits of a whole batch.
+"""Cross-entropy of a language-model head without the logits of a whole batch.
 
 Logits exist for a chunk of trained positions at a time, and their gradient is turned into
-the hidden states' gradient at once, in the forward pass, as in Liger-Kernel's fused linear
-cross-entropy (Hsu et al., arXiv:2410.10989). Positions without loss never get here.
+the hidden states' gradient, and a trained head's, at once, in the forward pass, as in
+Liger-Kernel's fused linear cross-entropy (Hsu et al., arXiv:2410.10989). Positions without loss
+never get here.
 """
 
 from __future__ import annotations
@@ -15,7 +16,13 @@ from torch import Tensor
 
 from qlora_kit.values import IGNORED_LABEL
 
-__all__ = ["SoftmaxStep", "linear_cross_entropy", "plain_softmax_step", "softmax_step"]
+__all__ = [
+    "SoftmaxStep",
+    "linear_cross_entropy",
+    "module_cross_entropy",
+    "plain_softmax_step",
+    "softmax_step",
+]
 
 #: From logits ``(P, V)`` and targets ``(P,)``: the gradient of the summed loss with respect to
 #: the logits, which may take their place, and ``[loss, hits, entropy]``, each summed over the
@@ -23,24 +30,51 @@ __all__ = ["SoftmaxStep", "linear_cross_entropy", "plain_softmax_step", "softmax
 SoftmaxStep = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+#: Takes the gradient of a chunk's logits ``(P, V)`` and the hidden states ``(P, H)`` they are of.
+Gather = Callable[[Tensor, Tensor], None]
+
+
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, step: SoftmaxStep | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk: int,
+    step: SoftmaxStep | None = None,
+    gather: Gather | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy of ``hidden @ weight.T`` against ``targets``.
 
     Args:
         hidden: Final hidden states of the trained positions, shape ``(P, H)``.
-        weight: The head's weight, shape ``(V, H)``; gets no gradient.
+        weight: The head's weight, shape ``(V, H)``; gets no gradient by itself.
         targets: Shape ``(P,)``; positions of -100 count nothing.
         chunk: Positions whose logits exist at the same time.
         step: :func:`plain_softmax_step`, or :func:`softmax_step` compiled.
+        gather: Called for every chunk where gradients are wanted; makes a trained head's.
 
     Returns:
         The loss as a float32 scalar, and ``[hits, entropy]`` without gradient: how many targets
         were the likeliest token, and the predictions' summed entropy in nats.
     """
     step = step or plain_softmax_step
-    loss, stats = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, step)
+    loss, stats = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, step, gather)
+    return loss, stats
+
+
+def module_cross_entropy(
+    hidden: Tensor, head: Any, targets: Tensor, chunk: int, step: SoftmaxStep, share: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same for a head that is called: adapted, quantized, or with a bias.
+
+    Args:
+        hidden: As in :func:`linear_cross_entropy`, like ``targets``, ``chunk`` and ``step``.
+        head: A module whose trained parameters get their gradients here.
+        targets: The same.
+        chunk: The same.
+        step: The same.
+        share: What the summed loss is multiplied by, a scalar tensor.
+    """
+    loss, stats = _ModuleCrossEntropy.apply(hidden, head, targets, chunk, step, share)
     return loss, stats
 
 
@@ -92,15 +126,17 @@ def plain_softmax_step(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, step: SoftmaxStep
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        chunk: int,
+        step: SoftmaxStep,
+        gather: Gather | None,
     ) -> tuple[Tensor, Tensor]:
         wants_grad = ctx.needs_input_grad[0]
         hidden_grad = torch.empty_like(hidden) if wants_grad else None
-        sums = torch.zeros(
-            3,
-            dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32,
-            device=hidden.device,
-        )
+        sums = _make_sums(hidden)
         # (P, H) in pieces of `chunk` rows: logits (chunk, V) and their gradient exist once, and
         # (chunk, V)(V, H) -> (chunk, H) leaves what the decoder's backward pass begins with.
         for start in range(0, hidden.shape[0], chunk):
@@ -109,14 +145,65 @@ class _LinearCrossEntropy(torch.autograd.Function):
             sums += part_sums
             if hidden_grad is not None:
                 torch.mm(gradient, weight, out=hidden_grad[part])
-        if hidden_grad is not None:
-            ctx.save_for_backward(hidden_grad)
-        stats = sums[1:].clone()
-        ctx.mark_non_differentiable(stats)
-        return sums[0].clone(), stats
+                if gather is not None:
+                    gather(gradient, hidden[part])
+        return _finish(ctx, sums, hidden_grad)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-        (hidden_grad,) = ctx.saved_tensors
-        # Late: 1 / trained tokens would have pushed fp16's small gradients out of its range.
-        return (hidden_grad * grad).to(hidden_grad.dtype), None, None, None, None
+        return _scale_hidden(ctx, grad), None, None, None, None, None
+
+
+class _ModuleCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Any,
+        targets: Tensor,
+        chunk: int,
+        step: SoftmaxStep,
+        share: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        wants_grad = ctx.needs_input_grad[0]
+        hidden_grad = torch.empty_like(hidden) if wants_grad else None
+        trained = [one for one in head.parameters() if one.requires_grad]
+        sums = _make_sums(hidden)
+        for start in range(0, hidden.shape[0], chunk):
+            part = slice(start, start + chunk)
+            with torch.set_grad_enabled(wants_grad):
+                taken = hidden[part].detach().requires_grad_(wants_grad)
+                logits = head(taken)
+            gradient, part_sums = step(logits.detach(), targets[part])
+            sums += part_sums
+            if hidden_grad is not None:
+                found = torch.autograd.grad(logits, [taken, *trained], gradient)
+                hidden_grad[part] = found[0]
+                for parameter, summed in zip(trained, found[1:], strict=True):
+                    own = summed * share.to(summed.dtype)
+                    parameter.grad = own if parameter.grad is None else parameter.grad + own
+        return _finish(ctx, sums, hidden_grad)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+        return _scale_hidden(ctx, grad), None, None, None, None, None
+
+
+def _make_sums(hidden: Tensor) -> Tensor:
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return torch.zeros(3, dtype=dtype, device=hidden.device)
+
+
+def _finish(ctx: Any, sums: Tensor, hidden_grad: Tensor | None) -> tuple[Tensor, Tensor]:
+    if hidden_grad is not None:
+        ctx.save_for_backward(hidden_grad)
+    stats = sums[1:].clone()
+    ctx.mark_non_differentiable(stats)
+    return sums[0].clone(), stats
+
+
+def _scale_hidden(ctx: Any, grad: Tensor) -> Tensor:
+    (hidden_grad,) = ctx.saved_tensors
+    # Late: 1 / trained tokens would have pushed fp16's small gradients out of its range.
+    scaled: Tensor = (hidden_grad * grad).to(hidden_grad.dtype)
+    return scaled

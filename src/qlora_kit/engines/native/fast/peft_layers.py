@@ -204,11 +204,19 @@ def read_adapter(module: Any, *, trains: bool = True) -> AdapterPart | str | Non
 
 
 def read_norms(layer: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """A layer's norms: before attention, after it, of queries and of keys where it has those."""
+    """A layer's norms: before attention, after it, of queries and of keys where it has those.
+
+    One that trains gets its gradient from autograd.
+    """
     attention = layer.self_attn
     return (
-        layer.input_layernorm.weight.detach(),
-        layer.post_attention_layernorm.weight.detach(),
-        attention.q_norm.weight.detach() if hasattr(attention, "q_norm") else None,
-        attention.k_norm.weight.detach() if hasattr(attention, "k_norm") else None,
+        _read_norm(layer.input_layernorm),
+        _read_norm(layer.post_attention_layernorm),
+        _read_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
+        _read_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
     )
+
+
+def _read_norm(norm: Any) -> Tensor:
+    weight: Tensor = norm.weight
+    return weight if weight.requires_grad else weight.detach()

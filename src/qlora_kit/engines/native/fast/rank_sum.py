@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, distributed
 
-from qlora_kit.engines.native.fast.adapter_copies import AdapterCopies
+from qlora_kit.engines.native.fast.adapter_copies import Gathered
 
 __all__ = ["RankSum"]
 
@@ -22,13 +22,13 @@ class RankSum:
     assigned and not accumulated by autograd.
 
     Args:
-        copies: Adapter copies, whose gathered gradients lie in this buffer from now on.
+        copies: What gathers gradients, which lie in this buffer from now on.
         others: Parameters that train outside of them, through peft's own modules.
         device: Where all of it lies.
     """
 
     def __init__(
-        self, copies: Sequence[AdapterCopies], others: Sequence[Tensor], device: torch.device
+        self, copies: Sequence[Gathered], others: Sequence[Tensor], device: torch.device
     ) -> None:
         wide = {one.gradient_dtype for one in copies} | {torch.float32}
         counts = [one.gradient_count for one in copies] + [one.numel() for one in others]

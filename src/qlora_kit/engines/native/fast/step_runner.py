@@ -39,7 +39,7 @@ class StepRunner:
         fused_model = self.fused_model
         return (
             fused_model.device.type == "cuda"
-            and fused_model.is_fully_fused
+            and fused_model.is_capturable
             and fused_model.attention == "varlen"
             and fused_model.dtype != torch.float16
         )
@@ -121,7 +121,8 @@ class StepRunner:
         fused_model, plan = self.fused_model, self.fused_model.plan
         if plan.uses_cuda_graphs and self._graphs is None:
             self._graphs = GraphPool(fused_model)
-        fused_model.begin_step()
+        share = 1.0 / trained
+        fused_model.begin_step(share if scaler is None else scaler.scale(self.zero + share))
         total = self.zero.clone()
         stats = torch.zeros(2, dtype=torch.float32, device=fused_model.device)
         for batch in self._lay_out(examples):

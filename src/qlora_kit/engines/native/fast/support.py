@@ -13,6 +13,8 @@ __all__ = ["find_obstacle"]
 #: The projections of a layer, where every parameter may train.
 _ATTENTION: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP: Final = ("gate_proj", "up_proj", "down_proj")
+_NORMS: Final = ("input_layernorm", "post_attention_layernorm")
+_HEAD_NORMS: Final = ("q_norm", "k_norm")
 
 
 def find_obstacle(model: Any, args: Any) -> str | None:
@@ -36,34 +38,41 @@ def _find_in_model(model: Any) -> str | None:
     if obstacle is not None:
         return obstacle
     decoder: Any = base.model
-    head = base.get_output_embeddings()
-    if type(head) is not torch.nn.Linear or head.bias is not None or head.weight.requires_grad:
-        return "the language-model head is trained, adapted, quantized or has a bias"
-    embedding = base.get_input_embeddings()
-    if type(embedding) is not torch.nn.Embedding or embedding.weight.requires_grad:
-        return "the token embedding is trained or adapted"
-    if embedding.weight.dtype != head.weight.dtype:
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if head is None:
+        return "the model has no language-model head"
+    if embedding.weight.dtype != _find_dtype(head):
         return "the embedding and the head have different dtypes"
+    known = {id(parameter) for module in (embedding, head) for parameter in module.parameters()}
+    known |= {id(parameter) for parameter in decoder.norm.parameters()}
     for layer in decoder.layers:
-        norms = [layer.input_layernorm, layer.post_attention_layernorm]
-        if any(not hasattr(norm, "weight") or norm.weight.requires_grad for norm in norms):
-            return "a normalization is trained"
-    known = {
-        id(parameter)
-        for layer in decoder.layers
-        for owner, names in ((layer.self_attn, _ATTENTION), (layer.mlp, _MLP))
-        for name in names
-        for parameter in getattr(owner, name).parameters()
-    }
+        owners = [(layer.self_attn, (*_ATTENTION, *_HEAD_NORMS)), (layer.mlp, _MLP)]
+        owners.append((layer, _NORMS))
+        known |= {
+            id(parameter)
+            for owner, names in owners
+            for name in names
+            if hasattr(owner, name)
+            for parameter in getattr(owner, name).parameters()
+        }
+        if any(not hasattr(getattr(layer, name), "weight") for name in _NORMS):
+            return "a normalization has no weight"
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in known:
-            return f"{name} is trained, which is no part of a projection"
+            return f"{name} is trained, which is no part of a projection, a norm or the vocabulary"
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1:
         return f"the model is spread over {', '.join(sorted(map(str, devices)))}"
     if not any(hasattr(module, "lora_A") for module in decoder.modules()):
         return "the adapter is not LoRA"
     return None
+
+
+def _find_dtype(head: Any) -> torch.dtype:
+    """What a head computes in; a quantized one's weight would say what it is packed in."""
+    base = head.base_layer if hasattr(head, "base_layer") else head
+    dtype: torch.dtype = getattr(base, "compute_dtype", None) or base.weight.dtype
+    return dtype
 
 
 def _find_in_settings(args: Any, dtype: torch.dtype) -> str | None:
