@@ -16,18 +16,18 @@ from typing import Final, Literal
 
 from qlora_kit.errors import QloraKitError
 from qlora_kit.paths import get_cache_folder
+from qlora_kit.versions import read_tested
 
-__all__ = ["TESTED", "Finding", "diagnose"]
+__all__ = ["Finding", "diagnose"]
 
 State = Literal["ok", "note", "problem"]
 
 _GIB: Final = 1024**3
 
-#: What the tests run with.
-TESTED: Final = {
-    "torch": "2.14.1", "transformers": "5.17.0", "trl": "1.15.0", "peft": "0.21.2",
-    "datasets": "4.8.5", "accelerate": "1.15.0", "bitsandbytes": "0.50.2",
-}  # fmt: skip
+#: Libraries whose version is told beside the tested one.
+_LIBRARIES: Final = (
+    "torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,14 @@ def _look_at_python() -> Iterator[Finding]:
 
 
 def _look_at_versions() -> Iterator[Finding]:
-    for name, tested in TESTED.items():
+    known = read_tested()
+    for name in _LIBRARIES:
         try:
             found = metadata.version(name)
         except metadata.PackageNotFoundError:
             yield Finding(name, "problem", "not installed", f"pip install {name}")
             continue
+        tested = known.get(name, found)
         same = _minor(found) == _minor(tested)
         advice = "" if same else f"If something fails, try the tested one: {name}=={tested}."
         detail = found if same else f"{found}, tested with {tested}"

@@ -16,6 +16,7 @@ from qlora_kit.engines.contract import ready_to_generate
 from qlora_kit.errors import ConfigError, DataError, did_you_mean, invalid_value
 from qlora_kit.generation import generate_batch
 from qlora_kit.handles import LoadedModel
+from qlora_kit.html_tables import make_grid, make_table
 from qlora_kit.values import IGNORED_LABEL, is_whole_number
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ METRICS: Final[Mapping[str, Callable[[str, str], float]]] = {
     "exact_match": lambda answer, expected: float(answer.strip() == expected.strip()),
     "contains": lambda answer, expected: float(expected.strip().lower() in answer.lower()),
 }
+
+#: Answers that a notebook shows.
+_SHOWN_ANSWERS: Final = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +53,7 @@ class EvaluatedRow:
     scores: Mapping[str, float]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class EvaluationResult:
     """How well a model knows rows.
 
@@ -80,6 +84,30 @@ class EvaluationResult:
             f"{self.model}: loss {self.loss:.4f}, perplexity {self.perplexity:.3f} over "
             f"{self.trained_tokens:,} tokens of {self.rows:,} rows{scores}"
         )
+
+    def __repr__(self) -> str:
+        return f"EvaluationResult({self})"
+
+    def _repr_html_(self) -> str:
+        pairs = [
+            ("loss", f"{self.loss:.4f}"),
+            ("perplexity", f"{self.perplexity:.3f}"),
+            ("rows", f"{self.rows:,}, {self.trained_tokens:,} tokens that carry loss"),
+            *((name, f"{value:.3f}") for name, value in self.scores.items()),
+        ]
+        table = make_table(self.model, pairs)
+        if not self.answers:
+            return table
+        shown = self.answers[:_SHOWN_ANSWERS]
+        answers = make_grid(
+            ("prompt", "expected", "answer", *self.scores),
+            [
+                (one.prompt, one.expected, one.answer, *map("{:.0f}".format, one.scores.values()))
+                for one in shown
+            ],
+        )
+        rest = len(self.answers) - len(shown)
+        return table + answers + (f"<p>and {rest:,} more in answers</p>" if rest else "")
 
 
 def evaluate(

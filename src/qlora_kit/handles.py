@@ -190,9 +190,10 @@ class LoadedModel:
     def __getattr__(self, name: str) -> Any:
         """Say what does here what a transformers or peft model's method does there."""
         if name in _METHODS:
+            kind = type(self).__name__
             raise HandleError(
-                f"A {type(self).__name__} has no {name}: {_METHODS[name]} The transformers model "
-                "is model.model."
+                f"{'An' if kind[0] in 'AEIOU' else 'A'} {kind} has no {name}: {_METHODS[name]} The "
+                "transformers model is model.model."
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from qlora_kit.errors import ExportError, MissingDependencyError
+from qlora_kit.html_tables import make_grid, make_table
 
 __all__ = [
     "Answer",
@@ -28,6 +28,9 @@ __all__ = [
 ]
 
 FinishReason = Literal["eos", "stop", "length"]
+
+#: Files of an export that a notebook lists one by one.
+_SHOWN_FILES: Final = 12
 
 
 class Moment(NamedTuple):
@@ -150,10 +153,26 @@ class TrainResult:
         return axes
 
     def _repr_html_(self) -> str:
-        """A few lines for a notebook."""
+        first, last = (self.losses[0], self.losses[-1]) if self.losses else (float("nan"),) * 2
         report = self.output_dir / "report.html"
-        link = f"<br><small>{escape(str(report))}</small>" if report.is_file() else ""
-        return f"<p>{escape(str(self))}{link}</p>"
+        pairs: list[tuple[str, object]] = [
+            ("steps", f"{self.steps}{', interrupted' if self.was_interrupted else ''}"),
+            ("loss", f"{first:.3f} → {last:.3f}"),
+            *(("evaluation loss", f"{loss:.3f}") for _, loss in self.eval_losses[-1:]),
+            ("time", f"{self.seconds:.1f} s on {self.device}"),
+            ("tokens", f"{self.tokens_seen:,}, {self.tokens_per_second:,.0f} a second"),
+            (
+                "peak memory",
+                f"{self.peak_memory_gib:.2f} GiB ({self.memory_before_gib:.2f} before training)",
+            ),
+        ]
+        if self.best_step is not None:
+            pairs.append(("weights of step", self.best_step))
+        if self.checkpoint is not None and self.was_interrupted:
+            pairs.append(("goes on from", self.checkpoint))
+        if report.is_file():
+            pairs.append(("report", report))
+        return make_table("Training", pairs)
 
     def __repr__(self) -> str:
         return f"TrainResult({self})"
@@ -291,6 +310,20 @@ class Artifact:
             f"{self.size / 1e6:.1f} MB, {checked})"
         )
 
+    def _repr_html_(self) -> str:
+        shown = [(file.name, f"{file.size:,} bytes") for file in self.files[:_SHOWN_FILES]]
+        if len(self.files) > len(shown):
+            shown.append((f"and {len(self.files) - len(shown)} more", ""))
+        pairs: list[tuple[str, object]] = [("where", self.path or self.url), *shown]
+        marks = {True: "✓", False: "✗"}
+        pairs += [
+            (f"{marks[check.passed]} {check.name}", check.detail)
+            for check in self.verification.checks
+        ]
+        if not self.verification.checks:
+            pairs.append(("checks", "none were asked for"))
+        return make_table(f"{self.format}, {self.size / 1e6:,.1f} MB", pairs)
+
 
 @dataclass(frozen=True, repr=False)
 class ExportResults(Mapping[str, Artifact]):
@@ -339,3 +372,15 @@ class ExportResults(Mapping[str, Artifact]):
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (name, made.path or made.url, f"{made.size / 1e6:,.1f} MB",
+             f"{len(made.verification.checks)} checks passed")
+            for name, made in self.artifacts.items()
+        ]  # fmt: skip
+        rows += [
+            (name, f"FAILED: {type(error).__name__}: {error}", "", "")
+            for name, error in self.failures.items()
+        ]
+        return make_grid(("format", "where", "size", "checks"), rows)

@@ -1,6 +1,7 @@
 """Whether the installed libraries are ones that this library was run with.
 
-The ranges stand in the package's own metadata; ``pyproject.toml`` says what ran on their ends.
+The ranges stand in the package's own metadata, and the versions that everything is tested with in
+``constraints.txt``, which lies beside this file in a wheel.
 ``pip`` keeps to them; environments that were put together otherwise are told of it here.
 """
 
@@ -10,14 +11,36 @@ import functools
 import logging
 from collections.abc import Iterable
 from importlib import metadata
+from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
 
-__all__ = ["find_untested", "warn_of_untested"]
+__all__ = ["find_untested", "read_tested", "warn_of_untested"]
 
 logger = logging.getLogger(__name__)
 
 _DISTRIBUTION = "qlora-kit"
+_CONSTRAINTS = "constraints.txt"
+
+
+@functools.cache
+def read_tested() -> dict[str, str]:
+    """The versions that everything is tested with, by distribution; empty where nothing says."""
+    beside = Path(__file__).with_name(_CONSTRAINTS)
+    # From source, it lies where pip is told of it.
+    for path in (beside, Path(__file__).parents[2] / _CONSTRAINTS):
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except OSError:
+            continue
+        pinned = [Requirement(line) for line in lines if line and not line.startswith("#")]
+        return {
+            one.name: specifier.version
+            for one in pinned
+            if one.marker is None or one.marker.evaluate()
+            for specifier in one.specifier
+        }
+    return {}
 
 
 def find_untested(requirements: Iterable[str], extra: str = "") -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from html import escape
 from typing import Any, Final
 
 from qlora_kit.forecast import Card, MemoryForecast
@@ -23,7 +24,7 @@ _WORDS: Final = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainingForecast:
     """What a training will take.
 
@@ -85,6 +86,16 @@ class TrainingForecast:
             "disk_bytes": dict(self.disk),
             "notes": list(self.notes),
         }
+
+    def __repr__(self) -> str:
+        verdict = "fits" if self.fits else "does not fit"
+        return (
+            f"TrainingForecast({self.model!r}, {self.memory.total / _GIB:.2f} GiB, {verdict} "
+            f"{self.device.name!r})"
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
 
     def __str__(self) -> str:
         memory = self.memory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -17,7 +18,15 @@ from qlora_kit.manifest import MANIFEST_NAME
 from qlora_kit.results import Moment
 from qlora_kit.training.checkpoint import CHECKPOINT_PREFIX, list_checkpoints
 
-__all__ = ["CheckpointKeeper", "ProgressLine", "Timeline", "replace_progress_callbacks"]
+__all__ = [
+    "CheckpointKeeper",
+    "GuardedDisplay",
+    "ProgressLine",
+    "Timeline",
+    "replace_progress_callbacks",
+]
+
+logger = logging.getLogger(__name__)
 
 #: transformers' table of losses in a notebook.
 _NOTEBOOK: Final = "NotebookProgressCallback"
@@ -161,23 +170,66 @@ class ProgressLine(TrainerCallback):
 
     def close(self) -> None:
         """Leave the finished line on the screen."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            # The terminal may be gone.
+            with contextlib.suppress(OSError, ValueError):
+                bar.close()
+
+
+class GuardedDisplay(TrainerCallback):
+    """A callback that only shows something: where it fails, training goes on without it.
+
+    A terminal that was closed, or a table that expects a step before the run ends, would take the
+    result of hours with it.
+
+    Args:
+        display: The callback.
+    """
+
+    def __init__(self, display: TrainerCallback) -> None:
+        self._display = display
+        self._has_failed = False
+        for name in dir(TrainerCallback):
+            if name.startswith("on_"):
+                setattr(self, name, self._guard(getattr(display, name)))
+
+    def _guard(self, event: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            if self._has_failed:
+                return None
+            try:
+                return event(*arguments, **named)
+            except Exception as error:  # noqa: BLE001 - somebody else's code, or a closed terminal
+                self._has_failed = True
+                logger.warning(
+                    "%s failed and is left out from here on, training goes on: %s: %s",
+                    type(self._display).__name__, type(error).__name__, error,
+                )  # fmt: skip
+                return None
+
+        return call
 
 
 def replace_progress_callbacks(trainer: Trainer, line: ProgressLine) -> None:
-    """Put our line in the place of the trainer's bar (which prints each log) or printer."""
+    """Put our line in the place of the trainer's bar (which prints each log) or printer.
+
+    A user's own subclass of one stays, guarded as ours is.
+    """
     from transformers import PrinterCallback, ProgressCallback
 
-    handler = trainer.callback_handler
-    shows_bar = any(isinstance(callback, ProgressCallback) for callback in handler.callbacks)
-    for callback in list(handler.callbacks):
-        # Subclasses are the user's own, except the notebook's table: it fails where a run ends
-        # before the first step was logged, and takes the result with it.
+    shows_bar = False
+    kept: list[TrainerCallback] = []
+    for callback in trainer.callback_handler.callbacks:
         kind = type(callback)
-        if kind in (ProgressCallback, PrinterCallback) or kind.__name__ == _NOTEBOOK:
-            shows_bar = shows_bar or kind.__name__ == _NOTEBOOK
-            trainer.remove_callback(callback)
-    if shows_bar:
-        trainer.add_callback(line)
+        # transformers' table for notebooks needs IPython to be imported.
+        is_bar = isinstance(callback, ProgressCallback) or any(
+            base.__name__ == _NOTEBOOK for base in kind.__mro__
+        )
+        shows_bar = shows_bar or is_bar
+        if not is_bar and not isinstance(callback, PrinterCallback):
+            kept.append(callback)
+        elif kind not in (ProgressCallback, PrinterCallback) and kind.__name__ != _NOTEBOOK:
+            kept.append(GuardedDisplay(callback))
+    # In their places: adding a second one of a class would be warned about.
+    trainer.callback_handler.callbacks[:] = [*kept, *([GuardedDisplay(line)] if shows_bar else [])]

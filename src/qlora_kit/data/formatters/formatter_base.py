@@ -27,7 +27,7 @@ from qlora_kit.data.sources.row_checks import RowSchema, load_rows
 from qlora_kit.data.sources.row_problems import BadRowPolicy, BadRows, check_policy
 from qlora_kit.data.sources.rows import Rows
 from qlora_kit.data.tokens.encoding import EncodedExamples, encode_rows
-from qlora_kit.data.tokens.inspection import DataReport, describe_rows, render_preview
+from qlora_kit.data.tokens.inspection import DataReport, Preview, describe_rows, render_preview
 from qlora_kit.data.tokens.segment_ids import RowEncoding, join_segments
 from qlora_kit.data.tokens.segments import Prompt, Segment
 from qlora_kit.data.tokens.text_tokenizer import TextTokenizer
@@ -314,8 +314,10 @@ class FormatterBase(RowReader):
             cache=cache,
         )
 
-    def preview(self, rows: Any, n: int = 3, color: bool | None = None) -> str:
+    def preview(self, rows: Any, n: int = 3, color: bool | None = None) -> Preview:
         """The first ``n`` examples as text, with the tokens that carry loss marked.
+
+        A notebook shows them in colours.
 
         Args:
             rows: What :meth:`load` returned, or anything it takes.

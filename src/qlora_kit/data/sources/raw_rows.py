@@ -51,6 +51,9 @@ class RawRows(NamedTuple):
     rows: list[RawRow]
     origin: RowOrigin | None = None
 
+    def __repr__(self) -> str:
+        return f"RawRows({len(self.rows):,} from {self.label})"
+
     @property
     def columns(self) -> list[str]:
         """Every column that a row has, in the order they appear."""

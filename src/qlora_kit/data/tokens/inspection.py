@@ -8,15 +8,17 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from html import escape
+from typing import Any, Final, NamedTuple, Self
 
 from qlora_kit.data.sources.row_problems import settle_problems
 from qlora_kit.data.sources.rows import Rows, UnusedData
 from qlora_kit.data.tokens.segment_ids import RowEncoding, join_segments, make_segments
 from qlora_kit.errors import ConfigError, DataError, invalid_value
+from qlora_kit.html_tables import make_table
 from qlora_kit.values import is_whole_number
 
-__all__ = ["DataReport", "describe_rows", "render_preview"]
+__all__ = ["DataReport", "Preview", "describe_rows", "render_preview"]
 
 _PERCENTILES: Final = (5, 25, 50, 75, 95, 99)
 # Two channels, so that a special token still says whether it is trained: colour, and underlining.
@@ -24,9 +26,35 @@ _TRAINED: Final = "\033[32m"
 _PLAIN: Final = "\033[2m"
 _SPECIAL: Final = "\033[4m"
 _RESET: Final = "\033[0m"
+#: The same two for a notebook, light or dark.
+_HTML_TRAINED: Final = "background:rgba(46,160,67,.25)"
+_HTML_SPECIAL: Final = "text-decoration:underline"
+_HTML_LEGEND: Final = (
+    f'<span style="{_HTML_TRAINED}">trained</span>, not trained, '
+    f'<span style="{_HTML_SPECIAL}">special tokens</span>'
+)
 
 
-@dataclass(frozen=True)
+class Preview(str):
+    """Examples as text, which a notebook shows in colours.
+
+    Attributes:
+        html: The same for a notebook.
+    """
+
+    html: str
+
+    def __new__(cls, text: str, html: str) -> Self:
+        """The text, and what a notebook shows of it."""
+        made = super().__new__(cls, text)
+        made.html = html
+        return made
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+
+@dataclass(frozen=True, repr=False)
 class DataReport:
     """Statistics of a data set under a formatter.
 
@@ -65,6 +93,16 @@ class DataReport:
     excluded: int = 0
 
     def __str__(self) -> str:
+        lines = self._list_lines()
+        width = max(len(name) for name, _ in lines)
+        return "\n".join([self.source, *(f"  {name:<{width}}  {value}" for name, value in lines)])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return make_table(self.source, self._list_lines())
+
+    def _list_lines(self) -> list[tuple[str, str]]:
         def share(part: int) -> str:
             return f"{part:,} ({100 * part / self.rows:.1f}%)"
 
@@ -92,9 +130,7 @@ class DataReport:
             )
         if self.excluded:
             lines.append(("not to learn", f"{share(self.excluded)} of the rows exclude a turn"))
-        lines += [("not used", str(unused)) for unused in self.unused]
-        width = max(len(name) for name, _ in lines)
-        return "\n".join([self.source, *(f"  {name:<{width}}  {value}" for name, value in lines)])
+        return [*lines, *(("not used", str(unused)) for unused in self.unused)]
 
 
 def describe_rows(encoding: RowEncoding, rows: Rows, *, max_length: int) -> DataReport:
@@ -158,7 +194,7 @@ def describe_rows(encoding: RowEncoding, rows: Rows, *, max_length: int) -> Data
     )
 
 
-def render_preview(encoding: RowEncoding, rows: Rows, *, n: int, color: bool | None) -> str:
+def render_preview(encoding: RowEncoding, rows: Rows, *, n: int, color: bool | None) -> Preview:
     """Examples as text; see :meth:`FormatterBase.preview`."""
     if not is_whole_number(n, at_least=1):
         raise ConfigError(f"n must be at least 1, got {n!r}.")
@@ -177,20 +213,31 @@ def render_preview(encoding: RowEncoding, rows: Rows, *, n: int, color: bool | N
         if color
         else "trained tokens stand between ⟦ and ⟧"
     )
-    blocks = [f"{len(examples)} of {len(rows):,} examples; {legend}"]
+    counted = f"{len(examples)} of {len(rows):,} examples"
+    blocks, page = [f"{counted}; {legend}"], [_show(f"{counted}; {_HTML_LEGEND}")]
     for place, (ids, trained) in zip(made.places, examples, strict=True):
-        header = f"── example {place + 1}: {len(ids)} tokens, {sum(trained)} trained "
-        blocks.append(header + "─" * max(0, 72 - len(header)))
-        blocks.append(_render(encoding, ids, trained, color=color))
+        header = f"example {place + 1}: {len(ids)} tokens, {sum(trained)} trained"
+        blocks.append(f"── {header} " + "─" * max(0, 68 - len(header)))
+        runs = _find_runs(encoding, ids, trained)
+        blocks.append(_color(runs) if color else _bracket(runs))
+        page += [_show(f"<b>{header}</b>"), _show("".join(map(_mark, runs)))]
     if rows.unused:
         blocks.append("── not in the examples " + "─" * 49)
         blocks += [str(unused) for unused in rows.unused]
-    return "\n".join(blocks)
+        page.append(_show("<b>not in the examples</b>"))
+        page += [_show(escape(str(unused))) for unused in rows.unused]
+    return Preview("\n".join(blocks), "".join(page))
 
 
-def _render(
-    encoding: RowEncoding, ids: Sequence[int], trained: Sequence[bool], *, color: bool
-) -> str:
+class _Run(NamedTuple):
+    """Tokens that are decoded and shown together."""
+
+    text: str
+    is_trained: bool
+    is_special: bool
+
+
+def _find_runs(encoding: RowEncoding, ids: Sequence[int], trained: Sequence[bool]) -> list[_Run]:
     """Runs of tokens decoded together: one token may be only part of a character."""
     specials = {
         encoding.text.get_token_id(name)
@@ -204,19 +251,41 @@ def _render(
             runs[-1][2].append(token)
         else:
             runs.append((is_trained, is_special, [token]))
+    decode: Any = encoding.text.tokenizer.decode
+    return [
+        _Run(decode(tokens, clean_up_tokenization_spaces=False), is_trained, is_special)
+        for is_trained, is_special, tokens in runs
+    ]
+
+
+def _color(runs: Sequence[_Run]) -> str:
+    return "".join(
+        f"{_TRAINED if run.is_trained else _PLAIN}{_SPECIAL if run.is_special else ''}"
+        f"{run.text}{_RESET}"
+        for run in runs
+    )
+
+
+def _bracket(runs: Sequence[_Run]) -> str:
     text = ""
     was_trained = False
-    for is_trained, is_special, tokens in runs:
-        piece: Any = encoding.text.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-        if color:
-            style = (_TRAINED if is_trained else _PLAIN) + (_SPECIAL if is_special else "")
-            text += f"{style}{piece}{_RESET}"
-            continue
-        if is_trained != was_trained:
-            text += "⟦" if is_trained else "⟧"
-            was_trained = is_trained
-        text += piece
+    for run in runs:
+        if run.is_trained != was_trained:
+            text += "⟦" if run.is_trained else "⟧"
+            was_trained = run.is_trained
+        text += run.text
     return text + ("⟧" if was_trained else "")
+
+
+def _mark(run: _Run) -> str:
+    styles = (_HTML_TRAINED if run.is_trained else "", _HTML_SPECIAL if run.is_special else "")
+    style = ";".join(filter(None, styles))
+    text = escape(run.text)
+    return f'<span style="{style}">{text}</span>' if style else text
+
+
+def _show(html: str) -> str:
+    return f'<pre style="white-space:pre-wrap">{html}</pre>'
 
 
 def _digest(value: Any) -> bytes:
