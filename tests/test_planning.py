@@ -42,12 +42,15 @@ def plan(model, card, *, row_tokens=None, **options):
     ],
 )
 def test_a_plan_is_near_what_was_measured_on_an_h200(big, step, measured):
-    """docs/performance.md, packed rows of 16,384 tokens; what torch allocated at most."""
+    """docs/performance.md, packed rows of 16,384 tokens; what torch allocated at most.
+
+    What it reserved for that, which is what is foretold, was 3 to 5% more where that was measured.
+    """
     rows = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
     made = plan(big, "H200", row_tokens=16384, loading={"max_seq_length": 16384}, step=step,
                 training=rows)  # fmt: skip
-    allocated = (made.memory.total - made.memory.runtime) / 1024**3
-    assert measured <= allocated <= measured * 1.15
+    reserved = (made.memory.total - made.memory.runtime) / 1024**3
+    assert measured * 1.03 <= reserved <= measured * 1.2
     assert made.fits
     assert made.parameters == pytest.approx(4.02e9, rel=0.01)
 

@@ -47,10 +47,6 @@ def test_equals_float64_arithmetic(group, kept, rounds, monkeypatch):
         weights = [join(dense, len(down))]
         fill_joined([(weights[0], down, up)])
     monkeypatch.setattr(projection, "rounds_before_adding", lambda device, dtype: rounds)
-    if rounds:
-        # A sum in float32 is for CUDA alone; these products are as wide as that one's.
-        monkeypatch.setattr(torch, "mm", _in_float32(torch.mm))
-        monkeypatch.setattr(torch, "addmm", _in_float32(torch.addmm))
     leaves = [tensor.clone().requires_grad_() for tensor in (x, down, up)]
     out = project(leaves[0], weights, scales, ROWS, 64, "nf4", bias, *leaves[1:])
     probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
@@ -65,10 +61,6 @@ def test_equals_float64_arithmetic(group, kept, rounds, monkeypatch):
         torch.testing.assert_close(leaf.grad.double(), reference.grad, rtol=1e-4, atol=1e-4)
     for part, reference in zip(_blocks(leaves[2].grad), _blocks(wide[2].grad), strict=True):
         torch.testing.assert_close(part.double(), reference, rtol=1e-4, atol=1e-4)
-
-
-def _in_float32(function):
-    return lambda *arguments, out_dtype: function(*(one.to(out_dtype) for one in arguments))
 
 
 def test_passes_gradcheck_in_float64(group):
@@ -106,7 +98,7 @@ def test_operators_are_registered_correctly(group):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
-@pytest.mark.parametrize("rows", [32, 96], ids=["narrow", "wide"])
+@pytest.mark.parametrize("rows", [16, 256], ids=["narrow", "wide"])
 def test_a_small_adapter_survives_bfloat16(device, rows):
     """Added to a product that is rounded already, most of an update below half a step is lost."""
     generator = torch.Generator().manual_seed(0)

@@ -24,6 +24,9 @@ __all__ = [
 
 _GIB: Final = 1024**3
 
+#: Reserved for an allocated byte on CUDA, whose allocator leaves gaps between blocks.
+_RESERVED_SHARE: Final = 1.05
+
 #: Beyond this many tokens a GPU's matrix products are as fast as they get, so that splitting
 #: an effective batch costs less than recomputing activations.
 _SATURATING_TOKENS: Final = 4096
@@ -105,6 +108,8 @@ class MemoryModel:
         largest_group: The largest group of projection weights, dequantized.
         loss_per_token: Logits and their gradient for one token.
         gradients: Gradients and optimizer states of the adapters, once training runs.
+        reserved_share: What the allocator reserves for a byte that is allocated: between blocks
+            of many sizes gaps remain. 1.03 to 1.05 on an H200 (``benchmarks/plan_memory.py``).
     """
 
     layers: int
@@ -115,6 +120,7 @@ class MemoryModel:
     largest_group: int
     loss_per_token: int
     gradients: int
+    reserved_share: float = 1.0
 
     @classmethod
     def of_layers(
@@ -142,7 +148,8 @@ class MemoryModel:
             intermediate: Width within the MLP.
             item_bytes: Bytes of a number.
             vocabulary: Tokens that the head scores.
-            has_triton: Whether logits turn into their gradient in place.
+            has_triton: Whether it runs on CUDA, where a kernel turns logits into their gradient in
+                place.
             dequantized: Bytes of all projection weights, dequantized.
             largest_group: Bytes of the largest group of them.
             copies: Bytes of the adapters' copies.
@@ -160,6 +167,7 @@ class MemoryModel:
             # Triton's kernel turns logits into their gradient in place.
             loss_per_token=vocabulary * (item_bytes if has_triton else 2 * item_bytes + 8),
             gradients=2 * copies,
+            reserved_share=_RESERVED_SHARE if has_triton else 1.0,
         )
 
     @property
@@ -179,7 +187,7 @@ class MemoryModel:
             kept += self.saved_per_token
         fixed = self.dequantized if caches else self.on_the_fly
         fixed += self.gradients + min(loss_chunk, tokens) * self.loss_per_token
-        return fixed + tokens * (kept + self.transient_per_token)
+        return int(self.reserved_share * (fixed + tokens * (kept + self.transient_per_token)))
 
 
 @dataclass(frozen=True)

@@ -178,15 +178,15 @@ def _sum_products(
     if not rounds_before_adding(x.device, x.dtype):
         # The small product first: the large one adds to it before it is rounded.
         out = (low @ small).addmm_(x, weight[:inputs, :outputs])
-    elif outputs > inputs:
-        # A single sum leaves cuBLAS no choice, and takes no longer.
+    elif 3 * outputs > inputs:
+        # A single sum leaves cuBLAS no choice, at the price of a copy of the factors.
         gap = _pad_rank(low.shape[1]) - low.shape[1]
         wide = torch.cat((x, low, low.new_zeros((len(low), gap))), dim=1)
         if len(weight) == inputs:
             weight = _put_below(weight, torch.nn.functional.pad(small, (0, 0, 0, gap)))
         out = wide @ weight[:, :outputs]
     else:
-        # Here the factors are the wide ones, and a sum in float32 is what costs least.
+        # Where those are wide and the sum is narrow, a sum in float32 costs less.
         total = torch.mm(low, small, out_dtype=torch.float32)
         total = torch.addmm(total, x, weight[:inputs, :outputs], out_dtype=torch.float32)
         return (total if bias is None else total.add_(bias)).to(x.dtype)
