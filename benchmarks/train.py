@@ -24,6 +24,7 @@ from typing import Any
 HERE = Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parent))
 
+from model_shapes import SHAPES  # noqa: E402
 from train_rows import ROWS, Row, arithmetic_limit, select_rows  # noqa: E402
 
 
@@ -53,7 +54,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", type=Path, help="a checkpoint folder")
-    source.add_argument("--shape", choices=("qwen3-4b", "qwen3-0.6b", "tiny"))
+    source.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer folder, for --shape")
     parser.add_argument("--data", type=Path, help="Alpaca rows, JSON")
     parser.add_argument("--out", type=Path, default=Path("benchmark_results"))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from model_shapes import SHAPES
 from train_rows import ROWS, Row
 
 #: Trains, watched, with further callbacks.
@@ -20,25 +21,6 @@ _PROMPT = (
     "context. Write a response that appropriately completes the request.\n\n### Instruction:\n"
     "{instruction}\n\n### Input:\n{input}\n\n### Response:\n{output}"
 )
-_SHAPES: dict[str, dict[str, Any]] = {
-    "qwen3-4b": {
-        "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-        "vocab_size": 151936, "tie_word_embeddings": True, "rope_theta": 1e6,
-        "max_position_embeddings": 40960,
-    },
-    "qwen3-0.6b": {
-        "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
-        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
-        "vocab_size": 151936, "tie_word_embeddings": True, "rope_theta": 1e6,
-        "max_position_embeddings": 40960,
-    },
-    "tiny": {
-        "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32,
-        "vocab_size": 151936, "tie_word_embeddings": True, "max_position_embeddings": 40960,
-    },
-}  # fmt: skip
 
 
 def work(job: dict[str, Any]) -> None:
@@ -83,7 +65,7 @@ def _prepare(job: dict[str, Any]) -> dict[str, Any]:
 def _make_model(shape: str, tokenizer: Path, folder: Path) -> None:
     """Random weights of a known shape, quantized to NF4 and saved."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from qlora_kit import load_quantized
     from qlora_kit.device import get_device
@@ -91,10 +73,11 @@ def _make_model(shape: str, tokenizer: Path, folder: Path) -> None:
     raw = folder.with_name(folder.name + "-16bit")
     torch.manual_seed(0)
     rows = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    values = {"model_type": "qwen3", "eos_token_id": rows.eos_token_id, **SHAPES[shape]}
+    values["vocab_size"] = max(values["vocab_size"], len(rows))
+    config = AutoConfig.for_model(**values)
     with torch.device(get_device()):
-        model = AutoModelForCausalLM.from_config(
-            Qwen3Config(eos_token_id=rows.eos_token_id, **_SHAPES[shape]), dtype=torch.bfloat16
-        )
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(raw)
     rows.save_pretrained(raw)
     del model

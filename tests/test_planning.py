@@ -120,15 +120,15 @@ def test_a_plan_counts_what_training_then_does(tiny_llama, alpaca_rows, tmp_path
 
 
 def test_other_architectures_are_planned_coarsely(tmp_path):
-    from transformers import GemmaConfig
+    from transformers import PhiConfig
 
-    config = GemmaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+    config = PhiConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2,
                          num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-                         vocab_size=500)  # fmt: skip
+                       vocab_size=500)  # fmt: skip
     shape = read_shape(config)
-    assert "not of the Llama family" in shape.obstacle
-    config.save_pretrained(tmp_path / "gemma")
-    made = plan(tmp_path / "gemma", "8GB", row_tokens=100)
+    assert "of no family that it computes" in shape.obstacle
+    config.save_pretrained(tmp_path / "phi")
+    made = plan(tmp_path / "phi", "8GB", row_tokens=100)
     assert made.seconds is None
     assert made.memory.logits == 200 * 500 * 8
     assert "estimated coarsely" in str(made)

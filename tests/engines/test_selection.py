@@ -12,22 +12,17 @@ from qlora_kit.engines.selection import _choose
 
 COVERED = {
     "LlamaConfig": {},
-    "MistralConfig": {"sliding_window": None},
-    "Qwen2Config": {},
+    "MistralConfig": {},
+    "Qwen2Config": {"use_sliding_window": True, "num_hidden_layers": 4, "max_window_layers": 2},
     "Qwen3Config": {},
+    "Gemma3TextConfig": {},
+    "Phi3Config": {"pad_token_id": 0},
 }
 REFUSED = [
-    ("GemmaConfig", {}, "not of the Llama family"),
-    ("Phi3Config", {"pad_token_id": 0}, "not of the Llama family"),
-    ("LlamaConfig", {"hidden_act": "gelu"}, "activation is gelu"),
+    ("PhiConfig", {}, "of no family that it computes"),
+    ("LlamaConfig", {"hidden_act": "tanh"}, "activation is tanh"),
     ("LlamaConfig", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
     ("LlamaConfig", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
-    ("MistralConfig", {}, "sliding window"),
-    (
-        "Qwen2Config",
-        {"use_sliding_window": True, "num_hidden_layers": 4, "max_window_layers": 2},
-        "sliding window",
-    ),
 ]
 
 
@@ -68,35 +63,29 @@ def test_on_a_gpu_unsloth_trains_what_native_would_leave_to_trl(
 def test_without_a_gpu_it_is_native_whatever_the_model(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    transformers.GemmaConfig().save_pretrained(tmp_path)
+    transformers.PhiConfig().save_pretrained(tmp_path)
     assert _choose(tmp_path)[0] == "native"
 
 
 def test_files_written_before_transformers_5_are_read_as_it_reads_them():
-    """``rope_scaling`` with ``type``, and windows told by numbers instead of layer types."""
+    """``rope_scaling`` with ``type``, one or one per type of layer; texts within other models."""
     llama = {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 2.0}}
     assert find_architecture_obstacle(llama) is None
     assert "dynamic" in find_architecture_obstacle(
         {"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2.0}}
     )
-    windows = [
+    longrope = {"type": "su", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48,
+                "original_max_position_embeddings": 2048}  # fmt: skip
+    older = [
         {"model_type": "mistral"},
-        {"model_type": "mistral", "sliding_window": None},
-        {"model_type": "qwen2", "sliding_window": 512, "num_hidden_layers": 36},
-        {"model_type": "qwen3", "use_sliding_window": True, "num_hidden_layers": 36},
-        {"model_type": "qwen3", "use_sliding_window": True, "num_hidden_layers": 20},
-        {
-            "model_type": "qwen2",
-            "use_sliding_window": True,
-            "sliding_window": None,
-            "num_hidden_layers": 36,
-        },
+        {"model_type": "phi3", "rope_scaling": longrope},
+        {"model_type": "gemma3_text", "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        {"model_type": "gemma3", "text_config": {"sliding_window": 512}},
+        {"model_type": "gemma2", "hidden_activation": "tanh"},
+        {"model_type": "starcoder2", "residual_dropout": 0.1},
     ]
-    for raw in windows:
+    for raw in older:
         made = transformers.AutoConfig.for_model(**raw).to_dict()
         assert find_architecture_obstacle(raw) == find_architecture_obstacle(made), raw
     # Classes that a checkpoint offers and nobody asked for change nothing.
     assert find_architecture_obstacle({"model_type": "llama", "auto_map": {}}) is None
-    assert find_architecture_obstacle(
-        {"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": None}
-    )

@@ -168,6 +168,9 @@ def _choose_attention(model_config: Any) -> str | None:
     """SDPA where the architecture has it, else what transformers falls back to."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    if getattr(model_config.get_text_config(), "attn_logit_softcapping", None):
+        # transformers' SDPA leaves the cap out without a word.
+        return "eager"
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
     kind = kind[0] if isinstance(kind, tuple) else kind
     return "sdpa" if getattr(kind, "_supports_sdpa", True) else None

@@ -8,18 +8,52 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-__all__ = ["DECODERS", "find_architecture_obstacle", "find_model_obstacle"]
+from qlora_kit.engines.native.fast.families import FAMILIES, WRAPPERS, Family
 
-#: transformers' decoders whose layers are what ``layer.decoder_layer`` computes, by model type.
-DECODERS: Final = {
-    "llama": "LlamaModel",
-    "mistral": "MistralModel",
-    "qwen2": "Qwen2Model",
-    "qwen3": "Qwen3Model",
+__all__ = [
+    "ACTIVATIONS",
+    "find_architecture_obstacle",
+    "find_decoder",
+    "find_model_obstacle",
+    "find_undecoded",
+]
+
+#: Names of activations, and the one of torch's functions that each stands for.
+ACTIVATIONS: Final = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
 }
 
-#: Rotary embeddings that do not depend on the length of the batch.
-_ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn")
+#: Rotary embeddings whose turns depend on nothing but the position; ``longrope`` also on the
+#: length of the example, see :mod:`positions`.
+_ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn", "longrope")
+
+
+def find_decoder(base: Any) -> tuple[Any, Family] | None:
+    """A model's decoder and its family, or ``None`` where there is no entry for it.
+
+    Args:
+        base: A transformers model, without peft around it.
+    """
+    body = getattr(base, "model", None)
+    decoder = getattr(body, "language_model", body)
+    config = getattr(base, "config", None)
+    if decoder is None or config is None:
+        return None
+    family = FAMILIES.get(config.get_text_config().model_type)
+    kind = type(decoder)
+    if (
+        family is None
+        or kind.__name__ != family.decoder
+        or not kind.__module__.startswith("transformers.models.")
+    ):
+        return None
+    return decoder, family
 
 
 def find_model_obstacle(base: Any) -> str | None:
@@ -28,11 +62,8 @@ def find_model_obstacle(base: Any) -> str | None:
     Args:
         base: A transformers model, without peft around it.
     """
-    decoder = type(getattr(base, "model", None))
-    if decoder.__name__ not in DECODERS.values() or not decoder.__module__.startswith(
-        "transformers.models."
-    ):
-        return f"{type(base).__name__} is not of the Llama family"
+    if find_decoder(base) is None:
+        return f"{type(base).__name__} is of no family that it computes"
     return find_architecture_obstacle(base.config.to_dict())
 
 
@@ -43,32 +74,70 @@ def find_architecture_obstacle(config: Mapping[str, Any]) -> str | None:
         config: What a ``config.json`` holds, or a transformers configuration as a dictionary.
     """
     model_type = config.get("model_type")
-    if model_type not in DECODERS:
-        return f"{model_type} is not of the Llama family"
-    # What transformers takes where a file does not say.
-    activation = config.get("hidden_act") or "silu"
-    if activation != "silu":
+    if model_type in WRAPPERS:
+        text = config.get("text_config") or {}
+        if text.get("final_logit_softcapping"):
+            # transformers' wrapper leaves the cap out, its text model does not.
+            return f"final_logit_softcapping={text['final_logit_softcapping']} within {model_type}"
+        config = {"model_type": WRAPPERS[model_type], **text}
+        model_type = config["model_type"]
+    family = FAMILIES.get(str(model_type))
+    if family is None:
+        return f"{model_type} is of no family that it computes"
+    # Where a file does not say, transformers takes one that is computed.
+    activation = config.get(family.activation)
+    if activation and activation not in ACTIVATIONS:
         return f"the activation is {activation}"
-    if config.get("attention_dropout"):
-        return f"attention_dropout={config['attention_dropout']}"
-    if _has_window(config, model_type):
+    for name in ("attention_dropout", *family.dropouts):
+        if config.get(name):
+            return f"{name}={config[name]}"
+    if config.get("use_bidirectional_attention"):
+        return "tokens attend to later ones (use_bidirectional_attention)"
+    return _find_rope_obstacle(config)
+
+
+def find_undecoded(config: Mapping[str, Any]) -> str | None:
+    """What of an architecture that is trained here the decoder does not compute, or ``None``.
+
+    Args:
+        config: A transformers configuration as a dictionary.
+    """
+    model_type = str(config.get("model_type"))
+    family = FAMILIES.get(model_type)
+    if family is None or not family.is_decoded:
+        return f"the decoder does not compute {model_type}"
+    if ACTIVATIONS.get(config.get(family.activation) or "silu") != "silu":
+        return f"the activation is {config[family.activation]}"
+    if _has_window(config, family):
         return "the model attends through a sliding window"
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in _ROPE_TYPES:
-        return f"rotary embeddings of type {rope_type!r}"
+    if any(_read_rope_type(rope) == "longrope" for rope in _list_ropes(config)):
+        return "rotary embeddings of type 'longrope'"
     return None
 
 
-def _has_window(config: Mapping[str, Any], model_type: str) -> bool:
-    layer_types = config.get("layer_types")
-    if layer_types is not None:
-        return "sliding_attention" in layer_types
-    # Older files say it as transformers' configurations of these families read it.
-    if model_type == "mistral":
-        return bool(config.get("sliding_window", 4096))
-    return bool(
-        config.get("use_sliding_window")
-        and config.get("sliding_window", 4096)
-        and config.get("num_hidden_layers", 32) > (config.get("max_window_layers") or 28)
-    )
+def _find_rope_obstacle(config: Mapping[str, Any]) -> str | None:
+    ropes = _list_ropes(config)
+    for rope in ropes:
+        rope_type = _read_rope_type(rope)
+        if config.get("model_type") == "phi3" and rope_type in ("su", "yarn"):
+            rope_type = "longrope"  # as transformers reads Phi-3's older files
+        if rope_type not in _ROPE_TYPES or (rope_type == "longrope" and len(ropes) > 1):
+            return f"rotary embeddings of type {rope_type!r}"
+    return None
+
+
+def _list_ropes(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The settings of rotary embeddings: one, or one for each type of layer."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    nested = [one for one in rope.values() if isinstance(one, Mapping)]
+    return nested or [rope]
+
+
+def _read_rope_type(rope: Mapping[str, Any]) -> str:
+    return str(rope.get("rope_type", rope.get("type", "default")))
+
+
+def _has_window(config: Mapping[str, Any], family: Family) -> bool:
+    if family.layer_windows:
+        return "sliding_attention" in (config.get("layer_types") or ())
+    return bool(config.get("sliding_window"))

@@ -7,7 +7,10 @@ from typing import Any, Final
 import torch
 
 from qlora_kit.engines.modules import list_modules
-from qlora_kit.engines.native.fast.architectures import find_model_obstacle
+from qlora_kit.engines.native.fast.architectures import (
+    find_model_obstacle,
+    find_undecoded,
+)
 from qlora_kit.engines.native.fast.rounding import is_rounding
 
 __all__ = ["find_decoding_obstacle", "find_settings_obstacle"]
@@ -39,7 +42,7 @@ def find_decoding_obstacle(model: Any) -> str | None:
         model: A transformers or peft model.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    obstacle = find_model_obstacle(base)
+    obstacle = find_model_obstacle(base) or find_undecoded(base.config.to_dict())
     if obstacle is not None:
         return obstacle
     if getattr(model, "active_peft_config", None) is not None and (

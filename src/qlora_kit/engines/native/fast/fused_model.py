@@ -16,16 +16,25 @@ from qlora_kit.engines.native.fast.adapter_copies import (
     Gathered,
     make_adapter_copies,
 )
+from qlora_kit.engines.native.fast.architectures import find_decoder
 from qlora_kit.engines.native.fast.attention import (
     AttentionKind,
     choose_attention,
     make_block_mask,
 )
 from qlora_kit.engines.native.fast.compilation import Compiled
+from qlora_kit.engines.native.fast.family_reader import (
+    GROUPS,
+    list_projections,
+    read_norms,
+    read_shape,
+    read_windows,
+)
 from qlora_kit.engines.native.fast.layer import (
     LayerShape,
     LayerTensors,
     Modules,
+    Placement,
     Projections,
     decoder_layer,
 )
@@ -35,8 +44,9 @@ from qlora_kit.engines.native.fast.loss import (
     plain_softmax_step,
     softmax_step,
 )
-from qlora_kit.engines.native.fast.peft_layers import GroupReader, read_group, read_norms
+from qlora_kit.engines.native.fast.peft_layers import GroupReader, read_group
 from qlora_kit.engines.native.fast.plan import FastPlan, MemoryModel, ResolvedPlan
+from qlora_kit.engines.native.fast.positions import Positions
 from qlora_kit.engines.native.fast.projection import (
     dequantize,
     fill_joined,
@@ -45,16 +55,15 @@ from qlora_kit.engines.native.fast.projection import (
 )
 from qlora_kit.engines.native.fast.rank_sum import RankSum
 from qlora_kit.engines.native.fast.vocabulary import Vocabulary
+from qlora_kit.errors import EngineError
 
 __all__ = ["FusedModel"]
 
 logger = logging.getLogger(__name__)
 
-_GROUPS = ("qkv", "out", "gate_up", "down")
-
 
 class FusedModel:
-    """Runs micro-batches through a Llama-family model with LoRA adapters.
+    """Runs micro-batches through a model with LoRA adapters.
 
     Args:
         model: A ``PeftModel`` that :func:`support.find_obstacle` has nothing against. It is read,
@@ -64,29 +73,24 @@ class FusedModel:
 
     def __init__(self, model: Any, asked: FastPlan) -> None:
         base = model.get_base_model()
-        self._decoder = base.model
+        found = find_decoder(base)
+        assert found is not None
+        self._decoder, self._family = found
         self._trainable = [one for one in model.parameters() if one.requires_grad]
         embedding = base.get_input_embeddings().weight
         self.dtype: torch.dtype = embedding.dtype
         self.device: torch.device = embedding.device
-        config = base.config
-        attention = self._decoder.layers[0].self_attn
+        config = base.config.get_text_config()
         self._layer_call = Compiled(
             decoder_layer, asked.compile, self.device, "decoder layers", otherwise=_plain_layer
         )
-        self.shape = LayerShape(
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            head_dim=attention.head_dim,
-            intermediate=config.intermediate_size,
-            epsilon=config.rms_norm_eps,
-            gated=self._choose_gated(),
-        )
-        self.attention: AttentionKind = (
-            choose_attention(self.device, self.dtype, attention.head_dim)
-            if asked.attention == "auto"
-            else asked.attention
-        )
+        shape = read_shape(self._decoder, config, self._family)
+        self.shape = shape._replace(gated=self._choose_gated(shape))
+        self.attention: AttentionKind = self._choose_attention(asked)
+        windows = read_windows(self._decoder, config, self._family)
+        # In host memory, where attention reads them; as numbers they would mean a graph each.
+        self._windows = [torch.tensor(window, dtype=torch.int32) for window in windows]
+        self._positions = Positions(self._decoder, config, self._family)
         self._readers = [self._read_layer(layer) for layer in self._decoder.layers]
         fused = [
             group for layer in self._readers for group in layer.values()
@@ -94,7 +98,7 @@ class FusedModel:
         ]  # fmt: skip
         copies: list[AdapterCopies]
         copies, self._copies_of = make_adapter_copies(fused, self.dtype)
-        self._vocabulary = Vocabulary(base, self.dtype)
+        self._vocabulary = Vocabulary(base, self.dtype, self._family)
         #: What gathers gradients itself; everything else that trains is left to autograd.
         self.gathered: list[Gathered] = [*copies, *self._vocabulary.trained]
         self.is_quantized = any(group.scales for group in fused)
@@ -145,13 +149,13 @@ class FusedModel:
         """Set up what a plan asks for."""
         self._plan = plan
         self._joined = []
-        self._layers = [
-            LayerTensors(
-                *read_norms(layer),
-                **{name: self._group(readers[name], plan.caches_weights) for name in _GROUPS},
+        self._layers = []
+        for layer, readers in zip(self._decoder.layers, self._readers, strict=True):
+            qkv, out, gate_up, down = (
+                self._group(readers[name], plan.caches_weights) for name in GROUPS
             )
-            for layer, readers in zip(self._decoder.layers, self._readers, strict=True)
-        ]
+            norms = read_norms(layer, self._family)
+            self._layers.append(LayerTensors(*norms, qkv, out, gate_up, down))
 
     def apply_smaller(self, plan: ResolvedPlan) -> None:
         """Give up what a plan asked for, for another one that takes less; gradients are dropped."""
@@ -177,7 +181,8 @@ class FusedModel:
             hidden=self._decoder.config.hidden_size,
             queries=shape.heads * shape.head_dim,
             keys=shape.kv_heads * shape.head_dim,
-            intermediate=shape.intermediate,
+            intermediate=self._intermediate,
+            post_norms=sum(norm is not None for norm in self._family.norms[1::2]),
             item_bytes=size,
             vocabulary=self._vocabulary.size,
             has_triton=self._has_triton,
@@ -233,13 +238,9 @@ class FusedModel:
         """The last decoder layer's output, shape ``(T, H)``."""
         grad = torch.is_grad_enabled()
         hidden = self._vocabulary.look_up(batch.input_ids)
-        cos, sin = self._decoder.rotary_emb(hidden[None], batch.position_ids[None])
-        cos, sin = cos[0], sin[0]
-        mask = None
-        if self.attention == "mask":
-            mask = make_block_mask(batch.bounds, hidden.shape[0])
-        for index, layer in enumerate(self._layers):
-            arguments = (hidden, cos, sin, batch.bounds, batch.longest, mask, layer, self.shape)
+        places = self._place(hidden.detach(), batch)
+        for index, (place, layer) in enumerate(zip(places, self._layers, strict=True)):
+            arguments = (hidden, place, layer, self.shape)
             if grad and index < self.plan.checkpointed_layers:
                 hidden = checkpoint(
                     self._run_layer,
@@ -252,13 +253,45 @@ class FusedModel:
                 hidden = self._run_layer(*arguments)
         return hidden
 
+    def _place(self, hidden: Tensor, batch: MicroBatch) -> list[Placement]:
+        """Where the tokens of a micro-batch stand, for every layer."""
+        rotations = self._positions.compute(hidden, batch.position_ids, batch.bounds)
+        stretch = self._positions.stretch(batch.position_ids, hidden.dtype)
+        masks: dict[int, Tensor | None] = dict.fromkeys(map(int, self._windows))
+        if self.attention == "mask":
+            masks = {
+                window: make_block_mask(batch.bounds, hidden.shape[0], window) for window in masks
+            }
+        return [
+            Placement(
+                *rotations[key], stretch, batch.bounds, batch.longest, window, masks[int(window)]
+            )
+            for key, window in zip(self._positions.keys, self._windows, strict=True)
+        ]
+
+    @property
+    def _intermediate(self) -> int:
+        """Width within the feed-forward block."""
+        (down,) = list_projections(self._decoder.layers[0], self._family)["down"]
+        return int(down.in_features)
+
+    def _choose_attention(self, asked: FastPlan) -> AttentionKind:
+        shape = self.shape
+        kind = choose_attention(self.device, self.dtype, shape.head_dim, shape.softcap)
+        if asked.attention == "varlen" and shape.softcap and kind == "mask":
+            raise EngineError(
+                "plan asks for attention='varlen', and no kernel for it caps attention scores as "
+                f"this model does (at {shape.softcap:g}). Leave attention='auto'."
+            )
+        return kind if asked.attention == "auto" else asked.attention
+
     @property
     def _has_triton(self) -> bool:
         """Whether compiling works on CUDA, hence Triton does."""
         return self.device.type == "cuda" and self._layer_call.is_compiled
 
-    def _choose_gated(self) -> Callable[[Tensor], Tensor] | None:
-        if not self._has_triton:
+    def _choose_gated(self, shape: LayerShape) -> Callable[[Tensor], Tensor] | None:
+        if not (self._has_triton and shape.is_gated and shape.activation == "silu"):
             return None
         from qlora_kit.engines.native.fast.swiglu import swiglu
 
@@ -280,21 +313,16 @@ class FusedModel:
         )
 
     def _run_layer(self, *arguments: Any) -> Tensor:
-        if _has_modules(arguments[6]):
+        hidden, place, layer, _ = arguments
+        if _has_modules(layer):
             return _plain_layer(*arguments)
-        out: Tensor = self._layer_call(*arguments, dynamic=arguments[:4])
+        dynamic = (hidden, place.cos, place.sin, place.stretch, place.bounds)
+        out: Tensor = self._layer_call(*arguments, dynamic=dynamic)
         return out
 
     def _read_layer(self, layer: Any) -> dict[str, GroupReader | Sequence[Any]]:
-        attention, mlp = layer.self_attn, layer.mlp
-        members = {
-            "qkv": (attention.q_proj, attention.k_proj, attention.v_proj),
-            "out": (attention.o_proj,),
-            "gate_up": (mlp.gate_proj, mlp.up_proj),
-            "down": (mlp.down_proj,),
-        }
         groups: dict[str, GroupReader | Sequence[Any]] = {}
-        for name, modules in members.items():
+        for name, modules in list_projections(layer, self._family).items():
             group = read_group(modules, self.dtype)
             if isinstance(group, str):
                 level = logging.INFO if layer is self._decoder.layers[0] else logging.DEBUG

@@ -24,11 +24,10 @@ __all__ = [
     "softmax_step",
 ]
 
-#: From logits ``(P, V)`` and targets ``(P,)``: the gradient of the summed loss with respect to
-#: the logits, which may take their place, and ``[loss, hits, entropy]``, each summed over the
-#: positions.
-SoftmaxStep = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
+#: From logits ``(P, V)``, targets ``(P,)`` and what the logits are soft-capped at (0 for no cap):
+#: the gradient of the summed loss with respect to the logits as they came, which may take their
+#: place, and ``[loss, hits, entropy]``, each summed over the positions.
+SoftmaxStep = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 #: Takes the gradient of a chunk's logits ``(P, V)`` and the hidden states ``(P, H)`` they are of.
 Gather = Callable[[Tensor, Tensor], None]
@@ -41,6 +40,7 @@ def linear_cross_entropy(
     chunk: int,
     step: SoftmaxStep | None = None,
     gather: Gather | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy of ``hidden @ weight.T`` against ``targets``.
 
@@ -51,18 +51,26 @@ def linear_cross_entropy(
         chunk: Positions whose logits exist at the same time.
         step: :func:`plain_softmax_step`, or :func:`softmax_step` compiled.
         gather: Called for every chunk where gradients are wanted; makes a trained head's.
+        softcap: What logits are soft-capped at, ``c tanh(s / c)``; 0 for no cap.
 
     Returns:
         The loss as a float32 scalar, and ``[hits, entropy]`` without gradient: how many targets
         were the likeliest token, and the predictions' summed entropy in nats.
     """
     step = step or plain_softmax_step
-    loss, stats = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, step, gather)
+    loss, stats = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, step, gather, softcap)
     return loss, stats
 
 
 def module_cross_entropy(
-    hidden: Tensor, head: Any, targets: Tensor, chunk: int, step: SoftmaxStep, share: Tensor
+    hidden: Tensor,
+    head: Any,
+    targets: Tensor,
+    chunk: int,
+    step: SoftmaxStep,
+    share: Tensor,
+    scale: float = 1.0,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The same for a head that is called: adapted, quantized, or with a bias.
 
@@ -73,15 +81,21 @@ def module_cross_entropy(
         chunk: The same.
         step: The same.
         share: What the summed loss is multiplied by, a scalar tensor.
+        scale: What the head's output is multiplied by.
+        softcap: As in :func:`linear_cross_entropy`, of what was multiplied.
     """
-    loss, stats = _ModuleCrossEntropy.apply(hidden, head, targets, chunk, step, share)
+    loss, stats = _ModuleCrossEntropy.apply(
+        hidden, head, targets, chunk, step, share, scale, softcap
+    )
     return loss, stats
 
 
-def softmax_step(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def softmax_step(logits: Tensor, targets: Tensor, softcap: float = 0.0) -> tuple[Tensor, Tensor]:
     """See :data:`SoftmaxStep`; float32 arithmetic whatever the logits' dtype, to be compiled."""
     dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32
     scores = logits.to(dtype)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     counts = targets != IGNORED_LABEL
     places = torch.where(counts, targets, 0)[:, None]
     chosen = scores.gather(1, places)
@@ -95,7 +109,10 @@ def softmax_step(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     # d(normalizer - s_target)/ds = p - 1[target]. A comparison rather than a scatter, which
     # would keep the compiler from fusing all of this into one pass.
     one = torch.arange(logits.shape[1], device=logits.device)[None] == places
-    gradient = torch.where(counts[:, None], raised / total - one.to(dtype), 0.0).to(logits.dtype)
+    gradient = torch.where(counts[:, None], raised / total - one.to(dtype), 0.0)
+    if softcap:
+        # (c tanh(s / c))' = 1 - tanh(s / c)^2
+        gradient = gradient * (1 - (scores / softcap).square())
     kept = counts[:, None].to(dtype)
     sums = torch.stack(
         [
@@ -104,21 +121,27 @@ def softmax_step(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             ((normalizer - weighted) * kept).sum(),
         ]
     )
-    return gradient, sums
+    return gradient.to(logits.dtype), sums
 
 
-def plain_softmax_step(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def plain_softmax_step(
+    logits: Tensor, targets: Tensor, softcap: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """The same as :func:`softmax_step` with few passes over memory when nothing is compiled."""
     dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32
     counts = targets != IGNORED_LABEL
     places = torch.where(counts, targets, 0)[:, None]
     kept = counts[:, None].to(dtype)
-    log_probabilities = torch.log_softmax(logits, dim=1, dtype=dtype)
+    cap = torch.tanh(logits.to(dtype) / softcap) if softcap else None
+    scores = logits if cap is None else cap * softcap
+    log_probabilities = torch.log_softmax(scores, dim=1, dtype=dtype)
     chosen = log_probabilities.gather(1, places)
     hits = chosen >= log_probabilities.amax(1, keepdim=True)
     gradient = log_probabilities.exp()
     entropy = -torch.bmm(gradient[:, None], log_probabilities[:, :, None])[:, 0]
     gradient.scatter_add_(1, places, torch.full_like(kept, -1.0)).mul_(kept)
+    if cap is not None:
+        gradient.mul_(1 - cap.square_())
     sums = [-(chosen * kept).sum(), (hits.to(dtype) * kept).sum(), (entropy * kept).sum()]
     return gradient.to(logits.dtype), torch.stack(sums)
 
@@ -133,6 +156,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk: int,
         step: SoftmaxStep,
         gather: Gather | None,
+        softcap: float,
     ) -> tuple[Tensor, Tensor]:
         wants_grad = ctx.needs_input_grad[0]
         hidden_grad = torch.empty_like(hidden) if wants_grad else None
@@ -141,7 +165,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # (chunk, V)(V, H) -> (chunk, H) leaves what the decoder's backward pass begins with.
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
-            gradient, part_sums = step(hidden[part] @ weight.T, targets[part])
+            gradient, part_sums = step(hidden[part] @ weight.T, targets[part], softcap)
             sums += part_sums
             if hidden_grad is not None:
                 torch.mm(gradient, weight, out=hidden_grad[part])
@@ -151,7 +175,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-        return _scale_hidden(ctx, grad), None, None, None, None, None
+        return _scale_hidden(ctx, grad), *([None] * 6)
 
 
 class _ModuleCrossEntropy(torch.autograd.Function):
@@ -164,6 +188,8 @@ class _ModuleCrossEntropy(torch.autograd.Function):
         chunk: int,
         step: SoftmaxStep,
         share: Tensor,
+        scale: float,
+        softcap: float,
     ) -> tuple[Tensor, Tensor]:
         wants_grad = ctx.needs_input_grad[0]
         hidden_grad = torch.empty_like(hidden) if wants_grad else None
@@ -174,7 +200,8 @@ class _ModuleCrossEntropy(torch.autograd.Function):
             with torch.set_grad_enabled(wants_grad):
                 taken = hidden[part].detach().requires_grad_(wants_grad)
                 logits = head(taken)
-            gradient, part_sums = step(logits.detach(), targets[part])
+                logits = logits if scale == 1.0 else logits * scale
+            gradient, part_sums = step(logits.detach(), targets[part], softcap)
             sums += part_sums
             if hidden_grad is not None:
                 found = torch.autograd.grad(logits, [taken, *trained], gradient)
@@ -186,7 +213,7 @@ class _ModuleCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-        return _scale_hidden(ctx, grad), None, None, None, None, None
+        return _scale_hidden(ctx, grad), *([None] * 7)
 
 
 def _make_sums(hidden: Tensor) -> Tensor:

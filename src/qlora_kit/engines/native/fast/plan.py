@@ -131,6 +131,7 @@ class MemoryModel:
         queries: int,
         keys: int,
         intermediate: int,
+        post_norms: int = 0,
         item_bytes: int,
         vocabulary: int,
         has_triton: bool,
@@ -146,6 +147,7 @@ class MemoryModel:
             queries: Width of all heads' queries.
             keys: Width of all heads' keys.
             intermediate: Width within the MLP.
+            post_norms: Norms of a layer's outputs, whose inputs are kept too.
             item_bytes: Bytes of a number.
             vocabulary: Tokens that the head scores.
             has_triton: Whether it runs on CUDA, where a kernel turns logits into their gradient in
@@ -156,7 +158,7 @@ class MemoryModel:
         """
         # Kept per token: normalized inputs, q/k/v before and after rotation, attention output,
         # gate and up, their product. Measured peaks lie within this.
-        saved = 3 * hidden + 2 * (queries + 2 * keys) + queries + 3 * intermediate
+        saved = (3 + post_norms) * hidden + 2 * (queries + 2 * keys) + queries + 3 * intermediate
         return cls(
             layers=layers,
             saved_per_token=saved * item_bytes,

@@ -21,20 +21,32 @@ __all__ = ["fused_softmax_step"]
 _BLOCK = 4096
 
 
-def fused_softmax_step(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def fused_softmax_step(
+    logits: Tensor, targets: Tensor, softcap: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """A :data:`loss.SoftmaxStep` that overwrites the logits with their gradient.
 
     Args:
         logits: Contiguous, shape ``(P, V)``; holds the gradient afterwards.
         targets: Shape ``(P,)``; rows of -100 count nothing.
+        softcap: What logits are soft-capped at; 0 for no cap.
     """
     rows, columns = logits.shape
     sums = torch.empty((rows, 3), dtype=torch.float32, device=logits.device)
     if rows:
         _softmax_kernel[(rows,)](
-            logits, targets, sums, columns, BLOCK=_BLOCK, IGNORED=IGNORED_LABEL, num_warps=8
-        )
+            logits, targets, sums, columns, BLOCK=_BLOCK, IGNORED=IGNORED_LABEL,
+            SOFTCAP=float(softcap), num_warps=8,
+        )  # fmt: skip
     return logits, sums.sum(0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _cap(score, SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    """``c tanh(s / c)``, by way of the sigmoid that every version of Triton has."""
+    if SOFTCAP > 0.0:
+        score = SOFTCAP * (2.0 * tl.sigmoid(2.0 * score / SOFTCAP) - 1.0)
+    return score
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -45,6 +57,7 @@ def _softmax_kernel(  # type: ignore[no-untyped-def]
     columns,
     BLOCK: tl.constexpr,  # noqa: N803
     IGNORED: tl.constexpr,  # noqa: N803
+    SOFTCAP: tl.constexpr,  # noqa: N803
 ):
     row = tl.program_id(0).to(tl.int64)
     base = logits + row * columns
@@ -52,14 +65,15 @@ def _softmax_kernel(  # type: ignore[no-untyped-def]
     counts = target != IGNORED
     place = tl.where(counts, target, 0)
     # Before the reductions, whose barriers keep it ahead of the second pass's writes.
-    chosen = tl.load(base + place).to(tl.float32)
+    chosen = _cap(tl.load(base + place).to(tl.float32), SOFTCAP)
     lanes = tl.arange(0, BLOCK)
     highest = tl.full((BLOCK,), -3.0e38, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     weighted = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, columns, BLOCK):
         mask = start + lanes < columns
-        score = tl.load(base + start + lanes, mask, other=-3.0e38).to(tl.float32)
+        score = _cap(tl.load(base + start + lanes, mask, other=0.0).to(tl.float32), SOFTCAP)
+        score = tl.where(mask, score, -3.0e38)
         # Each lane keeps the sums relative to its own maximum so far; a new maximum rescales
         # what was added up before, exp(old - new) <= 1.
         raised = tl.maximum(highest, score)
@@ -79,7 +93,10 @@ def _softmax_kernel(  # type: ignore[no-untyped-def]
     tl.store(sums + 3 * row + 2, tl.where(counts, normalizer - mean, 0.0))
     for start in range(0, columns, BLOCK):
         mask = start + lanes < columns
-        score = tl.load(base + start + lanes, mask, other=0.0).to(tl.float32)
+        score = _cap(tl.load(base + start + lanes, mask, other=0.0).to(tl.float32), SOFTCAP)
         gradient = tl.exp(score - normalizer) - tl.where(start + lanes == place, 1.0, 0.0)
+        if SOFTCAP > 0.0:
+            # (c tanh(s / c))' = 1 - tanh(s / c)^2
+            gradient *= 1.0 - (score / SOFTCAP) * (score / SOFTCAP)
         gradient = tl.where(counts, gradient, 0.0)
         tl.store(base + start + lanes, gradient.to(logits.dtype.element_ty), mask)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import torch
 
-from qlora_kit.engines.native.fast.architectures import find_model_obstacle
+from qlora_kit.engines.native.fast.architectures import find_decoder, find_model_obstacle
+from qlora_kit.engines.native.fast.family_reader import find_norms, list_projections
 
 __all__ = ["find_obstacle"]
-
-#: The projections of a layer, where every parameter may train.
-_ATTENTION: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLP: Final = ("gate_proj", "up_proj", "down_proj")
-_NORMS: Final = ("input_layernorm", "post_attention_layernorm")
-_HEAD_NORMS: Final = ("q_norm", "k_norm")
 
 
 def find_obstacle(model: Any, args: Any) -> str | None:
@@ -37,7 +32,9 @@ def _find_in_model(model: Any) -> str | None:
     obstacle = find_model_obstacle(base)
     if obstacle is not None:
         return obstacle
-    decoder: Any = base.model
+    found = find_decoder(base)
+    assert found is not None
+    decoder, family = found
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     if head is None:
         return "the model has no language-model head"
@@ -46,17 +43,11 @@ def _find_in_model(model: Any) -> str | None:
     known = {id(parameter) for module in (embedding, head) for parameter in module.parameters()}
     known |= {id(parameter) for parameter in decoder.norm.parameters()}
     for layer in decoder.layers:
-        owners = [(layer.self_attn, (*_ATTENTION, *_HEAD_NORMS)), (layer.mlp, _MLP)]
-        owners.append((layer, _NORMS))
-        known |= {
-            id(parameter)
-            for owner, names in owners
-            for name in names
-            if hasattr(owner, name)
-            for parameter in getattr(owner, name).parameters()
-        }
-        if any(not hasattr(getattr(layer, name), "weight") for name in _NORMS):
+        norms = [norm for norm in find_norms(layer, family).values() if not hasattr(norm, "norms")]
+        if any(not hasattr(norm, "weight") for norm in norms):
             return "a normalization has no weight"
+        projections = [one for group in list_projections(layer, family).values() for one in group]
+        known |= {id(one) for part in (*norms, *projections) for one in part.parameters()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in known:
             return f"{name} is trained, which is no part of a projection, a norm or the vocabulary"

@@ -149,16 +149,25 @@ def read_token_weight(module: Any, dtype: torch.dtype) -> tuple[Any, Tensor, Any
         with them, so that it has to be called.
     """
     found = _unwrap(module)
-    if found is None or type(found.base) not in (torch.nn.Embedding, torch.nn.Linear):
+    if found is None or not _is_plain(found.base):
         return None
     base = found.base
     if getattr(base, "bias", None) is not None or base.weight.dtype != dtype:
         return None
-    if type(base) is torch.nn.Embedding and (
+    if isinstance(base, torch.nn.Embedding) and (
         base.max_norm is not None or base.scale_grad_by_freq or base.sparse
     ):
         return None
     return base, base.weight, found.trained, found.tokens
+
+
+def _is_plain(base: Any) -> bool:
+    """Whether a module does nothing but look up or multiply; Gemma's lookup multiplies after it."""
+    kind = type(base)
+    return kind in (torch.nn.Embedding, torch.nn.Linear) or (
+        kind.__name__.endswith("TextScaledWordEmbedding")
+        and kind.__module__.startswith("transformers.models.")
+    )
 
 
 def _unwrap(module: Any) -> _Found | None:

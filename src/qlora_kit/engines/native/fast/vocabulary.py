@@ -7,6 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_kit.engines.native.fast.families import Family
+from qlora_kit.engines.native.fast.family_reader import (
+    read_embedding_multiplier,
+    read_logit_scale,
+    read_logit_softcap,
+)
 from qlora_kit.engines.native.fast.loss import (
     SoftmaxStep,
     linear_cross_entropy,
@@ -23,6 +29,7 @@ class Vocabulary:
     Args:
         base: The transformers model, without peft's around it.
         dtype: The dtype it computes in.
+        family: Its family, some of which multiply embeddings and logits, or cap these.
 
     Attributes:
         share: What the summed loss is multiplied by; each step sets it.
@@ -30,7 +37,7 @@ class Vocabulary:
         size: Tokens that the head scores.
     """
 
-    def __init__(self, base: Any, dtype: torch.dtype) -> None:
+    def __init__(self, base: Any, dtype: torch.dtype, family: Family) -> None:
         self._embedding, self._head = base.get_input_embeddings(), base.get_output_embeddings()
         device = self._embedding.weight.device
         self.share = torch.ones((), device=device)
@@ -40,6 +47,10 @@ class Vocabulary:
         self._lookup = None if lookup is None else self._share_weight(lookup)
         self._scores = None if scores is None else self._share_weight(scores)
         self._lookup_module = None if lookup is None else lookup[0]
+        config = base.config.get_text_config()
+        self._multiplier = read_embedding_multiplier(config, family)
+        self._scale = read_logit_scale(config, family)
+        self._softcap = read_logit_softcap(config, family)
         self.trained = [one for one in self._weights.values() if one.trained is not None]
         self.size = int(self._head.weight.shape[0] if scores is None else scores[1].shape[0])
 
@@ -49,6 +60,7 @@ class Vocabulary:
         weight, module = self._lookup, self._lookup_module
         if weight is None or module is None:
             found: Tensor = self._embedding(input_ids[None])[0]
+            found = found if self._multiplier == 1.0 else found * self._multiplier
             # Nothing of it may train; asking for a gradient lets layers share one graph.
             return found if found.requires_grad else found.requires_grad_(wants_grad)
         hidden = torch.nn.functional.embedding(input_ids, weight.weight).requires_grad_(wants_grad)
@@ -56,7 +68,11 @@ class Vocabulary:
             hidden.register_hook(
                 lambda gradient: weight.add_embedding(input_ids, gradient, module.padding_idx)
             )
-        return hidden
+        own = getattr(module, "embed_scale", None)
+        if own is not None:
+            # Gemma's embedding multiplies what it looks up, by a number in the weight's dtype.
+            hidden = hidden * own.to(hidden.dtype)
+        return hidden if self._multiplier == 1.0 else hidden * self._multiplier
 
     def loss(
         self, hidden: Tensor, targets: Tensor, chunk: int, step: SoftmaxStep
@@ -64,9 +80,15 @@ class Vocabulary:
         """Summed loss of the head's input ``(P, H)``; see :func:`loss.linear_cross_entropy`."""
         weight = self._scores
         if weight is None:
-            return module_cross_entropy(hidden, self._head, targets, chunk, step, self.share)
+            return module_cross_entropy(
+                hidden, self._head, targets, chunk, step, self.share, self._scale, self._softcap
+            )
         gather = None if weight.trained is None else weight.add_head
-        return linear_cross_entropy(hidden, weight.weight, targets, chunk, step, gather)
+        # Here rather than times the logits, of which there are many more.
+        hidden = hidden if self._scale == 1.0 else hidden * self._scale
+        return linear_cross_entropy(
+            hidden, weight.weight, targets, chunk, step, gather, self._softcap
+        )
 
     def _share_weight(self, found: tuple[Any, Tensor, Any, Any]) -> TokenWeight:
         _, weight, trained, tokens = found

@@ -1,0 +1,139 @@
+"""Where tokens stand: rotary cosines and sines of every kind of layer.
+
+transformers' rotary modules compute them. What they decide by looking at a whole batch is decided
+here for each example, so that it trains as it would alone: ``longrope`` turns a long example by
+other frequencies than a short one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qlora_kit.engines.native.fast.families import Family
+
+__all__ = ["Positions", "Rotation"]
+
+
+class Rotation(NamedTuple):
+    """Rotary cosines and sines, shape ``(T, R)``, for the first ``R`` dimensions of a head."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class Positions:
+    """A decoder's positions.
+
+    Args:
+        decoder: transformers' decoder.
+        config: Its configuration.
+        family: Its family.
+    """
+
+    def __init__(self, decoder: Any, config: Any, family: Family) -> None:
+        self._rotary, self._config, self._family = decoder.rotary_emb, config, family
+        count = len(decoder.layers)
+        types: Sequence[str] = getattr(config, "layer_types", None) or ("",) * count
+        has_types = isinstance(self._rotary.rope_type, dict)
+        self._has_types = has_types
+        turned = _find_rotated(config, family, types)
+        #: For each layer, the key of its rotation in what :meth:`compute` returns.
+        self.keys: list[str | None] = [
+            (kind if has_types else "") if turns else None
+            for kind, turns in zip(types, turned, strict=True)
+        ]
+        self._long = self._find_long_frequencies()
+
+    def compute(
+        self, hidden: Tensor, position_ids: Tensor, bounds: Tensor
+    ) -> dict[str | None, Rotation]:
+        """The rotations of a micro-batch, by key; ``None`` is the one that does not turn.
+
+        Args:
+            hidden: Embeddings, shape ``(T, H)``, for their dtype and device.
+            position_ids: Shape ``(T,)``.
+            bounds: Cumulative lengths of examples.
+        """
+        found: dict[str | None, Rotation] = {}
+        for key in dict.fromkeys(key for key in self.keys if key is not None):
+            cos, sin = self._turn(hidden, position_ids, bounds, key)
+            if self._family.pairs and not self._family.laid_in_pairs:
+                half = cos.shape[1] // 2
+                cos, sin = (one[:, :half].repeat_interleave(2, dim=1) for one in (cos, sin))
+            if self._family.rotates_wide and cos.dtype != torch.float64:
+                cos, sin = cos.float(), sin.float()
+            found[key] = Rotation(cos, sin)
+        if None in self.keys:
+            # Turned by nothing, so that all layers remain calls of one function.
+            like = next(iter(found.values())).cos if found else hidden[:, : self._head_dim]
+            found[None] = Rotation(torch.ones_like(like), torch.zeros_like(like))
+        return found
+
+    def stretch(self, position_ids: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """What each token's queries are multiplied with, shape ``(T, 1, 1)``, or ``None``."""
+        if not self._family.stretches_queries:
+            return None
+        # Llama 4's temperature, as transformers' get_llama_4_attn_scale computes it.
+        rope = self._config.rope_parameters
+        beta, reach = rope["llama_4_scaling_beta"], rope["original_max_position_embeddings"]
+        scale = 1 + beta * torch.log(1 + torch.floor(position_ids / reach))
+        return scale.to(dtype)[:, None, None]
+
+    @property
+    def _head_dim(self) -> int:
+        config = self._config
+        return int(
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+
+    def _turn(
+        self, hidden: Tensor, position_ids: Tensor, bounds: Tensor, key: str
+    ) -> tuple[Tensor, Tensor]:
+        if self._long is not None:
+            return self._turn_by_length(hidden, position_ids, bounds)
+        kind = (key,) if self._has_types else ()
+        cos, sin = self._rotary(hidden[None], position_ids[None], *kind)
+        return cos[0], sin[0]
+
+    def _find_long_frequencies(self) -> tuple[Tensor, Tensor, int] | None:
+        """``longrope``'s frequencies of short and of long examples, and the length they part at."""
+        if self._rotary.rope_type != "longrope":
+            return None
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        reach = int(self._config.rope_parameters["original_max_position_embeddings"])
+        make = ROPE_INIT_FUNCTIONS["longrope"]
+        device = self._rotary.inv_freq.device
+        short, long = (
+            make(self._config, device, seq_len=length)[0].float() for length in (reach, reach + 1)
+        )
+        return short, long, reach
+
+    def _turn_by_length(
+        self, hidden: Tensor, position_ids: Tensor, bounds: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        assert self._long is not None
+        short, long, reach = self._long
+        # (T,): the length of the example that each token is in.
+        places = torch.arange(len(position_ids), device=bounds.device)
+        owner = torch.bucketize(places, bounds[1:], right=True).clamp_(max=len(bounds) - 2)
+        is_long = (bounds.diff()[owner] > reach)[:, None]
+        angles = position_ids[:, None].float() * torch.where(is_long, long, short)
+        angles = torch.cat((angles, angles), dim=-1)
+        scaling = self._rotary.attention_scaling
+        cos, sin = angles.cos() * scaling, angles.sin() * scaling
+        return cos.to(hidden.dtype), sin.to(hidden.dtype)
+
+
+def _find_rotated(config: Any, family: Family, types: Sequence[str]) -> list[bool]:
+    """Which layers have positions."""
+    if family.rotated_layers == "no_rope_layers":
+        # 1 where a layer does rotate, whatever the name says.
+        return [bool(turns) for turns in config.no_rope_layers]
+    if family.rotated_layers == "sliding" and config.sliding_window is not None:
+        return [kind == "sliding_attention" for kind in types]
+    return [True] * len(types)
