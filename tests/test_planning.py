@@ -134,17 +134,6 @@ def test_other_architectures_are_planned_coarsely(tmp_path):
     assert "estimated coarsely" in str(made)
 
 
-def test_fused_projections_are_adapted_as_attach_lora_does(tmp_path):
-    from transformers import Phi3Config
-
-    Phi3Config(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-               vocab_size=500, pad_token_id=0).save_pretrained(tmp_path)  # fmt: skip
-    made = plan(tmp_path, "8GB", row_tokens=100, adapter={"r": 4})
-    a_layer = 4 * ((64 + 192) + (64 + 64) + (64 + 256) + (128 + 64))
-    assert made.trainable_parameters == 2 * a_layer
-    assert "estimated coarsely" not in str(made)
-
-
 def test_what_cannot_be_planned_is_said(big, tmp_path, capsys):
     with pytest.raises(ModelNotFoundError, match=r"no config\.json"):
         plan(tmp_path, "8GB")
@@ -161,3 +150,45 @@ def test_what_cannot_be_planned_is_said(big, tmp_path, capsys):
     assert fits == [True, False]
     assert main(["plan", str(big), "--card", "H1000"]) == 1
     assert "Did you mean 'H100'" in capsys.readouterr().err
+
+
+LLAMA_70B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192,
+    "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+    "intermediate_size": 28672, "vocab_size": 128256, "tie_word_embeddings": False,
+    "hidden_act": "silu", "max_position_embeddings": 131072,
+}  # fmt: skip
+
+
+def test_several_cards_share_a_base_where_one_cannot_hold_it(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B), encoding="utf-8")
+    rows = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 10}
+    step = {"checkpointing": "full", "weights": "nf4"}
+    asked = Pipeline(model=tmp_path, data=None, training={**rows, "plan": step},
+                     loading={"max_seq_length": 4096})  # fmt: skip
+    alone = plan_training(asked, card="A100 40GB", row_tokens=4096)
+    together = plan_training(asked, card="A100 40GB", row_tokens=4096, ranks=4)
+    assert not alone.fits
+    assert together.fits
+    assert together.is_sharded
+    # Three quarters of 80 layers in 4 bits are elsewhere; two come and go.
+    saved = together.other_memory.weights - together.memory.weights
+    assert saved == pytest.approx(70.5e9 * (68.4e9 / 70.5e9) * 0.516 * (0.75 - 2.2 / 80), rel=0.02)
+    assert "sharded over them; whole on each card it would be" in str(together)
+    assert together.describe()["ranks"] == 4
+    # Where it fits whole, it stays so, and each card is as fast as one alone but for the waiting.
+    large = plan_training(asked, card="H200", row_tokens=4096, ranks=2)
+    assert not large.is_sharded
+    assert large.other_memory.fits
+    one = plan_training(asked, card="H200", row_tokens=4096)
+    assert large.tokens_per_second == pytest.approx(2 * 0.93 * one.tokens_per_second, rel=1e-3)
+    kept = Pipeline(model=tmp_path, data=None, loading={"max_seq_length": 4096},
+                    training={**rows, "plan": {**step, "shard": False}})  # fmt: skip
+    assert not plan_training(kept, card="A100 40GB", row_tokens=4096, ranks=4).fits
+    with pytest.raises(ConfigError, match="ranks"):
+        plan_training(asked, ranks=0)
+    command = ["plan", str(tmp_path), "--row-tokens", "4096", "--card", "A100 40GB", "--json",
+               "--nproc", "4", "--per-device-train-batch-size", "1",
+               "--gradient-accumulation-steps", "1"]  # fmt: skip
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)[0]["sharded"] is True

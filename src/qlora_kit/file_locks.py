@@ -6,14 +6,21 @@ filelock knows what each system offers. What is added is that the file is remove
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-__all__ = ["HeldLock", "is_locked", "take_lock"]
+__all__ = ["HeldLock", "holding_lock", "is_locked", "take_lock"]
+
+logger = logging.getLogger(__name__)
+
+_POLL: Final = 0.2
 
 
 class HeldLock:
@@ -53,6 +60,30 @@ def take_lock(path: Path) -> HeldLock | None:
     except NotImplementedError as error:
         raise OSError(str(error)) from error
     return HeldLock(lock)
+
+
+@contextlib.contextmanager
+def holding_lock(path: Path, what: str) -> Iterator[None]:
+    """Have the lock on a file meanwhile, after whoever has it now; without it where none is kept.
+
+    Args:
+        path: The file, which is made, and removed afterwards.
+        what: What it is for, should this process have to wait.
+    """
+    lock = None
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = take_lock(path)
+        if lock is None:
+            logger.info("Another process is at %s; waiting for it.", what)
+        while lock is None:
+            time.sleep(_POLL)
+            lock = take_lock(path)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def is_locked(path: Path) -> bool:

@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from qlora_kit.artifacts.adapter_folder import find_base_of, is_adapter, read_adapter_config
 from qlora_kit.artifacts.files import read_json_object
@@ -34,11 +34,9 @@ from qlora_kit.errors import (
 from qlora_kit.handles import AdaptedModel, LoadedModel
 from qlora_kit.import_noise import without_noise
 from qlora_kit.messages import Call, Setting
-from qlora_kit.modelscope import find_on_modelscope
 from qlora_kit.paths import (
     describe_nearest,
     get_cache_folder,
-    is_modelscope_name,
     looks_like_hub_name,
     suggest_existing,
 )
@@ -77,6 +75,7 @@ def load_quantized(
     device_map: Any = None,
     trust_remote_code: bool = False,
     base: str | os.PathLike[str] | None = None,
+    shard: bool | Literal["auto"] = "auto",
     **classic: Any,
 ) -> LoadedModel:
     """Load a language model for QLoRA: in 4 bits, from disk, without touching the network.
@@ -84,8 +83,7 @@ def load_quantized(
     Args:
         model_name: A folder with a checkpoint; a folder with a saved LoRA adapter (its base is
             found and the adapter comes back attached); a ``.gguf`` file (dequantized once into a
-            cached checkpoint); or a hub name such as ``"Qwen/Qwen3-4B"``, or ModelScope's
-            ``"modelscope:Qwen/Qwen3-4B"``.
+            cached checkpoint); or a hub name such as ``"Qwen/Qwen3-4B"``.
         max_seq_length: Longest sequence, in tokens, for training and generation.
         dtype: ``None`` for bfloat16 where the hardware has it, else float16 on a GPU and float32
             on a CPU; or ``"bfloat16"``, ``"float16"``, ``"float32"``, or the torch dtype.
@@ -105,6 +103,8 @@ def load_quantized(
         trust_remote_code: Run Python code that the checkpoint ships.
         base: For a saved adapter: the base to put it on, instead of the one it names; a folder, a
             ``.gguf`` file or a hub name.
+        shard: Whether each process of a machine loads its share of the layers only, for training
+            with ``plan={"shard": True}``; ``"auto"`` where all of them do not fit its card.
         **classic: Further arguments of the classic script, where they ask for what happens anyway.
 
     Returns:
@@ -145,6 +145,7 @@ def load_quantized(
         device_map=device_map,
         trust_remote_code=trust_remote_code,
         is_trainable=is_trainable,
+        shard=shard,
     )
     # The libraries are imported on the way.
     with without_noise():
@@ -273,16 +274,6 @@ def _find(name: str, config: LoadConfig) -> Path:
                 f"{path} is a file. Give the folder it is in, or a .gguf file."
             )
         return path
-    if is_modelscope_name(name):
-        return find_on_modelscope(
-            name,
-            "model",
-            local_files_only=config.local_files_only,
-            revision=config.revision,
-            cache_dir=config.cache_dir,
-            token=config.token,
-            allow_patterns=_HUB_PATTERNS,
-        )
     if not looks_like_hub_name(name, _FILE_SUFFIXES):
         raise ModelNotFoundError(f"There is nothing at {path}.{describe_nearest(path)}")
     from huggingface_hub import snapshot_download

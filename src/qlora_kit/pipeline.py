@@ -182,7 +182,7 @@ def run_pipeline(
     """
     checked = pipeline if isinstance(pipeline, CheckedPipeline) else check_pipeline(pipeline)
     asked = checked.asked
-    model = load_quantized(asked.model, **asked.loading)
+    model = load_quantized(asked.model, **_loading_arguments(asked))
     if not isinstance(model, AdaptedModel):
         model = attach_lora(model, **asked.adapter)
     else:
@@ -227,6 +227,14 @@ def _check_exports(pipeline: Pipeline, model: AdaptedModel | None) -> None:
         model=model,
         **pipeline.export_options,
     )
+
+
+def _loading_arguments(pipeline: Pipeline) -> dict[str, Any]:
+    """What is loaded is what will be trained: in shards where those are asked for."""
+    from qlora_kit.engines.native.fast.plan import parse_plan
+
+    shard = parse_plan(pipeline.training.get("plan")).shard
+    return {**({} if shard == "auto" else {"shard": shard}), **pipeline.loading}
 
 
 def _training_arguments(pipeline: Pipeline) -> dict[str, Any]:

@@ -8,21 +8,22 @@ own variables. Everything here is free in a process that is alone.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import itertools
 import logging
 import os
 import pickle
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, ClassVar, Final, NamedTuple, TypeVar
 
 from qlora_kit.errors import ConfigError, TrainingError
 
 __all__ = [
-    "Place", "any_true", "choose_card", "find_place", "is_main", "join", "leave", "share", "sum_up",
-    "wait_for_all", "was_told",
+    "Node", "Place", "any_true", "choose_card", "find_place", "is_main", "join", "join_node",
+    "leave", "others_wait", "share", "sum_up", "wait_for_all", "was_told",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -46,10 +47,37 @@ class Place(NamedTuple):
     local_rank: int = 0
 
 
+class Node(NamedTuple):
+    """The ranks of one machine, which are near each other.
+
+    Attributes:
+        members: Their numbers, in order.
+        position: Which of them this process is.
+        group: Over which they talk, with or without their cards.
+    """
+
+    members: tuple[int, ...]
+    position: int
+    group: Any
+
+    def find_most(self, mine: int) -> int:
+        """The largest number that one of them says. Each must ask; no card is waited for."""
+        import torch
+        from torch import distributed
+
+        number = torch.tensor(mine)
+        with _naming_the_gone():
+            distributed.all_reduce(number, distributed.ReduceOp.MAX, group=self.group)
+        return int(number)
+
+
 class _Group:
     """What :func:`join` made: the connection over which ranks talk without their cards."""
 
     control: Any = None
+    node: Node | None = None
+    #: How many calls of :func:`share` the main rank is working for, while the others wait.
+    sharing: int = 0
     calls: ClassVar[Counter[str]] = Counter()
 
 
@@ -126,11 +154,41 @@ def join() -> Place:
     return place
 
 
+def join_node() -> Node:
+    """Meet the processes of this machine. Every rank must ask.
+
+    Raises:
+        TrainingError: When another rank is gone.
+    """
+    place = join()
+    if place.world == 1:
+        return Node((0,), 0, None)
+    if _Group.node is None:
+        import torch
+        from torch import distributed
+
+        # Where a launcher numbers no machines, ranks lie on them one after the other.
+        names = (os.environ.get("GROUP_RANK"), os.environ.get("SLURM_NODEID"))
+        machine = next((n for n in names if n is not None), str(place.rank - place.local_rank))
+        machines: list[str] = [""] * place.world
+        # Whoever joined the group first may have wanted cards only.
+        backend = _choose_backend(torch)
+        with _naming_the_gone():
+            distributed.all_gather_object(machines, machine, group=_Group.control)
+            for name in dict.fromkeys(machines):
+                members = tuple(rank for rank, its in enumerate(machines) if its == name)
+                group = distributed.new_group(members, backend=backend)
+                if place.rank in members:
+                    _Group.node = Node(members, members.index(place.rank), group)
+    assert _Group.node is not None
+    return _Group.node
+
+
 def leave() -> None:
     """Part from the others, whose waiting for this process ends with an error."""
     from torch import distributed
 
-    _Group.control = None
+    _Group.control = _Group.node = None
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
@@ -157,13 +215,19 @@ def sum_up(mine: Sequence[float]) -> list[float]:
     from torch import distributed
 
     numbers = torch.tensor(list(mine), dtype=torch.float64)
-    try:
+    with _naming_the_gone():
         distributed.all_reduce(numbers, group=_Group.control)
+    return [float(number) for number in numbers]
+
+
+@contextlib.contextmanager
+def _naming_the_gone() -> Iterator[None]:
+    try:
+        yield
     except RuntimeError as error:
         raise TrainingError(
             "Another rank has stopped, so this one cannot go on; its own message says why."
         ) from error
-    return [float(number) for number in numbers]
 
 
 def share(name: str, make: Callable[[], Value]) -> Value:
@@ -184,11 +248,14 @@ def share(name: str, make: Callable[[], Value]) -> Value:
     _Group.calls[name] += 1
     key = f"qlora_kit/{name}/{_Group.calls[name]}"
     if place.rank == 0:
+        _Group.sharing += 1
         try:
             value = make()
         except BaseException as error:
             store.set(key, _pickle(error))
             raise
+        finally:
+            _Group.sharing -= 1
         store.set(key, _pickle(value))
         return value
     answer = pickle.loads(_fetch(store, key))  # noqa: S301 - from this run's own main rank
@@ -197,6 +264,11 @@ def share(name: str, make: Callable[[], Value]) -> Value:
         raise answer
     result: Value = answer
     return result
+
+
+def others_wait() -> bool:
+    """Whether this is the main rank at work for all, so that no other can help it."""
+    return _Group.sharing > 0
 
 
 def was_told(error: BaseException) -> bool:

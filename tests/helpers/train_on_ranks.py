@@ -17,29 +17,60 @@ from transformers import TrainerCallback
 
 from checkpoints import randomize
 from qlora_kit import AlpacaFormatter, attach_lora, export_model, load_quantized, train_sft
+from qlora_kit.engines.native.fast.shards import held_bytes
+from qlora_kit.ranks import find_place
 
 ROWS = [
     {"instruction": "Say " * (1 + n % 3), "input": "", "output": "hello world " * (1 + n * 5 % 7)}
     for n in range(21)
 ]
 
+#: The longest goes to a rank alone, and has nothing to learn from.
+TOKENIZED = [
+    {"input_ids": [5 + n] * (40 if n == 0 else 3 + n),
+     "labels": [-100] * 40 if n == 0 else [5 + n] * (3 + n)}
+    for n in range(8)
+]  # fmt: skip
+
 
 class StopOneRank(TrainerCallback):
     """A signal to the last rank alone, in its second step."""
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 1 and int(os.environ.get("RANK", "0")) == 1:
+        if state.global_step == 1 and find_place().rank == 1:
             signal.raise_signal(signal.SIGINT)
 
 
+class DieOnce(TrainerCallback):
+    """The last rank is killed in its fifth step, the first time that it is started."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        is_first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+        if is_first and state.global_step == 4 and find_place().rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class MeasureHeld(TrainerCallback):
+    """How much of the base this rank holds while it trains."""
+
+    def __init__(self, model):
+        self.model, self.held = model, 0
+
+    def on_step_end(self, *args, **kwargs):
+        self.held = held_bytes(self.model)
+
+
 def main(base: str, folder: str, runs: dict[str, dict[str, object]]) -> None:
-    rank = os.environ.get("RANK", "0")
+    rank = find_place().rank
     for name, settings in runs.items():
         settings = dict(settings)
         loaded_in_4bit = settings.pop("load_in_4bit", True)
         stops, rows = settings.pop("stops", False), settings.pop("rows", len(ROWS))
+        dies, is_tokenized = settings.pop("dies", False), settings.pop("tokenized", False)
         evaluates = settings.pop("evaluates", False)
-        loaded = load_quantized(base, 128, "float32", loaded_in_4bit)
+        shard, folder_of = settings.pop("shard", "auto"), settings.pop("base", base)
+        loaded = load_quantized(folder_of, 128, "float32", loaded_in_4bit, shard=shard)
+        loaded_bytes = held_bytes(loaded.model)
         adapter = {name: settings.pop(name) for name in ("use_dora", "modules_to_save")
                    if name in settings}  # fmt: skip
         model = randomize(attach_lora(loaded, r=4, **adapter))
@@ -47,10 +78,12 @@ def main(base: str, folder: str, runs: dict[str, dict[str, object]]) -> None:
             model.tokenizer, "{instruction}{input}|{output}", response_only=True
         )
         result = train_sft(
-            model, formatter.load(ROWS[:rows]),
+            model, TOKENIZED if is_tokenized else formatter.load(ROWS[:rows]),
             eval_dataset=formatter.load(ROWS[:7]) if evaluates else None,
             output_dir=Path(folder) / settings.pop("output_dir", f"run-{name.strip('!')}"),
-            callbacks=[StopOneRank] if stops else None, disable_tqdm=True, report_to="none",
+            callbacks=[held := MeasureHeld(model.model), *([StopOneRank()] if stops else []),
+                       *([DieOnce()] if dies else [])],
+            disable_tqdm=True, report_to="none",
             **{"optim": "adamw_torch", "learning_rate": 1e-3, "lr_scheduler_type": "constant",
                "warmup_steps": 0, "max_steps": 6, "save_strategy": "no", **settings},
         )  # fmt: skip
@@ -63,6 +96,7 @@ def main(base: str, folder: str, runs: dict[str, dict[str, object]]) -> None:
             "losses": result.losses, "tokens": (result.tokens_seen, result.trained_tokens),
             "eval": result.eval_losses, "plan": result.plan, "steps": result.steps,
             "interrupted": result.was_interrupted, "checkpoint": str(result.checkpoint),
+            "held": held.held, "whole": held_bytes(model.model), "loaded": loaded_bytes,
             "weights": weights, "exported": artifact and len(artifact.files),
         }  # fmt: skip
         torch.save(found, Path(folder) / f"{name.strip('!')}-{rank}.pt")

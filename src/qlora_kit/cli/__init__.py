@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         level=logging.INFO if options.verbose else logging.WARNING, handlers=[handler]
     )
     try:
-        if getattr(options, "nproc", None) is not None:
+        if options.command == "train" and options.nproc is not None:
             return commands.train_in_processes(
                 options, sys.argv[1:] if arguments is None else arguments
             )

@@ -104,11 +104,13 @@ def _read_pipeline(options: argparse.Namespace) -> Pipeline:
 
 
 def _plan(options: argparse.Namespace, write: FlagWriter) -> int:
+    from qlora_kit.cli.processes import read_count
     from qlora_kit.planning import plan_training
 
     pipeline = _read_pipeline(options)
+    ranks = 1 if options.nproc is None else read_count(options.nproc)
     forecasts = [
-        plan_training(pipeline, card=card, row_tokens=options.row_tokens)
+        plan_training(pipeline, card=card, row_tokens=options.row_tokens, ranks=ranks)
         for card in options.card or [None]
     ]
     if options.json:

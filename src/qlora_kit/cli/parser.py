@@ -134,6 +134,9 @@ def _add_plan(commands: Any) -> None:
         "--card", action="append", default=[], metavar="NAME",
         help="'RTX 3060 12GB', 24GB, ...; several times for several; this machine by default",
     )  # fmt: skip
+    plan.add_argument(
+        "--nproc", metavar="N", help="so many cards together; auto for all cards of this machine"
+    )
     plan.add_argument("--row-tokens", type=int, help="tokens of a row, where no data is given")
     _add_pipeline(plan)
     _add_json(plan)

@@ -21,7 +21,7 @@ from qlora_kit import ranks
 from qlora_kit.cli.commands import INTERRUPTED
 from qlora_kit.errors import ConfigError
 
-__all__ = ["count_processes", "drop_flag", "run_processes"]
+__all__ = ["count_processes", "drop_flag", "read_count", "run_processes"]
 
 _SIGNALS: Final = tuple(
     getattr(signal, name)
@@ -47,20 +47,32 @@ def count_processes(asked: str) -> int:
         )
     cards = int(torch.cuda.device_count())
     cores = os.cpu_count() or 1
-    if asked == "auto":
-        return max(1, cards)
-    if not asked.isdecimal() or int(asked) < 1:
-        raise ConfigError(f"--nproc takes a number of processes, or auto; got {asked!r}.")
-    if 0 < cards < int(asked):
+    count = read_count(asked)
+    if 0 < cards < count:
         raise ConfigError(
             f"--nproc {asked} asks for more processes than there are cards here: {cards}, one for "
             "each process."
         )
-    if not cards and int(asked) > cores:
+    if not cards and count > cores:
         raise ConfigError(
             f"--nproc {asked} asks for more processes than this machine has cores: {cores}, and it "
             "has no card."
         )
+    return count
+
+
+def read_count(asked: str) -> int:
+    """A number as it was typed, or ``auto`` for the cards of this machine.
+
+    Raises:
+        ConfigError: When it is neither.
+    """
+    import torch
+
+    if asked == "auto":
+        return max(1, int(torch.cuda.device_count()))
+    if not asked.isdecimal() or int(asked) < 1:
+        raise ConfigError(f"--nproc takes a number of processes, or auto; got {asked!r}.")
     return int(asked)
 
 

@@ -25,6 +25,7 @@ from qlora_kit.engines.quantization import (
 )
 from qlora_kit.engines.tokenizer import load_tokenizer
 from qlora_kit.errors import EngineError, UnsupportedModelError
+from qlora_kit.launches import once_a_machine
 from qlora_kit.values import is_whole_number
 from qlora_kit.weights.fingerprint import fingerprint_weights, stamp_files
 
@@ -124,7 +125,11 @@ def open_checkpoint(config: LoadConfig) -> OpenedCheckpoint:
         is_quantized=stored is not None,
         trust_remote_code=config.trust_remote_code,
     )
-    fingerprint = fingerprint_weights(folder, is_quantized=stored is not None)
+    fingerprint = once_a_machine(
+        "the fingerprint of a base",
+        (str(folder), stamps),
+        lambda: fingerprint_weights(folder, is_quantized=stored is not None),
+    )
     return OpenedCheckpoint(
         folder, device, dtype, stored, quantization, model_config, tokenizer, fingerprint, stamps
     )

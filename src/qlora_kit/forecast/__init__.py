@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from qlora_kit.forecast.cards import Card, find_card, list_cards
 from qlora_kit.forecast.memory import MemoryForecast, forecast_memory
+from qlora_kit.forecast.scaling import MOST_MEASURED, find_efficiency
 from qlora_kit.forecast.shapes import ModelShape, read_shape
 
 __all__ = [
+    "MOST_MEASURED",
     "Card",
     "MemoryForecast",
     "ModelShape",
     "find_card",
+    "find_efficiency",
     "forecast_memory",
     "list_cards",
     "read_shape",

@@ -97,6 +97,7 @@ def forecast_memory(
     available: int,
     asked: FastPlan,
     recomputes: bool | None = None,
+    shards: int = 1,
 ) -> MemoryForecast:
     """The peak of a training, by part.
 
@@ -111,9 +112,10 @@ def forecast_memory(
         available: Bytes that the device has.
         asked: What was pinned of the step.
         recomputes: Whether layers are to be recomputed; ``None`` leaves that to memory.
+        shards: Over how many ranks of a machine the base is spread.
     """
     trained = shape.count_adapter(adapter)
-    weights = shape.count_weights(quantization, item_bytes)
+    weights = shape.count_weights(quantization, item_bytes, shards)
     states = next((size for word, size in _STATE_BYTES.items() if word in optimizer), 8) * trained
     runtime = int(_RUNTIME_BYTES.get(device_type, 0.9 * _GIB))
     free = max(0, available - runtime - weights - 4 * trained)
@@ -142,6 +144,7 @@ def forecast_memory(
         usual_tokens=step.usual,
         is_quantized=quantization is not None,
         supports_graphs=False,
+        shards=shards,
     )
     tokens = max(min(plan.micro_batch_tokens, step.largest), step.longest)
     logits = min(plan.loss_chunk_tokens, tokens) * memory.loss_per_token
@@ -166,8 +169,6 @@ def make_memory_model(
         queries=shape.heads * shape.head_dim,
         keys=shape.kv_heads * shape.head_dim,
         intermediate=shape.intermediate,
-        post_norms=shape.post_norms,
-        capped_heads=shape.capped_heads,
         item_bytes=item_bytes,
         vocabulary=shape.vocabulary,
         has_triton=has_triton,

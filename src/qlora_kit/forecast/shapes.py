@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from qlora_kit.config import (
-    ATTENTION_ALIASES,
-    DEFAULT_TARGET_MODULES,
-    MLP_ALIASES,
+    ATTENTION_MODULES,
+    MLP_MODULES,
     AdapterConfig,
 )
 from qlora_kit.engines.native.fast.architectures import find_architecture_obstacle
-from qlora_kit.engines.native.fast.families import FAMILIES
 
 __all__ = ["ModelShape", "read_shape"]
 
@@ -51,8 +49,6 @@ class ModelShape:
         intermediate: Width within the MLP.
         vocabulary: Tokens that the head scores.
         obstacle: Why the native engine's own step does not compute the model, or ``None``.
-        post_norms: Norms of a layer's outputs.
-        capped_heads: Attention heads whose scores are soft-capped.
     """
 
     linears: tuple[Linear, ...]
@@ -65,39 +61,40 @@ class ModelShape:
     intermediate: int
     vocabulary: int
     obstacle: str | None
-    post_norms: int = 0
-    capped_heads: int = 0
 
     @property
     def parameters(self) -> int:
         """All parameters, tied ones once."""
         return self.other_parameters + sum(linear.size for linear in self.linears)
 
-    def count_weights(self, quantization: str | None, item_bytes: int) -> int:
+    def count_weights(self, quantization: str | None, item_bytes: int, shards: int = 1) -> int:
         """Bytes of the loaded base.
 
         Args:
             quantization: ``"nf4"``, ``"fp4"``, ``"int8"`` or ``None``.
             item_bytes: Bytes of a number that is not quantized.
+            shards: Over how many ranks its layers are spread; two more come and go then.
         """
         in_linears = sum(linear.size for linear in self.linears)
         rate = {"nf4": _NF4_BYTES, "fp4": _NF4_BYTES, "int8": 1.0}.get(
             quantization or "", float(item_bytes)
         )
-        return int(in_linears * rate) + self.other_parameters * item_bytes
+        rest = self.other_parameters * item_bytes
+        if shards == 1:
+            return int(in_linears * rate) + rest
+        # The scales that are sent are those that are computed with, in float32.
+        sent = rate if quantization is None else rate + 4 / 64
+        layer = in_linears / self.layers
+        return int(layer * (-(-self.layers // shards) * rate + 2 * sent)) + rest
 
     def find_adapted(self, adapter: AdapterConfig) -> list[Linear]:
         """The linear layers that get an adapter."""
         targets = adapter.target_modules
         names: Sequence[str] | None = (targets,) if isinstance(targets, str) else targets
-        has = {linear.name.split(".")[-1] for linear in self.linears}
-        if targets == "all-linear" or (
-            # As attach_lora does where a model has other projections than Llama's.
-            targets is DEFAULT_TARGET_MODULES and not has >= set(targets)
-        ):
+        if targets == "all-linear":
             names = None
         elif targets in ("attention", "mlp"):
-            names = ATTENTION_ALIASES if targets == "attention" else MLP_ALIASES
+            names = ATTENTION_MODULES if targets == "attention" else MLP_MODULES
         chosen = adapter.layers_to_transform
         layers = None if chosen is None else {chosen} if isinstance(chosen, int) else set(chosen)
         return [
@@ -155,7 +152,6 @@ def read_shape(model_config: Any) -> ModelShape:
     counted = sum(linear.size for linear in linears)
     total = sum(parameter.numel() for parameter in model.parameters())
     heads = int(text.num_attention_heads)
-    family = FAMILIES.get(text.model_type)
     return ModelShape(
         linears=linears,
         other_parameters=total - counted,
@@ -167,6 +163,4 @@ def read_shape(model_config: Any) -> ModelShape:
         intermediate=int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
         vocabulary=int(head.weight.shape[0] if head is not None else text.vocab_size),
         obstacle=find_architecture_obstacle(model_config.to_dict()),
-        post_norms=0 if family is None else family.post_norms,
-        capped_heads=heads if family is not None and family.caps_attention else 0,
     )

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any, Final
 from qlora_kit.config import SCRIPT_TRAINING_DEFAULTS, AdapterConfig
 from qlora_kit.engines.native.fast.plan import FastPlan, parse_plan
 from qlora_kit.errors import invalid_value
-from qlora_kit.forecast import Card, find_card, forecast_memory, read_shape
+from qlora_kit.forecast import (
+    MOST_MEASURED,
+    Card,
+    MemoryForecast,
+    find_card,
+    find_efficiency,
+    forecast_memory,
+    read_shape,
+)
 from qlora_kit.forecast.shapes import ModelShape
 from qlora_kit.forecast.steps import RowTokens, StepShape
 from qlora_kit.pipeline import CheckedPipeline, Pipeline, check_pipeline
@@ -43,6 +51,7 @@ def plan_training(
     *,
     card: str | None = None,
     row_tokens: int | None = None,
+    ranks: int = 1,
 ) -> TrainingForecast:
     """Foretell what a training takes: memory by part, steps, time, disk. No weight is read.
 
@@ -52,6 +61,7 @@ def plan_training(
             data. A pipeline whose ``data`` is ``None`` is planned for rows of ``row_tokens``.
         card: A card by name or memory, ``"RTX 3060 12GB"`` or ``"24GB"``; this machine by default.
         row_tokens: Tokens of a row where there is no data; the longest that fit by default.
+        ranks: How many such cards of one machine train together.
 
     Returns:
         The forecast. ``print`` shows it; ``fits`` says whether it fits, and ``remedies`` what
@@ -71,12 +81,14 @@ def plan_training(
         raise invalid_value(
             "row_tokens", "must be a whole number of at least 1", row_tokens, "plan_training"
         )
+    if not is_whole_number(ranks, at_least=1):
+        raise invalid_value("ranks", "must be a whole number of cards", ranks, "plan_training")
     checked = _check(pipeline)
     device = measure_machine() if card is None else find_card(card)
     opened = open_configuration(pipeline)
     shape = read_shape(opened.model_config)
     tokens = count_tokens(checked, opened.folder, row_tokens)
-    asked = _Asked(pipeline, opened, device, tokens)
+    asked = _Asked(pipeline, opened, device, tokens, ranks)
     return asked.forecast(shape)
 
 
@@ -96,8 +108,9 @@ class _Asked:
     """A training on a device, which can be asked again with other settings."""
 
     def __init__(
-        self, pipeline: Pipeline, opened: Configuration, device: Card, tokens: RowTokens
+        self, pipeline: Pipeline, opened: Configuration, device: Card, tokens: RowTokens, ranks: int
     ) -> None:
+        self._ranks = ranks
         self._pipeline, self._opened, self._device, self._tokens = pipeline, opened, device, tokens
         names = {field.name for field in fields(AdapterConfig)}
         given = {name: value for name, value in pipeline.adapter.items() if name in names}
@@ -136,19 +149,32 @@ class _Asked:
             int(training["per_device_train_batch_size"]),
             int(training["gradient_accumulation_steps"]),
         )
-        memory = forecast_memory(
-            shape,
-            self._adapter,
-            step,
-            quantization=quantization,
-            item_bytes=self._item_bytes,
-            optimizer=optimizer,
-            device_type=kind,
-            available=self._device.memory_bytes,
-            asked=self._plan,
-            recomputes=self._recomputes(),
+
+        def measure(shards: int) -> MemoryForecast:
+            return forecast_memory(
+                shape,
+                self._adapter,
+                step,
+                quantization=quantization,
+                item_bytes=self._item_bytes,
+                optimizer=optimizer,
+                device_type=kind,
+                available=self._device.memory_bytes,
+                asked=self._plan,
+                recomputes=self._recomputes(),
+                shards=shards,
+            )
+
+        whole = measure(1)
+        sharded = measure(self._ranks) if self._can_shard(shape) else None
+        is_sharded = sharded is not None and (
+            self._plan.shard is True or (not whole.fits and sharded.fits)
         )
+        memory = sharded if is_sharded and sharded is not None else whole
         steps = self._count_steps()
+        seconds = self._estimate_seconds(shape, step, steps, memory.plan)
+        if seconds is not None and self._ranks > 1:
+            seconds /= find_efficiency(step.usual)
         return TrainingForecast(
             model=str(self._pipeline.model),
             device=self._device,
@@ -160,9 +186,25 @@ class _Asked:
             row_tokens=step.longest,
             step_tokens=step.usual,
             steps=steps,
-            seconds=self._estimate_seconds(shape, step, steps, memory.plan),
+            seconds=seconds,
             disk=forecast_disk(self._pipeline, shape, self._adapter, steps, training),
             notes=self._find_notes(shape),
+            ranks=self._ranks,
+            other_memory=None if sharded is None else whole if is_sharded else sharded,
+            is_sharded=is_sharded,
+        )
+
+    def _can_shard(self, shape: ModelShape) -> bool:
+        """Whether ranks may spread the base over themselves, as far as can be told from here."""
+        plan = self._plan
+        return (
+            self._ranks > 1
+            and shape.obstacle is None
+            and plan.enabled is not False
+            and plan.shard is not False
+            and plan.weights != "cache"
+            and plan.cuda_graphs is not True
+            and self._opened.quantization != "int8"
         )
 
     def _recomputes(self) -> bool | None:
@@ -180,7 +222,7 @@ class _Asked:
             rows = int(training["per_device_train_batch_size"]) * int(
                 training["gradient_accumulation_steps"]
             )
-            per_epoch = max(1, -(-self._tokens.rows // rows))
+            per_epoch = max(1, -(-self._tokens.rows // (rows * self._ranks)))
             return max(1, int(per_epoch * float(training["num_train_epochs"])))
         return int(training["max_steps"])
 
@@ -208,6 +250,10 @@ class _Asked:
             )
         if self._pipeline.data is None:
             notes.append(f"No data was given: rows of {self._tokens.longest:,} tokens are assumed.")
+        if self._ranks > MOST_MEASURED:
+            notes.append(
+                f"Several cards were measured up to {MOST_MEASURED}; beyond, the time is a guess."
+            )
         return tuple(notes)
 
     # -- what would make it fit ------------------------------------------------------------------

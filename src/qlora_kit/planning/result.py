@@ -43,6 +43,10 @@ class TrainingForecast:
         disk: Bytes by what writes them.
         remedies: What would make it fit; empty where it fits.
         notes: What the numbers rest on.
+        ranks: Cards of one machine that train together; memory is that of each.
+        is_sharded: Whether the base is spread over them in what was planned.
+        other_memory: Memory by part with the base held the other way, ``None`` where it is not to
+            be, or cannot be, sharded.
     """
 
     model: str
@@ -59,6 +63,16 @@ class TrainingForecast:
     disk: Mapping[str, int]
     remedies: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    ranks: int = 1
+    is_sharded: bool = False
+    other_memory: MemoryForecast | None = None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of all cards together, roughly; ``None`` where no speed is known."""
+        if not self.seconds:
+            return None
+        return self.steps * self.step_tokens * self.ranks / self.seconds
 
     @property
     def fits(self) -> bool:
@@ -85,6 +99,12 @@ class TrainingForecast:
             "seconds": None if self.seconds is None else round(self.seconds),
             "disk_bytes": dict(self.disk),
             "notes": list(self.notes),
+            "ranks": self.ranks,
+            "sharded": self.is_sharded,
+            "other_memory": None if self.other_memory is None else self.other_memory.describe(),
+            "tokens_per_second": (
+                None if self.tokens_per_second is None else round(self.tokens_per_second)
+            ),
         }
 
     def __repr__(self) -> str:
@@ -103,7 +123,8 @@ class TrainingForecast:
         lines = [
             f"{self.model}: {self.parameters / 1e9:.2f} billion parameters, {held}; "
             f"{self.trainable_parameters:,} train",
-            f"on {self.device.name}, {self.device.memory_gib:.1f} GiB",
+            f"on {f'{self.ranks} x ' if self.ranks > 1 else ''}{self.device.name}, "
+            f"{self.device.memory_gib:.1f} GiB{' each' if self.ranks > 1 else ''}",
             "",
         ]
         lines += [
@@ -111,6 +132,15 @@ class TrainingForecast:
         ]
         verdict = "fits" if self.fits else "does NOT fit"
         lines += [f"  {'peak':<34} {memory.total / _GIB:6.2f} GiB   {verdict}", ""]
+        if self.other_memory is not None:
+            ways = ("sharded over them", "whole on each card")
+            chosen, other = ways if self.is_sharded else ways[::-1]
+            fits = "" if self.other_memory.fits else ", which does not fit"
+            lines += [
+                f"The base {chosen}; {other} it would be "
+                f"{self.other_memory.total / _GIB:.2f} GiB a card{fits}.",
+                "",
+            ]
         if self.remedies:
             lines += ["What would make it fit:", *(f"  {one}" for one in self.remedies), ""]
         plan = memory.plan
@@ -120,14 +150,16 @@ class TrainingForecast:
                 f"{plan.checkpointing}"
             )
         lines.append(
-            f"{self.steps:,} steps of about {self.step_tokens:,} tokens; the longest row has "
-            f"{self.row_tokens:,}"
+            f"{self.steps:,} steps of about {self.step_tokens * self.ranks:,} tokens; the longest "
+            f"row has {self.row_tokens:,}"
         )
         if self.seconds is not None:
             lines.append(
                 f"Time: roughly {_say_time(self.seconds)}, from the device's {self.device.source} "
                 f"speed of {self.device.teraflops:.3g} TFLOP/s, and compiling once"
             )
+        if self.ranks > 1 and self.tokens_per_second is not None:
+            lines.append(f"About {self.tokens_per_second:,.0f} tokens a second, all cards together")
         if self.disk:
             sizes = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in self.disk.items())
             lines.append(f"Disk: {sizes}")

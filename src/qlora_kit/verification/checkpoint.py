@@ -243,7 +243,11 @@ def _compare_reloaded_adapter(
     model: LoadedModel, folder: Path, tensors: AdapterTensors
 ) -> list[Check]:
     config = dataclasses.replace(
-        model.config, model_name=str(model.base.path), max_seq_length=_RELOAD_LENGTH
+        model.config,
+        model_name=str(model.base.path),
+        max_seq_length=_RELOAD_LENGTH,
+        # Only the main rank reads it again.
+        shard=False,
     )
     with _quiet_loading():
         loaded = model.engine.load(config)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.errors import ExportError, UnsupportedModelError
+from qlora_kit.weights.absent import is_absent
 
 if TYPE_CHECKING:
     import torch
@@ -370,6 +371,11 @@ def _check_variants(layer: Any, active: tuple[str, ...], path: str) -> None:
 
 
 def _checked(tensor: LiveTensor) -> LiveTensor:
+    if is_absent(tensor.tensor):
+        raise UnsupportedModelError(
+            f"{tensor.name} is on another rank: the base was loaded in shards, or a training that "
+            "shards it did not come to its end. Load with shard=False to export."
+        )
     if tensor.tensor.device.type == "meta":
         raise UnsupportedModelError(f"{tensor.name} {_OFFLOADED}")
     return tensor

@@ -15,13 +15,14 @@ import shutil
 from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.boundaries import describe_cause
+from qlora_kit.file_locks import holding_lock
 from qlora_kit.paths import get_cache_folder
 from qlora_kit.private_folders import locked_folder, remove_abandoned
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["find_cached", "make_key", "store"]
+__all__ = ["find_cached", "holding_cache", "make_key", "store"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,11 @@ _REPORT: Final = "qlora_kit_report.json"
 def make_key(*parts: str) -> str:
     """A key from everything that decides the result."""
     return hashlib.sha256("\0".join((_FORMAT_VERSION, *parts)).encode()).hexdigest()[:24]
+
+
+def holding_cache(key: str) -> contextlib.AbstractContextManager[None]:
+    """Let no other process encode what has this key meanwhile."""
+    return holding_lock(get_cache_folder() / "encoded" / f"{key}.lock", "encoding the same rows")
 
 
 def find_cached(key: str) -> tuple[Dataset, dict[str, Any]] | None:

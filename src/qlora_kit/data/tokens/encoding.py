@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from qlora_kit.boundaries import describe_cause
 from qlora_kit.data.sources.row_problems import BadRows, RowProblem, settle_problems
 from qlora_kit.data.sources.rows import Rows
-from qlora_kit.data.tokens.encoded_cache import find_cached, make_key, store
+from qlora_kit.data.tokens.encoded_cache import find_cached, holding_cache, make_key, store
 from qlora_kit.data.tokens.encoding_report import EncodingReport, explain_emptiness
 from qlora_kit.data.tokens.segment_ids import (
     RowEncoding,
@@ -80,19 +80,28 @@ def encode_rows(
     if not len(rows):
         raise DataError(f"{rows.source} has no rows.")
     start = time.perf_counter()
-    key = None
     if cache if cache is not None else len(rows) >= _CACHED_FROM:
         content = rows.fingerprint if encoding.is_described else digest_segments(encoding, rows)
         # An error about bad rows must not be answered with what an earlier run left of them.
         policy = encoding.bad_rows.policy
         key = make_key(content, encoding.fingerprint(), policy, str(max_length), truncation)
-        cached = find_cached(key)
-        if cached is not None:
-            dataset, values = cached
-            report = EncodingReport(**values)
-            report = replace(report, is_cached=True, seconds=time.perf_counter() - start)
-            _log(report)
-            return EncodedExamples(dataset, report)
+        # Of several processes that want the same rows, one encodes and the others find them.
+        with holding_cache(key):
+            cached = find_cached(key)
+            if cached is None:
+                return _encode(encoding, rows, max_length, truncation, num_proc, key, start)
+        dataset, values = cached
+        report = EncodingReport(**values)
+        report = replace(report, is_cached=True, seconds=time.perf_counter() - start)
+        _log(report)
+        return EncodedExamples(dataset, report)
+    return _encode(encoding, rows, max_length, truncation, num_proc, None, start)
+
+
+def _encode(
+    encoding: RowEncoding, rows: Rows, max_length: int, truncation: str, num_proc: int | None,
+    key: str | None, start: float,
+) -> EncodedExamples:  # fmt: skip
     batches = list(_encode_all(encoding, rows, max_length, truncation, num_proc))
     report = EncodingReport.add_up([batch.report for batch in batches])
     report = replace(report, seconds=time.perf_counter() - start)

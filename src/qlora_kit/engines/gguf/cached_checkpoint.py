@@ -31,6 +31,8 @@ from qlora_kit.errors import (
     QloraKitError,
     UnsupportedModelError,
 )
+from qlora_kit.file_locks import holding_lock
+from qlora_kit.launches import once_a_machine, stamp_paths
 from qlora_kit.messages import Setting
 from qlora_kit.paths import CACHE_VARIABLE
 from qlora_kit.private_folders import locked_folder, remove_abandoned
@@ -82,8 +84,16 @@ def dequantize_gguf(path: Path, cache_dir: Path) -> Path:
         ) from error
     reader = _open(path)
     parts = find_parts(path, reader)
-    folder = cache_dir / f"{path.stem[:_STEM]}-{_fingerprint(parts)}"
+    # Every process of a machine wants it at the same time: one reads, the others find.
+    print_of = once_a_machine("reading a file", stamp_paths(parts), lambda: _fingerprint(parts))
+    folder = cache_dir / f"{path.stem[:_STEM]}-{print_of}"
     remove_abandoned(cache_dir)
+    with holding_lock(cache_dir / f"{folder.name}.lock", f"dequantizing {path}"):
+        return _find_or_make(path, parts, reader, folder)
+
+
+def _find_or_make(path: Path, parts: Sequence[Path], reader: GGUFReader, folder: Path) -> Path:
+    cache_dir = folder.parent
     if (folder / "config.json").is_file():
         logger.info("Using the dequantized checkpoint %s", folder)
         return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,21 +46,33 @@ class NativeEngine:
         """Put the checkpoint in ``config.model_name``, a local folder, into memory."""
         from transformers import AutoModelForCausalLM
 
+        from qlora_kit.engines.native.fast.sharded_loading import (
+            choose_node,
+            finish_loading,
+            make_device_map,
+        )
+
         opened = open_checkpoint(config)
         folder, dtype, stored = opened.folder, opened.dtype, opened.stored
-        with explain_load_errors(folder):
+        node = choose_node(config, opened)
+        device_map = {"": opened.device} if config.device_map is None else config.device_map
+        with explain_load_errors(folder), warnings.catch_warnings():
+            # They name tensors, where accelerate looks for modules.
+            warnings.filterwarnings("ignore", "The following device_map keys do not match")
             model, loading = AutoModelForCausalLM.from_pretrained(
                 str(folder),
                 output_loading_info=True,
                 config=opened.model_config,
                 dtype=to_torch_dtype(dtype),
                 quantization_config=None if stored else make_quantization_config(config, dtype),
-                device_map={"": opened.device} if config.device_map is None else config.device_map,
+                device_map=device_map if node is None else make_device_map(opened, node),
                 local_files_only=True,
                 trust_remote_code=config.trust_remote_code,
                 attn_implementation=_choose_attention(opened.model_config),
             )
         refuse_missing_tensors(folder, loading["missing_keys"])
+        if node is not None:
+            finish_loading(model, opened, node)
         if opened.quantization in ("nf4", "fp4"):
             keep_weights_unpacked(model)
         if stored:
@@ -84,12 +97,14 @@ class NativeEngine:
         from peft import get_peft_model
 
         from qlora_kit.engines.native.fast.decoders import release_decoder
+        from qlora_kit.engines.native.fast.shards import refuse_reading_start
 
         release_decoder(loaded.model)
         use_loftq = loftq.is_requested(config)
         if use_loftq:
             loftq.check(loaded.base, config)
         check_start(loaded, config)
+        refuse_reading_start(loaded.model, config)
         # peft draws the initial weights from the global generators; they are put back after.
         with fork_generators():
             torch.manual_seed(config.random_state)
@@ -141,8 +156,13 @@ class NativeEngine:
         The last of several readers puts all of it back.
         """
         from qlora_kit.engines.native.fast.rounding import rounding_once
+        from qlora_kit.engines.native.fast.shards import whole_while_read
 
-        with inference_mode(model.model, model.tokenizer), rounding_once(model.model):
+        with (
+            whole_while_read(model.model),
+            inference_mode(model.model, model.tokenizer),
+            rounding_once(model.model),
+        ):
             yield model.model
 
     @contextlib.contextmanager

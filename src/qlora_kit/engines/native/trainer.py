@@ -13,6 +13,7 @@ from qlora_kit.engines.native.bitsandbytes_optimizers import without_waiting
 from qlora_kit.engines.native.fast.decoders import begin_training, end_training
 from qlora_kit.engines.native.fast.fast_step import FastStep
 from qlora_kit.engines.native.fast.plan import FastPlan, parse_plan
+from qlora_kit.engines.native.fast.shard_choice import refuse_without_fast_step
 from qlora_kit.engines.native.fast.support import find_obstacle
 from qlora_kit.engines.trainer_mixins import TrainerBase
 from qlora_kit.errors import EngineError
@@ -76,6 +77,7 @@ class NativeTrainer(TrainerBase, FastStep, SFTTrainer):
 
 def _decide(model: Any, args: Any, asked: FastPlan) -> bool:
     if asked.enabled is False:
+        refuse_without_fast_step(model, asked, "plan option enabled=False turns it off")
         return False
     obstacle = find_obstacle(model, args)
     if obstacle is None:
@@ -85,5 +87,6 @@ def _decide(model: Any, args: Any, asked: FastPlan) -> bool:
             f"plan asks for the fast training step, which does not cover this run: {obstacle}. "
             "Leave enabled='auto' to train through TRL and peft."
         )
+    refuse_without_fast_step(model, asked, obstacle)
     logger.info("Training through TRL and peft, not the fast training step: %s.", obstacle)
     return False

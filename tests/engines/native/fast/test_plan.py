@@ -134,3 +134,26 @@ def test_a_plan_reads_as_a_sentence():
     assert "checkpointing selective (9 of 36 layers)" in str(
         _resolve(130, checkpointing="selective", checkpointed_layers=9)
     )
+
+
+@pytest.mark.parametrize("other", [{"weights": "cache"}, {"cuda_graphs": True}, {"enabled": False}])
+def test_shards_leave_nothing_of_the_base_on_a_card(other):
+    with pytest.raises(ConfigError, match=f"shard=True and {next(iter(other))}="):
+        FastPlan(shard=True, **other)
+    with pytest.raises(ConfigError, match="shard must be one of"):
+        FastPlan(shard=2)
+
+
+def test_a_sharded_base_is_neither_cached_nor_captured():
+    def resolve(shards):
+        return resolve_plan(
+            FastPlan(), MEMORY, device_type="cuda", free_bytes=130 * GIB, step_tokens=1024,
+            longest=512, is_quantized=True, supports_graphs=True, shards=shards,
+        )  # fmt: skip
+
+    whole, sharded = resolve(1), resolve(4)
+    assert whole.caches_weights
+    assert whole.uses_cuda_graphs
+    assert not sharded.caches_weights
+    assert not sharded.uses_cuda_graphs
+    assert "sharded over 4 ranks" in str(sharded)

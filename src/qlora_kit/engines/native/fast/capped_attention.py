@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_kit.engines.native.fast.plan import CAPPED_QUERIES
-
 __all__ = ["attend_capped", "capped_backward", "capped_forward"]
+
+#: Queries whose scores exist at the same time.
+_QUERIES = 512
 
 _LIBRARY = torch.library.Library("qlora_kit", "FRAGMENT")
 _LIBRARY.define(
@@ -87,8 +88,8 @@ def _compute_cap(q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
 
 
 def _tile(tokens: int) -> Iterator[slice]:
-    for start in range(0, tokens, CAPPED_QUERIES):
-        yield slice(start, min(start + CAPPED_QUERIES, tokens))
+    for start in range(0, tokens, _QUERIES):
+        yield slice(start, min(start + _QUERIES, tokens))
 
 
 def _forward(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +24,8 @@ from qlora_kit.device import measure_free_bytes
 from qlora_kit.engines.native.fast.fused_model import FusedModel
 from qlora_kit.engines.native.fast.layout import Example, keep_rows, split_rows
 from qlora_kit.engines.native.fast.plan import FastPlan, resolve_plan
+from qlora_kit.engines.native.fast.shard_choice import check_shards, resolve_with_shards
+from qlora_kit.engines.native.fast.shards import make_whole
 from qlora_kit.engines.native.fast.step_runner import StepRunner
 from qlora_kit.engines.trainer_mixins import TrlSteps
 from qlora_kit.values import IGNORED_LABEL
@@ -49,20 +51,26 @@ class FastStep(TrlSteps):
 
     def start_fast(self, model: Any, asked: FastPlan) -> None:
         """Compute training steps of a ``PeftModel`` here from now on."""
-        self._runner = StepRunner(FusedModel(model, asked))
+        fused_model = FusedModel(model, asked)
+        check_shards(fused_model, asked)
+        self._runner = StepRunner(fused_model)
         # Arrays out of the dataset's memory: as lists, numbers would be turned over one by one
         # while the GPU waits.
         if hasattr(self.train_dataset, "with_format"):
             self.train_dataset = self.train_dataset.with_format("numpy")
         if ranks.find_place().world > 1:
-            # DDP would broadcast the frozen base, and wait for gradients that autograd never makes.
             accelerator = self.accelerator  # type: ignore[attr-defined]
-            accelerator.prepare_model = functools.partial(
-                accelerator.prepare_model, evaluation_mode=True
-            )
+            accelerator.prepare_model = functools.partial(_prepare, accelerator.prepare_model)
         self._asked = asked
         self._fast_metrics: dict[str, list[Any]] = {"train": [], "eval": []}
         self._parameter_count: int | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; whoever reads the model afterwards finds the whole of it."""
+        output = super().train(*args, **kwargs)  # type: ignore[misc]
+        if self._runner is not None and self._runner.fused_model.node is not None:
+            make_whole(self.model)  # type: ignore[attr-defined]
+        return output
 
     def stop_fast(self) -> None:
         """Free the fast path's buffers."""
@@ -158,10 +166,11 @@ class FastStep(TrlSteps):
                 model, inputs, prediction_loss_only, ignore_keys
             )
         examples = split_rows(inputs.rows)
-        if not examples:
-            return self._runner.zero, None, None
         if not self._runner.fused_model.is_planned:
             self._decide(examples)
+        # Even without rows, layers are brought to ranks that have some.
+        if not examples and self._runner.fused_model.gathers is None:
+            return self._runner.zero, None, None
         trained = max(1, sum(int((example.targets != IGNORED_LABEL).sum()) for example in examples))
         loss, stats = self._runner.evaluate(examples, trained)
         self._trained_in_batch = trained
@@ -204,19 +213,26 @@ class FastStep(TrlSteps):
         lengths = [len(example.input_ids) for example in examples]
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
         longest, step_tokens, usual_tokens = _measure_rows(dataset, rows, lengths)
-        plan = resolve_plan(
-            self._asked,
-            fused_model.memory_model(),
-            device_type=fused_model.device.type,
-            free_bytes=measure_free_bytes(fused_model.device),
-            step_tokens=step_tokens,
-            usual_tokens=usual_tokens,
-            # A mask over all pairs of tokens grows with the square.
-            most_tokens=_MASK_TOKENS if fused_model.attention == "mask" else None,
-            longest=longest,
-            is_quantized=fused_model.is_quantized,
-            supports_graphs=self._runner.supports_graphs(),
-        )
+
+        def resolve() -> ResolvedPlan:
+            assert self._runner is not None
+            node = fused_model.node
+            return resolve_plan(
+                self._asked,
+                fused_model.memory_model(),
+                device_type=fused_model.device.type,
+                free_bytes=measure_free_bytes(fused_model.device) - fused_model.buffer_bytes(),
+                step_tokens=step_tokens,
+                usual_tokens=usual_tokens,
+                # A mask over all pairs of tokens grows with the square.
+                most_tokens=_MASK_TOKENS if fused_model.attention == "mask" else None,
+                longest=longest,
+                is_quantized=fused_model.is_quantized,
+                supports_graphs=self._runner.supports_graphs(),
+                shards=1 if node is None else len(node.members),
+            )
+
+        plan = resolve_with_shards(fused_model, self._asked, resolve)
         fused_model.apply(plan)
         logger.info("Training step: %s.", plan)
         if plan.predicted_bytes > plan.usable_bytes:
@@ -240,6 +256,13 @@ class FastStep(TrlSteps):
             yield
         finally:
             self.data_collator = collator
+
+
+def _prepare(prepare_model: Callable[..., Any], model: Any, **_: Any) -> Any:
+    """The accelerator's preparation of a model, which stays where it is and without a wrapper."""
+    # DDP would broadcast the frozen base, and wait for gradients that autograd never makes. Moved
+    # from "cpu" to "cpu:0", weights that other ranks hold would be filled up.
+    return prepare_model(model, device_placement=False, evaluation_mode=True)
 
 
 def _as_sample(examples: list[Example]) -> dict[str, Any]:

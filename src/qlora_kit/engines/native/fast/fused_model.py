@@ -38,6 +38,7 @@ from qlora_kit.engines.native.fast.layer import (
     Projections,
     decoder_layer,
 )
+from qlora_kit.engines.native.fast.layer_gathers import LayerGathers, measure_buffers
 from qlora_kit.engines.native.fast.layout import MicroBatch
 from qlora_kit.engines.native.fast.loss import (
     SoftmaxStep,
@@ -54,8 +55,10 @@ from qlora_kit.engines.native.fast.projection import (
     rounds_before_adding,
 )
 from qlora_kit.engines.native.fast.rank_sum import RankSum
+from qlora_kit.engines.native.fast.shards import find_owner, give_up_layers, has_absent
 from qlora_kit.engines.native.fast.vocabulary import Vocabulary
 from qlora_kit.errors import EngineError
+from qlora_kit.weights.absent import make_absent
 
 __all__ = ["FusedModel"]
 
@@ -73,6 +76,7 @@ class FusedModel:
 
     def __init__(self, model: Any, asked: FastPlan) -> None:
         base = model.get_base_model()
+        self._model = model
         found = find_decoder(base)
         assert found is not None
         self._decoder, self._family = found
@@ -112,6 +116,11 @@ class FusedModel:
         # Cached weights that hold their adapters too, with those.
         self._joined: list[tuple[Tensor, Tensor, Tensor]] = []
         self._plan: ResolvedPlan | None = None
+        #: The ranks that hold a layer each in turn; ``None`` where this one holds all.
+        self.node: ranks.Node | None = None
+        self.gathers: LayerGathers | None = None
+        if has_absent(model):
+            self.shard(ranks.join_node())
         self._softmax_call = self._choose_softmax(asked)
 
     def _find_others(self, fused: Sequence[GroupReader]) -> list[Tensor]:
@@ -145,6 +154,23 @@ class FusedModel:
         """Whether a micro-batch writes its gradients where a replay would write them again."""
         return self.is_fully_fused and not self._left_to_autograd
 
+    def shard(self, node: ranks.Node) -> None:
+        """Keep this rank's layers only. Every rank of the machine must do so."""
+        give_up_layers(self._model, node)
+        for index, layer in enumerate(self._readers):
+            if find_owner(index, node) != node.position:
+                for group in layer.values():
+                    if isinstance(group, GroupReader):
+                        group.weights[:] = [make_absent(one) for one in group.weights]
+                        group.scales[:] = [make_absent(one) for one in group.scales]
+        self.node = node
+
+    def buffer_bytes(self) -> int:
+        """What bringing layers from other ranks takes."""
+        if self.node is None:
+            return 0
+        return measure_buffers([list(layer.values()) for layer in self._readers])
+
     def apply(self, plan: ResolvedPlan) -> None:
         """Set up what a plan asks for."""
         self._plan = plan
@@ -156,6 +182,9 @@ class FusedModel:
             )
             norms = read_norms(layer, self._family)
             self._layers.append(LayerTensors(*norms, qkv, out, gate_up, down))
+        if self.node is not None:
+            self.gathers = LayerGathers(self._layers, self.node, self.device)
+            self._layers = self.gathers.layers
 
     def apply_smaller(self, plan: ResolvedPlan) -> None:
         """Give up what a plan asked for, for another one that takes less; gradients are dropped."""
@@ -182,8 +211,7 @@ class FusedModel:
             queries=shape.heads * shape.head_dim,
             keys=shape.kv_heads * shape.head_dim,
             intermediate=self._intermediate,
-            post_norms=self._family.post_norms,
-            capped_heads=shape.heads if shape.softcap else 0,
+            post_norms=sum(norm is not None for norm in self._family.norms[1::2]),
             item_bytes=size,
             vocabulary=self._vocabulary.size,
             has_triton=self._has_triton,
@@ -241,6 +269,8 @@ class FusedModel:
         hidden = self._vocabulary.look_up(batch.input_ids)
         places = self._place(hidden.detach(), batch)
         for index, (place, layer) in enumerate(zip(places, self._layers, strict=True)):
+            if self.gathers is not None:
+                self.gathers.before(index)
             arguments = (hidden, place, layer, self.shape)
             if grad and index < self.plan.checkpointed_layers:
                 hidden = checkpoint(
@@ -252,6 +282,8 @@ class FusedModel:
                 )
             else:
                 hidden = self._run_layer(*arguments)
+            if self.gathers is not None:
+                self.gathers.after(index, hidden)
         return hidden
 
     def _place(self, hidden: Tensor, batch: MicroBatch) -> list[Placement]:

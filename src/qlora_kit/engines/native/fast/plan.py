@@ -14,7 +14,6 @@ from qlora_kit.errors import ConfigError, UnknownOptionError, invalid_value
 from qlora_kit.values import is_whole_number
 
 __all__ = [
-    "CAPPED_QUERIES",
     "FastPlan",
     "MemoryModel",
     "ResolvedPlan",
@@ -34,9 +33,6 @@ _SATURATING_TOKENS: Final = 4096
 
 #: Steps up to this size are bound by the host's kernel launches and by reading weights.
 _SMALL_STEP_TOKENS: Final = 4096
-
-#: Queries whose soft-capped attention scores exist at the same time.
-CAPPED_QUERIES: Final = 512
 
 #: Shorter pieces of the loss save nothing that matters.
 _LEAST_CHUNK: Final = 256
@@ -67,6 +63,8 @@ class FastPlan:
         attention: ``"varlen"`` (kernels that know the examples apart), ``"mask"`` (SDPA with a
             block-diagonal mask), or ``"auto"``.
         loss_chunk_tokens: Tokens whose logits exist at the same time; ``None`` chooses.
+        shard: Whether each rank of a machine holds only its share of the base's layers, which are
+            sent around as they are needed; ``"auto"`` where the step would not fit otherwise.
     """
 
     enabled: bool | Literal["auto"] = "auto"
@@ -78,9 +76,10 @@ class FastPlan:
     cuda_graphs: bool | Literal["auto"] = "auto"
     attention: Literal["auto", "varlen", "mask"] = "auto"
     loss_chunk_tokens: int | None = None
+    shard: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("enabled", "compile", "cuda_graphs"):
+        for name in ("enabled", "compile", "cuda_graphs", "shard"):
             _check_choice(name, getattr(self, name), (True, False, "auto"))
         _check_choice("checkpointing", self.checkpointing, ("auto", "none", "selective", "full"))
         _check_choice("weights", self.weights, ("auto", "nf4", "cache"))
@@ -90,6 +89,16 @@ class FastPlan:
                 f"plan option checkpointed_layers={self.checkpointed_layers!r} needs "
                 f"checkpointing='selective', not {self.checkpointing!r}."
             )
+        if self.shard is True:
+            # Each keeps on every card what sharding would take from it, or at a fixed place.
+            for name, value in (
+                ("enabled", False), ("weights", "cache"), ("cuda_graphs", True),
+            ):  # fmt: skip
+                if getattr(self, name) == value:
+                    raise ConfigError(
+                        f"plan options shard=True and {name}={value!r} exclude each other; leave "
+                        f"out one of them."
+                    )
         for name in ("micro_batch_tokens", "checkpointed_layers", "loss_chunk_tokens"):
             value = getattr(self, name)
             if value is not None and not is_whole_number(value, at_least=1):
@@ -136,7 +145,6 @@ class MemoryModel:
         keys: int,
         intermediate: int,
         post_norms: int = 0,
-        capped_heads: int = 0,
         item_bytes: int,
         vocabulary: int,
         has_triton: bool,
@@ -153,7 +161,6 @@ class MemoryModel:
             keys: Width of all heads' keys.
             intermediate: Width within the MLP.
             post_norms: Norms of a layer's outputs, whose inputs are kept too.
-            capped_heads: Attention heads whose scores are soft-capped and so written out.
             item_bytes: Bytes of a number.
             vocabulary: Tokens that the head scores.
             has_triton: Whether it runs on CUDA, where a kernel turns logits into their gradient in
@@ -169,9 +176,7 @@ class MemoryModel:
             layers=layers,
             saved_per_token=saved * item_bytes,
             boundary_per_token=hidden * item_bytes,
-            transient_per_token=(4 * hidden + 4 * intermediate) * item_bytes
-            # Four of them in float32 in the backward pass.
-            + 16 * capped_heads * CAPPED_QUERIES,
+            transient_per_token=(4 * hidden + 4 * intermediate) * item_bytes,
             dequantized=dequantized,
             largest_group=largest_group,
             # Triton's kernel turns logits into their gradient in place.
@@ -214,6 +219,7 @@ class ResolvedPlan:
         predicted_bytes: Predicted peak beyond the loaded model.
         usable_bytes: Memory that was thought usable when deciding.
         is_quantized: Whether the base weights are quantized.
+        shards: Over how many ranks the base is spread; 1 where each holds all of it.
     """
 
     micro_batch_tokens: int
@@ -225,6 +231,7 @@ class ResolvedPlan:
     predicted_bytes: int
     usable_bytes: int
     is_quantized: bool = True
+    shards: int = 1
 
     @property
     def uses_cuda_graphs(self) -> bool:
@@ -250,6 +257,7 @@ class ResolvedPlan:
             f"{self.checkpointing}{recomputed}, "
             f"{weights + ' weights, ' if self.is_quantized else ''}"
             f"{'CUDA graphs, ' if self.uses_cuda_graphs else ''}"
+            f"{f'base sharded over {self.shards} ranks, ' if self.shards > 1 else ''}"
             f"{self.predicted_bytes / _GIB:.1f} GiB predicted beyond the model of "
             f"{self.usable_bytes / _GIB:.1f} GiB usable"
         )
@@ -297,6 +305,7 @@ def resolve_plan(
     supports_graphs: bool,
     usual_tokens: int | None = None,
     most_tokens: int | None = None,
+    shards: int = 1,
 ) -> ResolvedPlan:
     """Decide what was left to ``"auto"``.
 
@@ -312,7 +321,11 @@ def resolve_plan(
         usual_tokens: Tokens of an average effective batch; the largest one's by default. Speed
             is decided by it, memory by the largest.
         most_tokens: Most tokens that attention should see at once, unless pinned.
+        shards: Over how many ranks the base is spread. Nothing of it is kept dequantized then, and
+            layers that come and go are no part of a CUDA graph.
     """
+    if shards > 1:
+        asked, supports_graphs = replace(asked, weights="nf4"), False
     usable = int(free_bytes * _USABLE_SHARE.get(device_type, _USABLE_SHARE_ELSEWHERE))
     chunk = asked.loss_chunk_tokens or _choose_loss_chunk(asked, device_type)
     shrinks = asked.loss_chunk_tokens is None
@@ -377,6 +390,7 @@ def resolve_plan(
         predicted_bytes=predict(max(min(tokens, step_tokens), longest), checkpointed, caches),
         usable_bytes=usable,
         is_quantized=is_quantized,
+        shards=shards,
     )
 
 

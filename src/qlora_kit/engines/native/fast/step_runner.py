@@ -83,15 +83,20 @@ class StepRunner:
         Nothing of a step is the optimizer's before all of it is there, so that the effective batch
         and its gradients stay the same.
         """
-        asked = self.fused_model.plan
+        asked, gathers = self.fused_model.plan, self.fused_model.gathers
         while True:
+            smaller = None
             try:
                 found = compute()
-                break
             except (RuntimeError, MemoryError) as error:
                 smaller = self._find_smaller(examples) if is_out_of_memory(error) else None
                 if smaller is None:
                     raise
+            # Ranks that bring each other their layers compute a step together or not at all.
+            if gathers is not None and gathers.any_failed(smaller is not None):
+                smaller = smaller or self.fused_model.plan
+            if smaller is None:
+                break
             # Here, where the error no longer holds what the step had allocated.
             self._graphs = None
             self.fused_model.apply_smaller(smaller)
@@ -125,9 +130,7 @@ class StepRunner:
         fused_model.begin_step(share if scaler is None else scaler.scale(self.zero + share))
         total = self.zero.clone()
         stats = torch.zeros(2, dtype=torch.float32, device=fused_model.device)
-        for batch in self._lay_out(examples):
-            if batch.trained_tokens == 0:
-                continue
+        for batch in self._begin(examples, with_backward=True):
             if self._graphs is not None and batch.tokens <= plan.graph_tokens:
                 loss, part = self._graphs.run(batch, trained)
             else:
@@ -141,13 +144,19 @@ class StepRunner:
         fused_model.begin_step()
         total = self.zero.clone()
         stats = torch.zeros(2, dtype=torch.float32, device=fused_model.device)
-        for batch in self._lay_out(examples):
-            if batch.trained_tokens:
-                with torch.no_grad():
-                    loss, part = fused_model.loss(batch.to(fused_model.device))
-                total += loss / trained
-                stats += part
+        for batch in self._begin(examples, with_backward=False):
+            with torch.no_grad():
+                loss, part = fused_model.loss(batch.to(fused_model.device))
+            total += loss / trained
+            stats += part
         return total, stats
+
+    def _begin(self, examples: Sequence[Example], *, with_backward: bool) -> list[MicroBatch]:
+        """The micro-batches that have anything to learn from."""
+        batches = [batch for batch in self._lay_out(examples) if batch.trained_tokens]
+        if self.fused_model.gathers is not None:
+            self.fused_model.gathers.begin(len(batches), with_backward=with_backward)
+        return batches
 
     def _run_plainly(self, batch: MicroBatch, trained: int, scaler: Any) -> tuple[Tensor, Tensor]:
         loss, stats = self.fused_model.loss(batch)
