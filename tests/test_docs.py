@@ -151,7 +151,10 @@ def known_keywords() -> set[str]:
 
 
 #: What pages say about other software: the classic script, dataclasses, make, the shell.
-FOREIGN = {"save_method", "repr", "PYTHON", "VENV", "NAME", "KEY", "save_embedding_layers"}
+FOREIGN = {
+    "save_method", "repr", "PYTHON", "VENV", "NAME", "KEY", "save_embedding_layers", "HF_ENDPOINT",
+    "OFFLINE",
+}  # fmt: skip
 
 
 def test_options_that_pages_name_exist():

@@ -134,6 +134,17 @@ def test_other_architectures_are_planned_coarsely(tmp_path):
     assert "estimated coarsely" in str(made)
 
 
+def test_fused_projections_are_adapted_as_attach_lora_does(tmp_path):
+    from transformers import Phi3Config
+
+    Phi3Config(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+               vocab_size=500, pad_token_id=0).save_pretrained(tmp_path)  # fmt: skip
+    made = plan(tmp_path, "8GB", row_tokens=100, adapter={"r": 4})
+    a_layer = 4 * ((64 + 192) + (64 + 64) + (64 + 256) + (128 + 64))
+    assert made.trainable_parameters == 2 * a_layer
+    assert "estimated coarsely" not in str(made)
+
+
 def test_what_cannot_be_planned_is_said(big, tmp_path, capsys):
     with pytest.raises(ModelNotFoundError, match=r"no config\.json"):
         plan(tmp_path, "8GB")

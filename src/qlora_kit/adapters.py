@@ -12,9 +12,9 @@ from typing import Any
 
 from qlora_kit.boundaries import describe_cause, is_out_of_memory, translate_errors
 from qlora_kit.config import (
-    ATTENTION_MODULES,
+    ATTENTION_ALIASES,
     DEFAULT_TARGET_MODULES,
-    MLP_MODULES,
+    MLP_ALIASES,
     TARGET_PRESETS,
     AdapterConfig,
 )
@@ -33,10 +33,6 @@ from qlora_kit.script_arguments import ADAPTER_ARGUMENTS, refuse_unknown
 __all__ = ["attach_lora"]
 
 logger = logging.getLogger(__name__)
-
-# Names that families with fused projections use for the same roles (phi3, gpt-neox, falcon).
-_ATTENTION_ALIASES = (*ATTENTION_MODULES, "qkv_proj", "query_key_value", "Wqkv", "out_proj")
-_MLP_ALIASES = (*MLP_MODULES, "gate_up_proj", "dense_h_to_4h", "dense_4h_to_h", "fc1", "fc2")
 
 
 def attach_lora(
@@ -201,7 +197,7 @@ def _keep_adapter(
         for name, value in given.items()
         if _as_tuple(getattr(own, name)) != _as_tuple(value)
     ]
-    presets = {"attention": _ATTENTION_ALIASES, "mlp": _MLP_ALIASES}
+    presets = {"attention": ATTENTION_ALIASES, "mlp": MLP_ALIASES}
     has = set(_as_tuple(own.target_modules) or ())
     if isinstance(target_modules, str) and target_modules in presets:
         is_same = has <= set(presets[target_modules])
@@ -249,7 +245,7 @@ def _resolve_targets(asked: str | Sequence[str], model: Any) -> tuple[str, ...]:
             head = model.get_output_embeddings()
             return tuple(_names_of(model, linear, leave_out=head))
         if asked in ("attention", "mlp"):
-            aliases = _ATTENTION_ALIASES if asked == "attention" else _MLP_ALIASES
+            aliases = ATTENTION_ALIASES if asked == "attention" else MLP_ALIASES
             found = tuple(name for name in available if name in aliases)
             if not found:
                 raise ConfigError(

@@ -12,8 +12,10 @@ from qlora_kit.messages import Setting
 from qlora_kit.values import is_finite_number, is_number, is_whole_number
 
 __all__ = [
+    "ATTENTION_ALIASES",
     "ATTENTION_MODULES",
     "DEFAULT_TARGET_MODULES",
+    "MLP_ALIASES",
     "MLP_MODULES",
     "SCRIPT_TRAINING_DEFAULTS",
     "TARGET_PRESETS",
@@ -29,6 +31,11 @@ DtypeName = Literal["bfloat16", "float16", "float32"]
 
 ATTENTION_MODULES: Final = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MODULES: Final = ("gate_proj", "up_proj", "down_proj")
+#: With the names that families with fused projections use (phi3, gpt-neox, falcon).
+ATTENTION_ALIASES: Final = (*ATTENTION_MODULES, "qkv_proj", "query_key_value", "Wqkv", "out_proj")
+MLP_ALIASES: Final = (
+    *MLP_MODULES, "gate_up_proj", "dense_h_to_4h", "dense_4h_to_h", "fc1", "fc2",
+)  # fmt: skip
 DEFAULT_TARGET_MODULES: Final = ATTENTION_MODULES + MLP_MODULES
 TARGET_PRESETS: Final = ("attention", "mlp", "all-linear")
 

@@ -34,9 +34,11 @@ from qlora_kit.errors import (
 from qlora_kit.handles import AdaptedModel, LoadedModel
 from qlora_kit.import_noise import without_noise
 from qlora_kit.messages import Call, Setting
+from qlora_kit.modelscope import find_on_modelscope
 from qlora_kit.paths import (
     describe_nearest,
     get_cache_folder,
+    is_modelscope_name,
     looks_like_hub_name,
     suggest_existing,
 )
@@ -83,7 +85,8 @@ def load_quantized(
     Args:
         model_name: A folder with a checkpoint; a folder with a saved LoRA adapter (its base is
             found and the adapter comes back attached); a ``.gguf`` file (dequantized once into a
-            cached checkpoint); or a hub name such as ``"Qwen/Qwen3-4B"``.
+            cached checkpoint); or a hub name such as ``"Qwen/Qwen3-4B"``, or ModelScope's
+            ``"modelscope:Qwen/Qwen3-4B"``.
         max_seq_length: Longest sequence, in tokens, for training and generation.
         dtype: ``None`` for bfloat16 where the hardware has it, else float16 on a GPU and float32
             on a CPU; or ``"bfloat16"``, ``"float16"``, ``"float32"``, or the torch dtype.
@@ -274,6 +277,16 @@ def _find(name: str, config: LoadConfig) -> Path:
                 f"{path} is a file. Give the folder it is in, or a .gguf file."
             )
         return path
+    if is_modelscope_name(name):
+        return find_on_modelscope(
+            name,
+            "model",
+            local_files_only=config.local_files_only,
+            revision=config.revision,
+            cache_dir=config.cache_dir,
+            token=config.token,
+            allow_patterns=_HUB_PATTERNS,
+        )
     if not looks_like_hub_name(name, _FILE_SUFFIXES):
         raise ModelNotFoundError(f"There is nothing at {path}.{describe_nearest(path)}")
     from huggingface_hub import snapshot_download

@@ -13,9 +13,11 @@ from qlora_kit.errors import ConfigError
 
 __all__ = [
     "CACHE_VARIABLE",
+    "MODELSCOPE",
     "describe_nearest",
     "expand_path",
     "get_cache_folder",
+    "is_modelscope_name",
     "looks_like_hub_name",
     "suggest_existing",
     "trial_folder",
@@ -23,6 +25,9 @@ __all__ = [
 
 #: Where files that are made once and kept go, instead of ``~/.cache/qlora_kit``.
 CACHE_VARIABLE = "QLORA_KIT_CACHE"
+
+#: What stands before the names of ModelScope's models and data sets.
+MODELSCOPE = "modelscope:"
 
 #: Characters of a path that are shown.
 _SHOWN = 200
@@ -92,14 +97,22 @@ def trial_folder(folder: Path) -> Iterator[Path]:
                 part.rmdir()
 
 
+def is_modelscope_name(name: str) -> bool:
+    """Whether a name says that it is one of ModelScope."""
+    return name.startswith(MODELSCOPE)
+
+
 def looks_like_hub_name(name: str, file_suffixes: Collection[str] = ()) -> bool:
-    """Whether a name that no file has may be one of the hub: ``owner/name`` or ``name``.
+    """Whether a name that no file has may be one of a hub: ``owner/name`` or ``name``.
+
+    ModelScope's names, which say so, are such names.
 
     Args:
         name: What was given.
         file_suffixes: Suffixes of the files the caller reads, such as ``".gguf"``; a name with one
             of them is a file that is missing.
     """
+    name = name.removeprefix(MODELSCOPE)
     return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None and Path(
         name
     ).suffix.lower() not in {*file_suffixes, *_OTHER_SUFFIXES}

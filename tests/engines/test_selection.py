@@ -22,7 +22,7 @@ REFUSED = [
     ("PhiConfig", {}, "of no family that it computes"),
     ("LlamaConfig", {"hidden_act": "tanh"}, "activation is tanh"),
     ("LlamaConfig", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
-    ("LlamaConfig", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+    ("LlamaConfig", {"rope_scaling": {"rope_type": "proportional"}}, "'proportional'"),
 ]
 
 
@@ -71,8 +71,8 @@ def test_files_written_before_transformers_5_are_read_as_it_reads_them():
     """``rope_scaling`` with ``type``, one or one per type of layer; texts within other models."""
     llama = {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 2.0}}
     assert find_architecture_obstacle(llama) is None
-    assert "dynamic" in find_architecture_obstacle(
-        {"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    assert "proportional" in find_architecture_obstacle(
+        {"model_type": "llama", "rope_scaling": {"type": "proportional"}}
     )
     longrope = {"type": "su", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48,
                 "original_max_position_embeddings": 2048}  # fmt: skip

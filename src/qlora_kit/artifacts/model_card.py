@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from qlora_kit.device import get_versions
 from qlora_kit.handles import LoadedModel
+from qlora_kit.paths import is_modelscope_name
 from qlora_kit.results import TrainResult
 
 __all__ = ["describe_merged", "find_base_name", "write_adapter_card", "write_merged_card"]
@@ -100,11 +101,11 @@ def describe_merged(model: LoadedModel, repo_id: str | None, format: str) -> str
 def find_base_name(model: LoadedModel) -> str:
     """A name for the base that plain peft and transformers can load.
 
-    The name the user gave for a hub model, an absolute path for a folder, and for a ``.gguf``
-    file the checkpoint it was dequantized into.
+    The name the user gave for a hub model, an absolute path for a folder and for ModelScope's, and
+    for a ``.gguf`` file the checkpoint it was dequantized into.
     """
     name = model.base.name_or_path
-    if model.base.source == "gguf":
+    if model.base.source == "gguf" or is_modelscope_name(name):
         return str(model.base.path.absolute())
     path = Path(name).expanduser()
     return str(path.absolute()) if path.exists() else name

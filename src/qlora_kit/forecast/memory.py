@@ -169,6 +169,8 @@ def make_memory_model(
         queries=shape.heads * shape.head_dim,
         keys=shape.kv_heads * shape.head_dim,
         intermediate=shape.intermediate,
+        post_norms=shape.post_norms,
+        capped_heads=shape.capped_heads,
         item_bytes=item_bytes,
         vocabulary=shape.vocabulary,
         has_triton=has_triton,

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from qlora_kit.config import (
-    ATTENTION_MODULES,
-    MLP_MODULES,
+    ATTENTION_ALIASES,
+    DEFAULT_TARGET_MODULES,
+    MLP_ALIASES,
     AdapterConfig,
 )
 from qlora_kit.engines.native.fast.architectures import find_architecture_obstacle
+from qlora_kit.engines.native.fast.families import FAMILIES
 
 __all__ = ["ModelShape", "read_shape"]
 
@@ -49,6 +51,8 @@ class ModelShape:
         intermediate: Width within the MLP.
         vocabulary: Tokens that the head scores.
         obstacle: Why the native engine's own step does not compute the model, or ``None``.
+        post_norms: Norms of a layer's outputs.
+        capped_heads: Attention heads whose scores are soft-capped.
     """
 
     linears: tuple[Linear, ...]
@@ -61,6 +65,8 @@ class ModelShape:
     intermediate: int
     vocabulary: int
     obstacle: str | None
+    post_norms: int = 0
+    capped_heads: int = 0
 
     @property
     def parameters(self) -> int:
@@ -91,10 +97,14 @@ class ModelShape:
         """The linear layers that get an adapter."""
         targets = adapter.target_modules
         names: Sequence[str] | None = (targets,) if isinstance(targets, str) else targets
-        if targets == "all-linear":
+        has = {linear.name.split(".")[-1] for linear in self.linears}
+        if targets == "all-linear" or (
+            # As attach_lora does where a model has other projections than Llama's.
+            targets is DEFAULT_TARGET_MODULES and not has >= set(targets)
+        ):
             names = None
         elif targets in ("attention", "mlp"):
-            names = ATTENTION_MODULES if targets == "attention" else MLP_MODULES
+            names = ATTENTION_ALIASES if targets == "attention" else MLP_ALIASES
         chosen = adapter.layers_to_transform
         layers = None if chosen is None else {chosen} if isinstance(chosen, int) else set(chosen)
         return [
@@ -152,6 +162,7 @@ def read_shape(model_config: Any) -> ModelShape:
     counted = sum(linear.size for linear in linears)
     total = sum(parameter.numel() for parameter in model.parameters())
     heads = int(text.num_attention_heads)
+    family = FAMILIES.get(text.model_type)
     return ModelShape(
         linears=linears,
         other_parameters=total - counted,
@@ -163,4 +174,6 @@ def read_shape(model_config: Any) -> ModelShape:
         intermediate=int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
         vocabulary=int(head.weight.shape[0] if head is not None else text.vocab_size),
         obstacle=find_architecture_obstacle(model_config.to_dict()),
+        post_norms=0 if family is None else family.post_norms,
+        capped_heads=heads if family is not None and family.caps_attention else 0,
     )

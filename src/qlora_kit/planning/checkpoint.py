@@ -14,7 +14,8 @@ from qlora_kit.engines.base_model import read_model_config
 from qlora_kit.engines.quantization import read_stored_quantization
 from qlora_kit.errors import ConfigError, ModelNotFoundError, OfflineError
 from qlora_kit.messages import Setting
-from qlora_kit.paths import describe_nearest, looks_like_hub_name
+from qlora_kit.modelscope import find_on_modelscope
+from qlora_kit.paths import describe_nearest, is_modelscope_name, looks_like_hub_name
 from qlora_kit.pipeline import Pipeline
 
 __all__ = ["Configuration", "open_configuration"]
@@ -68,6 +69,13 @@ def _find(name: str, config: LoadConfig) -> Path:
         if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
             raise ModelNotFoundError(f"{path} has no config.json, which is what a plan reads.")
         return path
+    # No weights: a few megabytes.
+    patterns = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+    if is_modelscope_name(name):
+        return find_on_modelscope(
+            name, "model", local_files_only=config.local_files_only, revision=config.revision,
+            token=config.token, allow_patterns=patterns,
+        )  # fmt: skip
     if not looks_like_hub_name(name):
         raise ModelNotFoundError(f"There is nothing at {path}.{describe_nearest(path)}")
     from huggingface_hub import snapshot_download
@@ -76,9 +84,7 @@ def _find(name: str, config: LoadConfig) -> Path:
         return Path(
             snapshot_download(
                 name, revision=config.revision, local_files_only=config.local_files_only,
-                token=config.token,
-                # No weights: a few megabytes.
-                allow_patterns=["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"],
+                token=config.token, allow_patterns=patterns,
             )
         )  # fmt: skip
     except OSError as error:

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 
 from qlora_kit.data.sources.file_readers import READERS
 from qlora_kit.errors import ConfigError, DataNotFoundError, UnknownOptionError, did_you_mean
-from qlora_kit.paths import describe_nearest, expand_path
+from qlora_kit.paths import describe_nearest, expand_path, is_modelscope_name
 from qlora_kit.values import is_finite_number
 
 __all__ = ["DataSource", "RowOrigin", "find_files", "list_paths", "pick_rows"]
@@ -108,9 +108,10 @@ def list_paths(source: object) -> list[DataSource] | None:
 
 def _is_path(value: object) -> bool:
     """Whether text in a list is a file rather than a row."""
-    return isinstance(value, str) and len(value) < 4096 and "\n" not in value and (
-        Path(value).suffix.lower() in READERS or os.path.exists(os.path.expanduser(value))  # noqa: PTH110, PTH111
-    )  # fmt: skip
+    if not isinstance(value, str) or len(value) >= 4096 or "\n" in value:
+        return False
+    has_suffix = Path(value).suffix.lower() in READERS
+    return has_suffix or is_modelscope_name(value) or os.path.exists(os.path.expanduser(value))  # noqa: PTH110, PTH111
 
 
 def find_files(name: str) -> list[str] | None:

@@ -24,7 +24,14 @@ from qlora_kit.data.sources.origins import (
 from qlora_kit.data.sources.row_problems import Location
 from qlora_kit.errors import DataError, DataNotFoundError, OfflineError, QloraKitError, did_you_mean
 from qlora_kit.messages import Setting
-from qlora_kit.paths import describe_nearest, expand_path, looks_like_hub_name, suggest_existing
+from qlora_kit.modelscope import find_on_modelscope
+from qlora_kit.paths import (
+    describe_nearest,
+    expand_path,
+    is_modelscope_name,
+    looks_like_hub_name,
+    suggest_existing,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -193,6 +200,9 @@ def _read_named(name: str, split: str, *, local_files_only: bool) -> RawRows:
         return RawRows(str(path), read_file(path))
     if path.is_dir():
         return RawRows(str(path), _read_folder(path, split))
+    if is_modelscope_name(name):
+        folder = find_on_modelscope(name, "dataset", local_files_only=local_files_only)
+        return RawRows(name, _read_folder(folder, split))
     if not looks_like_hub_name(name, READERS):
         raise DataNotFoundError(f"There is nothing at {path}.{describe_nearest(path)}")
     return _read_hub(name, path, split, local_files_only=local_files_only)
@@ -276,6 +286,21 @@ def _read_dataset(dataset: Dataset, label: str) -> RawRows:
     return RawRows(f"{label} of {len(rows):,} rows", rows)
 
 
+def _find_cached_commit(name: str) -> str | None:
+    """The newest commit of a data set in the hub's cache; ``None`` where the cache names one.
+
+    datasets keeps what it downloads under its commit, without noting that it is the main one.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="dataset")
+    if (folder / "refs" / "main").is_file() or not (folder / "snapshots").is_dir():
+        return None
+    commits = sorted((folder / "snapshots").iterdir(), key=lambda path: path.stat().st_mtime)
+    return commits[-1].name if commits else None
+
+
 def _read_hub(name: str, path: Path, split: str, *, local_files_only: bool) -> RawRows:
     if not local_files_only:
         from datasets import load_dataset
@@ -291,7 +316,9 @@ def _read_hub(name: str, path: Path, split: str, *, local_files_only: bool) -> R
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = snapshot_download(name, repo_type="dataset", local_files_only=True)
+        folder = snapshot_download(
+            name, repo_type="dataset", revision=_find_cached_commit(name), local_files_only=True
+        )
     except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise OfflineError(
             f"There is no file or folder {name!r}, and no dataset of that name in the local "

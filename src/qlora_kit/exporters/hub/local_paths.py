@@ -15,6 +15,7 @@ from qlora_kit.artifacts.files import describe_file
 from qlora_kit.artifacts.model_card import find_base_name
 from qlora_kit.handles import LoadedModel
 from qlora_kit.manifest import MANIFEST_NAME
+from qlora_kit.paths import is_modelscope_name
 from qlora_kit.results import ArtifactFile
 
 __all__ = ["hide_base_paths", "hide_paths"]
@@ -55,7 +56,8 @@ def hide_base_paths(model: LoadedModel, text: str) -> str:
     paths = (find_base_name(model), model.base.name_or_path, str(model.base.path))
     # A longer one may begin with a shorter one.
     for path in sorted(set(paths), key=len, reverse=True):
-        text = text.replace(path, _last_part(path))
+        given = model.base.name_or_path
+        text = text.replace(path, given if is_modelscope_name(given) else _last_part(path))
     return text
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from qlora_kit.engines.native.fast import capped_attention, segment_attention
 from qlora_kit.engines.native.fast.attention import attend, choose_attention, make_block_mask
 
 LENGTHS = (5, 1, 13, 8)
@@ -41,6 +42,43 @@ def test_every_example_attends_alone(uses_mask):
     grads = torch.autograd.grad((out * probe).sum(), (q, k, v))
     expected = _alone(q, k, v)
     references = torch.autograd.grad((expected * probe).sum(), (q, k, v))
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    for grad, reference in zip(grads, references, strict=True):
+        torch.testing.assert_close(grad, reference, rtol=1e-4, atol=1e-5)
+
+
+def _written_out(q, k, v, window, scale, softcap):
+    """Scores of all pairs, in the order of transformers' eager attention."""
+    k, v = (tensor.repeat_interleave(2, 1) for tensor in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    owner = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    away = torch.arange(27)[:, None] - torch.arange(27)[None]
+    allowed = (owner[:, None] == owner[None]) & (away >= 0) & (away < (window or 27))
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~allowed, -torch.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize("uses_mask", [False, True])
+@pytest.mark.parametrize(("window", "softcap"), [(0, 2.0), (4, 0.0), (4, 2.0), (1, 0.0)])
+def test_windows_and_soft_caps(uses_mask, window, softcap, monkeypatch):
+    """Also where an example takes several calls, each for a few queries."""
+    for module, name in (
+        (segment_attention, "CAPPED_QUERIES"), (segment_attention, "_LEAST_QUERIES"),
+        (capped_attention, "CAPPED_QUERIES"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, 3)
+    q, k, v = _inputs(torch.float32)
+    mask = make_block_mask(BOUNDS, 27, window) if uses_mask else None
+    out = attend(
+        q, k, v, BOUNDS, torch.tensor(13, dtype=torch.int32), mask,
+        window=torch.tensor(window, dtype=torch.int32), scale=0.4, softcap=softcap,
+    )  # fmt: skip
+    expected = _written_out(q, k, v, window, 0.4, softcap)
+    probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    grads, references = (
+        torch.autograd.grad((one * probe).sum(), (q, k, v)) for one in (out, expected)
+    )
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     for grad, reference in zip(grads, references, strict=True):
         torch.testing.assert_close(grad, reference, rtol=1e-4, atol=1e-5)

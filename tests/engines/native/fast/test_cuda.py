@@ -55,7 +55,8 @@ def test_replayed_graphs_give_the_plain_steps(make_adapted, token_rows, kind, we
     assert not graphs._graphs._is_broken
 
 
-def test_variable_length_attention_has_the_masks_gradients():
+@pytest.mark.parametrize("window", [0, 70])
+def test_variable_length_attention_has_the_masks_gradients(window):
     generator = torch.Generator().manual_seed(0)
     lengths = [5, 1, 130, 64, 300]
     total = sum(lengths)
@@ -68,8 +69,9 @@ def test_variable_length_attention_has_the_masks_gradients():
     probe = torch.randn((total, 8, 64), generator=generator).to("cuda", torch.bfloat16)
     longest = torch.tensor(512, dtype=torch.int32)
     results = []
-    for mask in (None, make_block_mask(bounds, total)):
-        out = attend(*leaves, bounds, longest, mask)
+    reach = torch.tensor(window, dtype=torch.int32)
+    for mask in (None, make_block_mask(bounds, total, window)):
+        out = attend(*leaves, bounds, longest, mask, window=reach)
         results.append((out, *torch.autograd.grad((out * probe).sum(), leaves)))
     for found, expected in zip(*results, strict=True):
         error = (found - expected).float().norm() / expected.float().norm()
@@ -99,7 +101,8 @@ def test_a_changed_example_leaves_its_neighbours_bit_equal(make_adapted, token_r
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("columns", [30, 4096, 9001, 151936])
-def test_fused_softmax_equals_the_plain_one(columns, dtype, tolerance):
+@pytest.mark.parametrize("softcap", [0.0, 6.0])
+def test_fused_softmax_equals_the_plain_one(columns, dtype, tolerance, softcap):
     from qlora_kit.engines.native.fast.loss import plain_softmax_step
     from qlora_kit.engines.native.fast.softmax import fused_softmax_step
 
@@ -108,8 +111,8 @@ def test_fused_softmax_equals_the_plain_one(columns, dtype, tolerance):
     targets = torch.randint(0, columns, (64,), generator=generator).cuda()
     targets[3] = targets[10] = -100
     targets[0], targets[1] = logits[0].argmax(), columns - 1
-    expected, sums = plain_softmax_step(logits.clone(), targets)
-    gradient, found = fused_softmax_step(logits, targets)
+    expected, sums = plain_softmax_step(logits.clone(), targets, softcap)
+    gradient, found = fused_softmax_step(logits, targets, softcap)
     assert gradient is logits
     torch.testing.assert_close(gradient, expected, rtol=tolerance, atol=1e-5)
     torch.testing.assert_close(found, sums, rtol=1e-4, atol=1e-3)

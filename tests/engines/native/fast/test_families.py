@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gguf_tiny import longrope_case, make_wrapper
+from qlora_kit.engines.native.fast.decoding_support import find_decoding_obstacle
 from qlora_kit.engines.native.fast.fused_model import FusedModel
 from qlora_kit.engines.native.fast.layout import split_rows
 from qlora_kit.engines.native.fast.plan import FastPlan, resolve_plan
@@ -25,6 +26,8 @@ LONGROPE["rope_parameters"]["original_max_position_embeddings"] = 20
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
         "original_max_position_embeddings": 64}  # fmt: skip
 STRETCHED = {**YARN, "original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.1}
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 
 #: Configuration class, and what makes every part of the family matter.
 CASES = {
@@ -52,11 +55,19 @@ CASES = {
     "granite": ("GraniteConfig", {**MULTIPLIERS, "logits_scaling": 3.0, "attention_bias": True}),
     "helium": ("HeliumConfig", {}),
     "hunyuan": ("HunYuanDenseV1Config", {}),
+    "hunyuan-dynamic": (
+        "HunYuanDenseV1Config",
+        {"max_position_embeddings": 20, "rope_parameters": {**DYNAMIC, "alpha": 50.0}},
+    ),
     "hyperclovax": (
         "HyperCLOVAXConfig",
         {**MULTIPLIERS, "logits_scaling": 0.3, "use_post_norm": True},
     ),
     "jais2": ("Jais2Config", {}),
+    "llama-dynamic": (
+        "LlamaConfig",
+        {"max_position_embeddings": 20, "rope_parameters": DYNAMIC},
+    ),
     "ministral": ("MinistralConfig", TWO_KINDS),
     "ministral3": ("Ministral3Config", {"sliding_window": 8, "rope_parameters": STRETCHED}),
     "mistral": ("MistralConfig", {"sliding_window": 8}),
@@ -235,8 +246,8 @@ def _without_stretch(fused_model):
 
 
 def _all_short(fused_model):
-    short, _, reach = fused_model._positions._long
-    fused_model._positions._long = short, short, reach
+    by_length = fused_model._positions._by_length
+    fused_model._positions._by_length = lambda lengths: by_length(torch.ones_like(lengths))
 
 
 @pytest.mark.parametrize(
@@ -257,6 +268,7 @@ def _all_short(fused_model):
         ("hunyuan", _without(head_norms_turned=False)),
         ("ministral3", _without_stretch),
         ("phi3-longrope", _all_short),
+        ("llama-dynamic", _all_short),
     ],
 )
 def test_the_comparison_notices_what_a_family_adds(case, change):
@@ -338,6 +350,19 @@ def test_a_trained_norm_per_head_is_left_to_trl():
     model = _adapt(_make_base(_make_config("stablelm-parallel")))
     next(p for n, p in model.named_parameters() if "q_layernorm" in n).requires_grad_()
     assert "q_layernorm.norms.0.weight is trained" in find_obstacle(model, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("gemma2", "does not compute gemma2"),
+        ("mistral", "sliding window"),
+        ("qwen2", "sliding window"),
+        ("llama-dynamic", "'dynamic'"),
+    ],
+)
+def test_the_decoder_leaves_what_it_does_not_compute_to_transformers(case, said):
+    assert said in find_decoding_obstacle(_make_base(_make_config(case)))
 
 
 @pytest.mark.parametrize("case", ["gemma2", "phi3", "granite"])

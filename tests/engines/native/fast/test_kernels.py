@@ -42,11 +42,13 @@ for columns in (30, 4096, 9001):
         targets = torch.randint(0, columns, (11,), generator=generator)
         targets[3] = targets[10] = -100
         targets[0], targets[1] = logits[0].argmax(), columns - 1
-        expected, sums = plain_softmax_step(logits.clone(), targets)
-        gradient, found = fused_softmax_step(logits, targets)
-        assert gradient is logits
-        torch.testing.assert_close(gradient, expected, rtol=tolerance, atol=1e-4)
-        torch.testing.assert_close(found, sums, rtol=1e-4, atol=1e-4)
+        for softcap in (0.0, 6.0):
+            expected, sums = plain_softmax_step(logits.clone(), targets, softcap)
+            given = logits.clone()
+            gradient, found = fused_softmax_step(given, targets, softcap)
+            assert gradient is given
+            torch.testing.assert_close(gradient, expected, rtol=tolerance, atol=1e-4)
+            torch.testing.assert_close(found, sums, rtol=1e-4, atol=1e-4)
 """
 
 

@@ -21,11 +21,14 @@ def _inputs(dtype=torch.float64):
 
 @pytest.mark.parametrize("step", [softmax_step, plain_softmax_step])
 @pytest.mark.parametrize("chunk", [1, 4, 64])
-def test_equals_cross_entropy(step, chunk):
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_equals_cross_entropy(step, chunk, softcap):
     hidden, weight, targets = _inputs()
-    loss, stats = linear_cross_entropy(hidden, weight, targets, chunk, step)
+    loss, stats = linear_cross_entropy(hidden, weight, targets, chunk, step, softcap=softcap)
     (grad,) = torch.autograd.grad(loss / 9, hidden)
     logits = hidden @ weight.T
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
     expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
     (reference,) = torch.autograd.grad(expected / 9, hidden)
     torch.testing.assert_close(loss, expected)

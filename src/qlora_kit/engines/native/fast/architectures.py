@@ -29,9 +29,11 @@ ACTIVATIONS: Final = {
     "relu2": "relu2",
 }
 
-#: Rotary embeddings whose turns depend on nothing but the position; ``longrope`` also on the
-#: length of the example, see :mod:`positions`.
-_ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn", "longrope")
+#: Rotary embeddings by which the length of an example matters, see :mod:`positions`.
+_BY_LENGTH: Final = ("longrope", "dynamic")
+
+#: What is computed; the others depend on nothing but the position.
+_ROPE_TYPES: Final = ("default", "linear", "llama3", "yarn", *_BY_LENGTH)
 
 
 def find_decoder(base: Any) -> tuple[Any, Family] | None:
@@ -110,9 +112,8 @@ def find_undecoded(config: Mapping[str, Any]) -> str | None:
         return f"the activation is {config[family.activation]}"
     if _has_window(config, family):
         return "the model attends through a sliding window"
-    if any(_read_rope_type(rope) == "longrope" for rope in _list_ropes(config)):
-        return "rotary embeddings of type 'longrope'"
-    return None
+    types = [_read_rope_type(rope) for rope in _list_ropes(config)]
+    return next((f"rotary embeddings of type {one!r}" for one in types if one in _BY_LENGTH), None)
 
 
 def _find_rope_obstacle(config: Mapping[str, Any]) -> str | None:
@@ -121,7 +122,7 @@ def _find_rope_obstacle(config: Mapping[str, Any]) -> str | None:
         rope_type = _read_rope_type(rope)
         if config.get("model_type") == "phi3" and rope_type in ("su", "yarn"):
             rope_type = "longrope"  # as transformers reads Phi-3's older files
-        if rope_type not in _ROPE_TYPES or (rope_type == "longrope" and len(ropes) > 1):
+        if rope_type not in _ROPE_TYPES or (rope_type in _BY_LENGTH and len(ropes) > 1):
             return f"rotary embeddings of type {rope_type!r}"
     return None
 

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["attend_capped", "capped_backward", "capped_forward"]
+from qlora_kit.engines.native.fast.plan import CAPPED_QUERIES
 
-#: Queries whose scores exist at the same time.
-_QUERIES = 512
+__all__ = ["attend_capped", "capped_backward", "capped_forward"]
 
 _LIBRARY = torch.library.Library("qlora_kit", "FRAGMENT")
 _LIBRARY.define(
@@ -88,8 +87,8 @@ def _compute_cap(q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
 
 
 def _tile(tokens: int) -> Iterator[slice]:
-    for start in range(0, tokens, _QUERIES):
-        yield slice(start, min(start + _QUERIES, tokens))
+    for start in range(0, tokens, CAPPED_QUERIES):
+        yield slice(start, min(start + CAPPED_QUERIES, tokens))
 
 
 def _forward(

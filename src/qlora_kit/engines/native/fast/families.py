@@ -84,6 +84,11 @@ class Family:
     dropouts: tuple[str, ...] = ()
     is_decoded: bool = False
 
+    @property
+    def post_norms(self) -> int:
+        """Norms of what a layer's blocks put out."""
+        return sum(name is not None for name in self.norms[1::2])
+
 
 _SANDWICHED: Final = (
     "input_layernorm", "post_attention_layernorm",

@@ -14,6 +14,7 @@ from qlora_kit.errors import ConfigError, UnknownOptionError, invalid_value
 from qlora_kit.values import is_whole_number
 
 __all__ = [
+    "CAPPED_QUERIES",
     "FastPlan",
     "MemoryModel",
     "ResolvedPlan",
@@ -33,6 +34,9 @@ _SATURATING_TOKENS: Final = 4096
 
 #: Steps up to this size are bound by the host's kernel launches and by reading weights.
 _SMALL_STEP_TOKENS: Final = 4096
+
+#: Queries whose soft-capped attention scores exist at the same time.
+CAPPED_QUERIES: Final = 512
 
 #: Shorter pieces of the loss save nothing that matters.
 _LEAST_CHUNK: Final = 256
@@ -145,6 +149,7 @@ class MemoryModel:
         keys: int,
         intermediate: int,
         post_norms: int = 0,
+        capped_heads: int = 0,
         item_bytes: int,
         vocabulary: int,
         has_triton: bool,
@@ -161,6 +166,7 @@ class MemoryModel:
             keys: Width of all heads' keys.
             intermediate: Width within the MLP.
             post_norms: Norms of a layer's outputs, whose inputs are kept too.
+            capped_heads: Attention heads whose scores are soft-capped and so written out.
             item_bytes: Bytes of a number.
             vocabulary: Tokens that the head scores.
             has_triton: Whether it runs on CUDA, where a kernel turns logits into their gradient in
@@ -176,7 +182,9 @@ class MemoryModel:
             layers=layers,
             saved_per_token=saved * item_bytes,
             boundary_per_token=hidden * item_bytes,
-            transient_per_token=(4 * hidden + 4 * intermediate) * item_bytes,
+            transient_per_token=(4 * hidden + 4 * intermediate) * item_bytes
+            # Four of them in float32 in the backward pass.
+            + 16 * capped_heads * CAPPED_QUERIES,
             dequantized=dequantized,
             largest_group=largest_group,
             # Triton's kernel turns logits into their gradient in place.

@@ -1,13 +1,13 @@
 """Where tokens stand: rotary cosines and sines of every kind of layer.
 
-transformers' rotary modules compute them. What they decide by looking at a whole batch is decided
-here for each example, so that it trains as it would alone: ``longrope`` turns a long example by
-other frequencies than a short one.
+transformers' rotary modules compute them. What they decide by looking at a whole batch, or remember
+of earlier ones, is decided here for each example, so that it trains as it would alone: ``longrope``
+and ``dynamic`` turn a long example by other frequencies than a short one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +46,7 @@ class Positions:
             (kind if has_types else "") if turns else None
             for kind, turns in zip(types, turned, strict=True)
         ]
-        self._long = self._find_long_frequencies()
+        self._by_length = _choose_frequencies(self._rotary, config)
 
     def compute(
         self, hidden: Tensor, position_ids: Tensor, bounds: Tensor
@@ -93,40 +93,52 @@ class Positions:
     def _turn(
         self, hidden: Tensor, position_ids: Tensor, bounds: Tensor, key: str
     ) -> tuple[Tensor, Tensor]:
-        if self._long is not None:
-            return self._turn_by_length(hidden, position_ids, bounds)
+        if self._by_length is not None:
+            frequencies = self._by_length(_measure_examples(position_ids, bounds)[:, None])
+            angles = position_ids[:, None].float() * frequencies
+            angles = torch.cat((angles, angles), dim=-1)
+            scaling = self._rotary.attention_scaling
+            cos, sin = angles.cos() * scaling, angles.sin() * scaling
+            return cos.to(hidden.dtype), sin.to(hidden.dtype)
         kind = (key,) if self._has_types else ()
         cos, sin = self._rotary(hidden[None], position_ids[None], *kind)
         return cos[0], sin[0]
 
-    def _find_long_frequencies(self) -> tuple[Tensor, Tensor, int] | None:
-        """``longrope``'s frequencies of short and of long examples, and the length they part at."""
-        if self._rotary.rope_type != "longrope":
-            return None
+
+def _choose_frequencies(rotary: Any, config: Any) -> Callable[[Tensor], Tensor] | None:
+    """From lengths ``(T, 1)`` to frequencies ``(T, R / 2)``, where those depend on lengths."""
+    if rotary.rope_type == "longrope":
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-        reach = int(self._config.rope_parameters["original_max_position_embeddings"])
+        reach = int(config.rope_parameters["original_max_position_embeddings"])
         make = ROPE_INIT_FUNCTIONS["longrope"]
-        device = self._rotary.inv_freq.device
+        device = rotary.inv_freq.device
         short, long = (
-            make(self._config, device, seq_len=length)[0].float() for length in (reach, reach + 1)
+            make(config, device, seq_len=length)[0].float() for length in (reach, reach + 1)
         )
-        return short, long, reach
+        return lambda lengths: torch.where(lengths > reach, long, short)
+    if rotary.rope_type == "dynamic":
+        usual = rotary.original_inv_freq.to(rotary.inv_freq.device).float()
+        rope, most = config.rope_parameters, config.max_position_embeddings
+        theta, factor = rope["rope_theta"], rope["factor"]
+        dimensions = 2 * len(usual)
+        powers = torch.arange(0, dimensions, 2, device=usual.device).float() / dimensions
 
-    def _turn_by_length(
-        self, hidden: Tensor, position_ids: Tensor, bounds: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        assert self._long is not None
-        short, long, reach = self._long
-        # (T,): the length of the example that each token is in.
-        places = torch.arange(len(position_ids), device=bounds.device)
-        owner = torch.bucketize(places, bounds[1:], right=True).clamp_(max=len(bounds) - 2)
-        is_long = (bounds.diff()[owner] > reach)[:, None]
-        angles = position_ids[:, None].float() * torch.where(is_long, long, short)
-        angles = torch.cat((angles, angles), dim=-1)
-        scaling = self._rotary.attention_scaling
-        cos, sin = angles.cos() * scaling, angles.sin() * scaling
-        return cos.to(hidden.dtype), sin.to(hidden.dtype)
+        def stretch(lengths: Tensor) -> Tensor:
+            # NTK-aware scaling as transformers' _compute_dynamic_ntk_parameters has it.
+            grown = factor * lengths.clamp(min=most) / most - (factor - 1)
+            base = theta * grown ** (dimensions / (dimensions - 2))
+            return torch.where(lengths > most, 1.0 / base**powers, usual)
+
+        return stretch
+    return None
+
+
+def _measure_examples(position_ids: Tensor, bounds: Tensor) -> Tensor:
+    """The length of the example that each token is in, shape ``(T,)``."""
+    places = torch.arange(len(position_ids), device=bounds.device)
+    owner = torch.bucketize(places, bounds[1:], right=True).clamp_(max=len(bounds) - 2)
+    return bounds.diff()[owner]
 
 
 def _find_rotated(config: Any, family: Family, types: Sequence[str]) -> list[bool]:

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from qlora_kit.engines.native.fast.capped_attention import capped_backward, capped_forward
+from qlora_kit.engines.native.fast.plan import CAPPED_QUERIES
 
 __all__ = ["attend_segments", "attend_segments_backward", "lse_dtype"]
-
-#: Queries whose soft-capped scores exist at the same time.
-_CAPPED_QUERIES = 512
 
 #: Fewer queries a call than this cost more in calls than a narrow window saves.
 _LEAST_QUERIES = 128
@@ -120,7 +118,7 @@ def _list_tiles(bounds: Tensor, window: Tensor | None, softcap: float) -> Iterat
         if is_narrow:
             step = max(reach, _LEAST_QUERIES)
         if softcap:
-            step = min(step, _CAPPED_QUERIES)
+            step = min(step, CAPPED_QUERIES)
         for first in range(0, length, max(step, 1)):
             last = min(first + step, length)
             oldest = max(0, first - reach + 1) if is_narrow else 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.artifacts.model_card import find_base_name
+from qlora_kit.paths import is_modelscope_name
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -51,6 +52,9 @@ def read_origin(model: LoadedModel) -> Origin:
     if model.base.source == "gguf":
         return Origin(Path(model.base.name_or_path).name.removesuffix(".gguf"))
     name = find_base_name(model)
+    if is_modelscope_name(model.base.name_or_path):
+        # Of the cached folder only the last part would be told; the owner is one of this hub.
+        name = model.base.name_or_path.rpartition("/")[2]
     is_folder = Path(name).is_absolute()
     owner, _, short = name.rpartition("/")
     card: Mapping[str, Any] = Metadata.load_model_card(model.base.path) or {}
