@@ -7,7 +7,8 @@ import torch
 
 from checkpoints import make_checkpoint, randomize
 from qlora_kit.device import get_device
-from qlora_kit.engines.native.fast import decoders
+from qlora_kit.engines.native.fast import decoders, decoding_step
+from qlora_kit.engines.native.fast.compilation import find_compile_obstacle
 from qlora_kit.engines.native.fast.decoders import open_session, release_decoder
 from qlora_kit.generation.settings import make_config
 
@@ -174,6 +175,88 @@ def test_16_bit_answers_are_near_float32s(make_adapted, load_in_4bit):
     distance = (logits["bfloat16"] - logits["float32"]).norm() / logits["float32"].norm()
     assert math.isfinite(distance)
     assert distance < 0.02
+
+
+def _step_row(decoder, positions=range(30, 36)):
+    """Logits of single tokens after a prompt, and the cache they leave."""
+    cache, rotation = decoder.make_cache(1, 64), decoder.make_rotation(64)
+    with torch.no_grad():
+        decoder.read_prompts(cache, [0], [PROMPTS[2]])
+        found = [
+            decoder.step(cache, torch.tensor([at]), torch.tensor([at]), rotation, at + 1).float()
+            for at in positions
+        ]
+    return torch.cat(found), torch.stack([*cache.keys, *cache.values]).float()
+
+
+def _check_kernel(model):
+    """The compiled step against torch's operations, on any number of threads."""
+    from qlora_kit.engines.native.fast.decoder import Decoder, read_model
+
+    decoder = Decoder(model, read_model(model))
+    assert decoder._row_step is not None
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        ours, kept = _step_row(decoder)
+        torch.set_num_threads(1)
+        alone, _ = _step_row(decoder)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(ours, alone)
+    decoder._row_step = None
+    theirs, wanted = _step_row(decoder)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(kept, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(
+    get_device().type != "cpu" or find_compile_obstacle(get_device()) is not None
+    or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
+    reason="needs a CPU with AVX2 and a compiler",
+)  # fmt: skip
+class TestKernelOfTheCpu:
+    def test_it_computes_what_torchs_operations_compute(self, family):
+        _check_kernel(family.model)
+
+    def test_16_and_32_bit_weights_and_answers_without_adapters(self, make_adapted):
+        model = make_adapted("qwen3", load_in_4bit=False).model
+        _check_kernel(model)
+        with model.disable_adapter():
+            _check_kernel(model)
+
+    @pytest.mark.parametrize("load_in_4bit", [True, False])
+    def test_it_is_nearer_to_float32_than_torchs_operations(self, make_adapted, load_in_4bit):
+        from qlora_kit.engines.native.fast.decoder import Decoder, read_model
+
+        def far(decoder):
+            return (_step_row(decoder)[0] - exact).norm() / exact.norm()
+
+        plain = make_adapted("qwen3", load_in_4bit=load_in_4bit).model
+        exact, _ = _step_row(Decoder(plain, read_model(plain)))
+        model = make_adapted("qwen3", load_in_4bit=load_in_4bit, dtype="bfloat16").model
+        decoder = Decoder(model, read_model(model))
+        assert decoder._row_step is not None
+        near = far(decoder)
+        decoder._row_step = None
+        assert near < far(decoder)
+
+    @pytest.mark.slow  # compiles for another processor
+    def test_processors_of_narrower_registers(self, family, monkeypatch):
+        monkeypatch.setattr(
+            decoding_step, "_load", lambda: decoding_step._compile("QLORA_KIT_NARROW")
+        )
+        _check_kernel(family.model)
+
+    def test_what_it_does_not_read_goes_through_torch(self, make_adapted, caplog):
+        from qlora_kit.engines.native.fast.decoder import Decoder, read_model
+
+        model = make_adapted(load_in_4bit=False).model
+        model.get_base_model().model.norm.double()
+        decoder = Decoder(model, read_model(model))
+        with caplog.at_level("INFO"):
+            assert decoder._row_step is None
+        assert "several dtypes" in caplog.text
 
 
 @pytest.mark.skipif(get_device().type != "cuda", reason="needs a CUDA GPU")

@@ -1,13 +1,14 @@
 """Answers one token at a time: the layers of :mod:`layer` with a cache of keys and values.
 
 Prompts run through the training step's operations, all of a call laid end to end. A step computes
-one token of every answer: on CUDA with Triton through the kernels of :mod:`decoding_kernels`,
-elsewhere through torch's own operations in the order of :mod:`layer`. On CUDA it is captured as a
-CUDA graph by :mod:`decoding_session`.
+one token of every answer: on CUDA with Triton through the kernels of :mod:`decoding_kernels`, on a
+CPU of one answer through that of :mod:`decoding_step`, elsewhere through torch's own operations in
+the order of :mod:`layer`. On CUDA it is captured as a CUDA graph by :mod:`decoding_session`.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from qlora_kit.engines.native.fast.attention import attend, choose_attention, make_block_mask
 from qlora_kit.engines.native.fast.compilation import find_compile_obstacle
+from qlora_kit.engines.native.fast.decoding_step import RowStep, make_row_step
 from qlora_kit.engines.native.fast.decoding_support import find_decoding_obstacle
 from qlora_kit.engines.native.fast.decoding_weights import DecodingWeights, measure_cached_bytes
 from qlora_kit.engines.native.fast.kv_cache import KeyValueCache
@@ -159,6 +161,8 @@ class Decoder:
             return
         if at_once == 1 and self.kernels is not None and self.kernels.row.reads_stored(self):
             return
+        if at_once == 1 and self._reads_stored:
+            return
         needed = sum(
             measure_cached_bytes(group.group, self.dtype)
             for layer in self.layers for group in layer.groups()
@@ -244,6 +248,8 @@ class Decoder:
         Returns:
             Logits, shape ``(B, V)``.
         """
+        if len(tokens) == 1 and self.device.type == "cpu" and self._row_step is not None:
+            return self._row_step.run(cache, tokens, positions, rotation)
         hidden = self._embedding[tokens]
         if self.kernels is not None and len(tokens) == 1 and self.kernels.row.covers(self):
             row = self.kernels.row
@@ -270,6 +276,20 @@ class Decoder:
             )
             hidden = self._finish_layer(hidden, attended, layer)
         return self._read_logits(hidden)
+
+    @property
+    def _reads_stored(self) -> bool:
+        """Whether a CPU would gain nothing from a copy: prompts would, of dequantized weights."""
+        return (
+            self.device.type == "cpu"
+            and not any(group.group.scales for layer in self.layers for group in layer.groups())
+            and self._row_step is not None
+        )
+
+    @functools.cached_property
+    def _row_step(self) -> RowStep | None:
+        """Made for the first answer that is written alone: it may have to be compiled."""
+        return make_row_step(self, self._embedding, self._final_norm, self._head)
 
     def _project_qkv(
         self, hidden: Tensor, cos: Tensor, sin: Tensor, layer: DecoderLayer
