@@ -21,7 +21,9 @@ import pages
 import qlora_kit
 
 REPOSITORY = pages.REPOSITORY
-PAGES = [*pages.find_pages(), REPOSITORY / "CHANGELOG.md"]
+#: Their code is the English pages', which run.
+CHINESE = sorted((REPOSITORY / "docs" / "zh").glob("*.md"))
+PAGES = [*pages.find_pages(), *CHINESE, REPOSITORY / "CHANGELOG.md"]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
 
 every_page = pytest.mark.parametrize(
@@ -208,6 +210,26 @@ def test_readme_names_extras_and_python_versions_of_the_project(readme):
 # -- pages that follow other files -------------------------------------------------------------
 
 
+@pytest.mark.parametrize("page", CHINESE, ids=lambda page: page.stem)
+def test_a_chinese_page_follows_the_english_one(page):
+    english, chinese = read(REPOSITORY / "docs" / page.name), read(page)
+    fenced = r"^(?:<!-- skip: [^\n]*-->\n\n)?```.*?^```$"
+    blocks = [re.findall(fenced, text, re.MULTILINE | re.DOTALL) for text in (english, chinese)]
+    assert blocks[0] == blocks[1]
+    headings = [re.findall(r"^#+ ", prose_of(text), re.MULTILINE) for text in (english, chinese)]
+    assert headings[0] == headings[1]
+    tables = [re.findall(r"^\|", prose_of(text), re.MULTILINE) for text in (english, chinese)]
+    assert len(tables[0]) == len(tables[1]), "a table has other rows"
+    # What code names is the same in both languages.
+    named = [{code for code in inline_code_of(text) if re.fullmatch(r"\w+", code)} for text in
+             (english, chinese)]  # fmt: skip
+    assert named[0] == named[1]
+
+
+def test_the_chinese_pages_are_those_that_readers_begin_with():
+    assert {page.stem for page in CHINESE} == {"quickstart", "data", "exports", "faq"}
+
+
 def test_both_readmes_show_the_same_code():
     english, chinese = (read(REPOSITORY / name) for name in ("README.md", "README.zh-CN.md"))
     for language in ("bash", "toml"):
@@ -256,8 +278,9 @@ def test_docstrings_tell_of_every_parameter():
 
 def test_every_page_is_on_the_site():
     site = read(REPOSITORY / "mkdocs.yml")
-    for page in (REPOSITORY / "docs").glob("*.md"):
-        name = "contents.md" if page.name == "README.md" else page.name
+    for page in [*(REPOSITORY / "docs").glob("*.md"), *CHINESE]:
+        name = page.relative_to(REPOSITORY / "docs").as_posix()
+        name = "contents.md" if name == "README.md" else name
         assert re.search(rf"^ +- (?:\w+: )?{re.escape(name)}$", site, re.MULTILINE), name
 
 
