@@ -53,7 +53,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             target = posixpath.normpath(posixpath.join(posixpath.dirname(origin), link))
         place = PAGES.get(target) or target.removeprefix("docs/")
         if files.get_file_from_path(place) is not None:
-            return f"{start}{place}{anchor}{end}"
+            near = posixpath.relpath(place, posixpath.dirname(name) or ".")
+            return f"{start}{near}{anchor}{end}"
         if not (ROOT / target).exists():
             return found[0]
         kind = "tree" if (ROOT / target).is_dir() else "blob"
