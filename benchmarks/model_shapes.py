@@ -44,6 +44,21 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 151936, "tie_word_embeddings": True, "rope_theta": 1e6,
         "max_position_embeddings": 40960,
     },
+    # Qwen3-30B-A3B with 8 of its 48 layers, so that it is made in a minute.
+    "qwen3-30b-a3b-8": {
+        "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144,
+        "num_hidden_layers": 8, "num_attention_heads": 32, "num_key_value_heads": 4,
+        "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768, "norm_topk_prob": True, "vocab_size": 151936,
+        "tie_word_embeddings": False, "rope_theta": 1e6, "max_position_embeddings": 40960,
+    },
+    "tiny-moe": {
+        "model_type": "qwen3_moe", "hidden_size": 256, "intermediate_size": 512,
+        "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128, "norm_topk_prob": True, "vocab_size": 151936,
+        "tie_word_embeddings": False, "max_position_embeddings": 40960,
+    },
     "tiny": {
         "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,
         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32,

@@ -66,7 +66,7 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--warmup", type=int, default=6, help="steps not counted")
     parser.add_argument("--max-length", type=int, default=2048)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--timeout", type=int, default=300, help="seconds per line")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()

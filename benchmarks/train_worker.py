@@ -70,7 +70,9 @@ def _make_model(shape: str, tokenizer: Path, folder: Path) -> None:
     from qlora_kit import load_quantized
     from qlora_kit.device import get_device
 
-    raw = folder.with_name(folder.name + "-16bit")
+    # Experts stay in 16 bits: nothing is gained by saving the rest in 4.
+    has_experts = "num_experts" in SHAPES[shape]
+    raw = folder if has_experts else folder.with_name(folder.name + "-16bit")
     torch.manual_seed(0)
     rows = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
     values = {"model_type": "qwen3", "eos_token_id": rows.eos_token_id, **SHAPES[shape]}
@@ -81,6 +83,8 @@ def _make_model(shape: str, tokenizer: Path, folder: Path) -> None:
     model.save_pretrained(raw)
     rows.save_pretrained(raw)
     del model
+    if has_experts:
+        return
     loaded = load_quantized(raw, dtype="bfloat16")
     loaded.model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
@@ -89,12 +93,22 @@ def _make_model(shape: str, tokenizer: Path, folder: Path) -> None:
     raw.rmdir()
 
 
+def _choose_targets(model: Any) -> Any:
+    """The classic script's seven projections; around experts, those that modules hold."""
+    from qlora_kit.config import DEFAULT_TARGET_MODULES
+
+    return "attention" if hasattr(model.config, "num_experts") else DEFAULT_TARGET_MODULES
+
+
 def _count_parameters(config: dict[str, Any]) -> int:
-    """Weights that take part in matrix products, the head included once."""
+    """Weights that take part in a token's matrix products, the head included once."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     head_dim = config.get("head_dim") or hidden // heads
     q, kv = heads * head_dim, config["num_key_value_heads"] * head_dim
-    layer = hidden * (2 * q + 2 * kv) + 3 * hidden * config["intermediate_size"]
+    inner, experts = config["intermediate_size"], config.get("num_experts", 0)
+    if experts:
+        inner = config["num_experts_per_tok"] * config["moe_intermediate_size"]
+    layer = hidden * (2 * q + 2 * kv + experts) + 3 * hidden * inner
     return int(config["num_hidden_layers"] * layer + config["vocab_size"] * hidden)
 
 
@@ -155,6 +169,7 @@ def _arguments(row: Row, job: dict[str, Any]) -> dict[str, Any]:
         "report_to": "none",
         "optim": "adamw_8bit" if on_gpu else "adamw_torch",
         "bf16": job["facts"]["dtype"] == "bfloat16",
+        "fp16": job["facts"]["dtype"] == "float16",
         "use_cpu": not on_gpu,
         "save_strategy": "no",
         "disable_tqdm": True,
@@ -193,7 +208,7 @@ def _make_ours(row: Row, job: dict[str, Any]) -> Run:
     facts = job["facts"]
     length = row.filled or row.packed or facts["max_length"]
     loaded = load_quantized(facts["model"], length, facts["dtype"], engine="native")
-    model = attach_lora(loaded)
+    model = attach_lora(loaded, target_modules=_choose_targets(loaded.model))
     plan = dict(row.plan)
     if row.checkpointing is not None:
         plan["checkpointing"] = row.checkpointing
@@ -232,7 +247,8 @@ def _make_trl(row: Row, job: dict[str, Any]) -> Run:
     from qlora_kit.engines.native.trainer import NativeTrainer
 
     facts = job["facts"]
-    model = attach_lora(load_quantized(facts["model"], dtype=facts["dtype"], engine="native"))
+    loaded = load_quantized(facts["model"], dtype=facts["dtype"], engine="native")
+    model = attach_lora(loaded, target_modules=_choose_targets(loaded.model))
     packing = {"packing": True, "max_length": row.packed} if row.packed else {"max_length": None}
     args = SFTConfig(
         **_arguments(row, job), gradient_checkpointing=bool(row.checkpointing), **packing

@@ -42,8 +42,16 @@ def make_checkpoint(folder: Path, kind: str, *, seed: int = 0, **overrides: obje
     """A random checkpoint of 2 layers, with its tokenizer."""
     import torch
     from transformers import (
+        GraniteMoeConfig,
+        GraniteMoeForCausalLM,
         LlamaConfig,
         LlamaForCausalLM,
+        MixtralConfig,
+        MixtralForCausalLM,
+        OlmoeConfig,
+        OlmoeForCausalLM,
+        Qwen2MoeConfig,
+        Qwen2MoeForCausalLM,
         Qwen3Config,
         Qwen3ForCausalLM,
         Qwen3MoeConfig,
@@ -72,6 +80,19 @@ def make_checkpoint(folder: Path, kind: str, *, seed: int = 0, **overrides: obje
         elif kind == "qwen3_moe":
             experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
             model = Qwen3MoeForCausalLM(Qwen3MoeConfig(head_dim=32, **experts, **settings))
+        elif kind == "qwen2_moe":
+            experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+            experts["shared_expert_intermediate_size"] = 48
+            model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**experts, **settings))
+        elif kind == "olmoe":
+            model = OlmoeForCausalLM(OlmoeConfig(num_experts=4, num_experts_per_tok=2, **settings))
+        elif kind == "granitemoe":
+            scales = {"embedding_multiplier": 3.0, "residual_multiplier": 0.4}
+            model = GraniteMoeForCausalLM(
+                GraniteMoeConfig(num_local_experts=4, num_experts_per_tok=2, **scales, **settings)
+            )
+        elif kind == "mixtral":
+            model = MixtralForCausalLM(MixtralConfig(num_local_experts=4, **settings))
         else:
             model = Qwen3ForCausalLM(Qwen3Config(head_dim=32, **settings))
     model.to(torch.bfloat16).save_pretrained(folder)

@@ -139,13 +139,26 @@ class PortableLoss:
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
         inputs["use_cache"] = False
-        return Trainer.compute_loss(
-            self,
-            model,
-            inputs,
-            return_outputs=return_outputs,
-            num_items_in_batch=num_items_in_batch,
+        loss, outputs = Trainer.compute_loss(
+            self, model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
+        if getattr(self, "aux_loss_enabled", False):
+            loss = loss + self._mend_balance(model, outputs["aux_loss"], num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _mend_balance(self, model: Any, balance: Any, items: Any) -> Any:
+        """What turns the model's share of its routers' balance in the loss into TRL's.
+
+        The model adds all of it in every micro-batch, with the coefficient it was made with, and
+        the trainer multiplies it by the number of ranks.
+        """
+        accelerator = self.accelerator  # type: ignore[attr-defined]
+        unwrapped = accelerator.unwrap_model(model)
+        base = unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped
+        averages = self.args.average_tokens_across_devices and items is not None  # type: ignore[attr-defined]
+        added = float(base.router_aux_loss_coef) * (accelerator.num_processes if averages else 1)
+        steps = 1 if items is None else self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+        return (self.router_aux_loss_coef / steps - added) * balance  # type: ignore[attr-defined]
 
 
 class NoTelemetry:

@@ -170,6 +170,7 @@ def make_memory_model(
         keys=shape.kv_heads * shape.head_dim,
         intermediate=shape.intermediate,
         post_norms=shape.post_norms,
+        routed=shape.routed,
         capped_heads=shape.capped_heads,
         item_bytes=item_bytes,
         vocabulary=shape.vocabulary,

@@ -48,10 +48,11 @@ class ModelShape:
         heads: Attention heads.
         kv_heads: Heads of keys and values.
         head_dim: Width of a head.
-        intermediate: Width within the MLP.
+        intermediate: Width within the MLP; of all experts that a token goes to.
         vocabulary: Tokens that the head scores.
         obstacle: Why the native engine's own step does not compute the model, or ``None``.
         post_norms: Norms of a layer's outputs.
+        routed: Experts that a token goes to; 0 for none.
         capped_heads: Attention heads whose scores are soft-capped.
     """
 
@@ -66,6 +67,7 @@ class ModelShape:
     vocabulary: int
     obstacle: str | None
     post_norms: int = 0
+    routed: int = 0
     capped_heads: int = 0
 
     @property
@@ -137,7 +139,9 @@ class ModelShape:
     def largest_group(self) -> int:
         """Weights of the largest group that is multiplied at once, in numbers."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return max(self.hidden * (queries + 2 * keys), 2 * self.hidden * self.intermediate)
+        attention = self.hidden * (queries + 2 * keys)
+        # Experts stay in 16 bits, as transformers holds them.
+        return attention if self.routed else max(attention, 2 * self.hidden * self.intermediate)
 
 
 def read_shape(model_config: Any) -> ModelShape:
@@ -163,6 +167,10 @@ def read_shape(model_config: Any) -> ModelShape:
     total = sum(parameter.numel() for parameter in model.parameters())
     heads = int(text.num_attention_heads)
     family = FAMILIES.get(text.model_type)
+    routed = int(getattr(text, "num_experts_per_tok", None) or 0)
+    intermediate = int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
+    if routed:
+        intermediate = routed * int(getattr(text, "moe_intermediate_size", None) or intermediate)
     return ModelShape(
         linears=linears,
         other_parameters=total - counted,
@@ -171,7 +179,8 @@ def read_shape(model_config: Any) -> ModelShape:
         heads=heads,
         kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
         head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
-        intermediate=int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
+        intermediate=intermediate,
+        routed=routed,
         vocabulary=int(head.weight.shape[0] if head is not None else text.vocab_size),
         obstacle=find_architecture_obstacle(model_config.to_dict()),
         post_norms=0 if family is None else family.post_norms,

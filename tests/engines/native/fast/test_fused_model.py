@@ -5,57 +5,11 @@ import logging
 import pytest
 import torch
 
-from qlora_kit.engines.native.fast.fused_model import FusedModel
+from fast_gradients import assert_gradients_equal, compute_fast, compute_reference
 from qlora_kit.engines.native.fast.layout import split_rows
-from qlora_kit.engines.native.fast.plan import FastPlan, resolve_plan
 from qlora_kit.engines.native.fast.step_runner import StepRunner
 
 ROWS = 6
-
-
-def _reference(model, rows):
-    """Mean loss per trained token and its gradients, one row at a time through peft."""
-    model.train()
-    total, count = 0.0, 0
-    for row in rows:
-        ids = torch.tensor([row["input_ids"]], device=model.device)
-        logits = model(input_ids=ids).logits[0, :-1].float()
-        labels = torch.tensor(row["labels"], device=model.device)[1:]
-        total = total + torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-        count += int((labels != -100).sum())
-    (total / count).backward()
-    return float(total.detach() / count), _take_gradients(model), count
-
-
-def _take_gradients(model):
-    gradients = {
-        name: parameter.grad.clone()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-    model.zero_grad()
-    return gradients
-
-
-def _fast(model, rows, count, **options):
-    plan = FastPlan(**{"compile": False, **options})
-    fused_model = FusedModel(model, plan)
-    fused_model.apply(
-        resolve_plan(
-            plan, fused_model.memory_model(), device_type="cpu", free_bytes=2**33, step_tokens=200,
-            longest=40, is_quantized=fused_model.is_quantized, supports_graphs=False,
-        )
-    )  # fmt: skip
-    loss, stats = StepRunner(fused_model).run_step(split_rows(rows), count)
-    return float(loss), _take_gradients(model), stats, fused_model
-
-
-def _assert_equal(gradients, reference, tolerance):
-    assert gradients.keys() == reference.keys()
-    for name, expected in reference.items():
-        assert expected.norm() > 0, name
-        error = (gradients[name] - expected).norm() / expected.norm()
-        assert error < tolerance, (name, float(error))
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
@@ -72,11 +26,11 @@ def _assert_equal(gradients, reference, tolerance):
 def test_gradients_equal_pefts(make_adapted, token_rows, kind, options):
     model = make_adapted(kind).model
     rows = token_rows[:ROWS]
-    loss, reference, count = _reference(model, rows)
-    fast_loss, gradients, _, fused_model = _fast(model, rows, count, **options)
+    loss, reference, count = compute_reference(model, rows)
+    fast_loss, gradients, _, fused_model = compute_fast(model, rows, count, **options)
     assert fused_model.is_fully_fused
     assert fast_loss == pytest.approx(loss, rel=1e-6)
-    _assert_equal(gradients, reference, 1e-5)
+    assert_gradients_equal(gradients, reference, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -98,13 +52,13 @@ def test_every_kind_of_adapter(make_adapted, token_rows, adapter):
     model = make_adapted("llama", **adapter).model
     if dropout:
         # Random masks cannot be compared; that the modules are left to peft can.
-        _, _, _, fused_model = _fast(model, token_rows[:ROWS], 10)
+        _, _, _, fused_model = compute_fast(model, token_rows[:ROWS], 10)
         assert not fused_model.is_fully_fused
         return
-    loss, reference, count = _reference(model, token_rows[:ROWS])
-    fast_loss, gradients, _, _ = _fast(model, token_rows[:ROWS], count)
+    loss, reference, count = compute_reference(model, token_rows[:ROWS])
+    fast_loss, gradients, _, _ = compute_fast(model, token_rows[:ROWS], count)
     assert fast_loss == pytest.approx(loss, rel=1e-6)
-    _assert_equal(gradients, reference, 1e-5)
+    assert_gradients_equal(gradients, reference, 1e-5)
 
 
 def test_recomputing_draws_the_same_dropout_masks(make_adapted, token_rows):
@@ -113,9 +67,11 @@ def test_recomputing_draws_the_same_dropout_masks(make_adapted, token_rows):
         model = make_adapted("llama", lora_dropout=0.3).model
         model.train()
         torch.manual_seed(7)
-        _, gradients, _, _ = _fast(model, token_rows[:ROWS], 100, checkpointing=checkpointing)
+        _, gradients, _, _ = compute_fast(
+            model, token_rows[:ROWS], 100, checkpointing=checkpointing
+        )
         results.append(gradients)
-    _assert_equal(results[1], results[0], 1e-5)
+    assert_gradients_equal(results[1], results[0], 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -132,12 +88,12 @@ def test_what_trains_beside_projections(make_adapted, token_rows, adapter, optio
     for name, parameter in model.named_parameters():
         if "lora_embedding" in name:
             torch.nn.init.normal_(parameter, std=0.05)
-    loss, reference, count = _reference(model, token_rows[:ROWS])
-    fast_loss, gradients, _, _ = _fast(
+    loss, reference, count = compute_reference(model, token_rows[:ROWS])
+    fast_loss, gradients, _, _ = compute_fast(
         model, token_rows[:ROWS], count, micro_batch_tokens=45, **options
     )
     assert fast_loss == pytest.approx(loss, rel=1e-6)
-    _assert_equal(gradients, reference, 1e-5)
+    assert_gradients_equal(gradients, reference, 1e-5)
 
 
 @pytest.mark.parametrize("trained", ["both", "tokens"])
@@ -157,10 +113,12 @@ def test_a_tied_vocabulary_gets_the_gradients_of_both_its_ends(tmp_path, token_r
     for name, parameter in model.named_parameters():
         if "lora_B" in name or "tokens_delta" in name:
             torch.nn.init.normal_(parameter, std=0.05)
-    loss, reference, count = _reference(model, token_rows[:ROWS])
-    fast_loss, gradients, _, _ = _fast(model, token_rows[:ROWS], count, micro_batch_tokens=45)
+    loss, reference, count = compute_reference(model, token_rows[:ROWS])
+    fast_loss, gradients, _, _ = compute_fast(
+        model, token_rows[:ROWS], count, micro_batch_tokens=45
+    )
     assert fast_loss == pytest.approx(loss, rel=1e-6)
-    _assert_equal(gradients, reference, 1e-5)
+    assert_gradients_equal(gradients, reference, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -170,27 +128,27 @@ def test_a_tied_vocabulary_gets_the_gradients_of_both_its_ends(tmp_path, token_r
 )
 def test_other_weights(make_adapted, token_rows, loading, tolerance):
     model = make_adapted("llama", **loading).model
-    loss, reference, count = _reference(model, token_rows[:ROWS])
-    fast_loss, gradients, _, fused_model = _fast(model, token_rows[:ROWS], count)
+    loss, reference, count = compute_reference(model, token_rows[:ROWS])
+    fast_loss, gradients, _, fused_model = compute_fast(model, token_rows[:ROWS], count)
     assert fused_model.is_fully_fused is not loading.get("load_in_8bit", False)
     assert fast_loss == pytest.approx(loss, rel=1e-5)
-    _assert_equal(gradients, reference, tolerance)
+    assert_gradients_equal(gradients, reference, tolerance)
 
 
 def test_bfloat16_is_as_close_as_rounding_allows(make_adapted, token_rows):
     model = make_adapted("qwen3", dtype="bfloat16").model
-    loss, reference, count = _reference(model, token_rows[:ROWS])
-    fast_loss, gradients, _, _ = _fast(model, token_rows[:ROWS], count)
+    loss, reference, count = compute_reference(model, token_rows[:ROWS])
+    fast_loss, gradients, _, _ = compute_fast(model, token_rows[:ROWS], count)
     assert fast_loss == pytest.approx(loss, rel=2e-3)
-    _assert_equal(gradients, reference, 0.05)
+    assert_gradients_equal(gradients, reference, 0.05)
 
 
 def test_statistics_equal_the_logits(make_adapted, token_rows):
     model = make_adapted("llama").model
     rows = token_rows[:ROWS]
-    _, _, count = _reference(model, rows)
+    _, _, count = compute_reference(model, rows)
     model.zero_grad()
-    *_, stats, _ = _fast(model, rows, count)
+    *_, stats, _ = compute_fast(model, rows, count)
     hits = entropy = 0.0
     with torch.no_grad():
         for row in rows:
@@ -212,15 +170,15 @@ def test_compiled_equals_eager(make_adapted, token_rows):
     if obstacle:
         pytest.skip(f"torch.compile does not run here: {obstacle}")
     torch._dynamo.reset()
-    eager_loss, eager, _, _ = _fast(model, token_rows[:ROWS], 100)
+    eager_loss, eager, _, _ = compute_fast(model, token_rows[:ROWS], 100)
     # Other sizes must not mean other graphs: fail on the second compilation of a function.
     with torch._dynamo.config.patch(error_on_recompile=True):
-        loss, gradients, _, fused_model = _fast(model, token_rows[:ROWS], 100, compile=True)
+        loss, gradients, _, fused_model = compute_fast(model, token_rows[:ROWS], 100, compile=True)
         assert fused_model._layer_call.is_compiled
         _fast_again = StepRunner(fused_model)
         _fast_again.run_step(split_rows(token_rows[ROWS : 3 * ROWS]), 100)
     assert loss == pytest.approx(eager_loss, rel=1e-6)
-    _assert_equal(gradients, eager, 1e-5)
+    assert_gradients_equal(gradients, eager, 1e-5)
 
 
 def test_without_a_compiler_it_runs_plainly_and_says_why(
@@ -244,7 +202,7 @@ def test_without_a_compiler_it_runs_plainly_and_says_why(
         monkeypatch.setattr(cpp_builder, "get_cpp_compiler", refuse)
         said = "no C++ compiler was found"
     with caplog.at_level(logging.INFO):
-        _, _, _, fused_model = _fast(model, token_rows[:ROWS], 100, compile="auto")
+        _, _, _, fused_model = compute_fast(model, token_rows[:ROWS], 100, compile="auto")
     assert not fused_model._layer_call.is_compiled
     assert said in caplog.text
 
@@ -254,7 +212,7 @@ def test_the_model_is_only_read(make_adapted, token_rows):
     model = adapted.model
     before = {name: value.clone() for name, value in model.state_dict().items()}
     forwards = {name: module.__dict__.get("forward") for name, module in model.named_modules()}
-    _fast(model, token_rows[:ROWS], 100)
+    compute_fast(model, token_rows[:ROWS], 100)
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())

@@ -135,6 +135,10 @@ FAMILIES: Final[dict[str, Family]] = {
         "GraniteModel", multiplier="embedding_multiplier", residual="residual_multiplier",
         logit_scale="/logits_scaling",
     ),
+    "granitemoe": Family(
+        "GraniteMoeModel", multiplier="embedding_multiplier", residual="residual_multiplier",
+        logit_scale="/logits_scaling",
+    ),
     "helium": Family("HeliumModel", norm="rms_wide", pairs=True),
     "hunyuan_v1_dense": Family(
         "HunYuanDenseV1Model", head_norms=("query_layernorm", "key_layernorm"),
@@ -150,6 +154,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "ministral": Family("MinistralModel", layer_windows=True),
     "ministral3": Family("Ministral3Model", stretches_queries=True),
     "mistral": Family("MistralModel", is_decoded=True),
+    "mixtral": Family("MixtralModel", dropouts=("router_jitter_noise",)),
     "nemotron": Family(
         "NemotronModel", norm="layer_plus_one", gate_up=("up_proj",), is_gated=False
     ),
@@ -160,11 +165,15 @@ FAMILIES: Final[dict[str, Family]] = {
         "Olmo3Model", norm="rms_wide", norms=_AFTER, head_norms_over="all", rotates_wide=True,
         layer_windows=True,
     ),
+    # Clipped projections are as little computed here as dropout.
+    "olmoe": Family("OlmoeModel", head_norms_over="all", dropouts=("clip_qkv",)),
     "phi3": Family(
         "Phi3Model", qkv=("qkv_proj",), gate_up=_FUSED_GATE, dropouts=("resid_pdrop",)
     ),
     "qwen2": Family("Qwen2Model", layer_windows=True, is_decoded=True),
+    "qwen2_moe": Family("Qwen2MoeModel", layer_windows=True),
     "qwen3": Family("Qwen3Model", layer_windows=True, is_decoded=True),
+    "qwen3_moe": Family("Qwen3MoeModel"),
     "smollm3": Family("SmolLM3Model", layer_windows=True, rotated_layers="no_rope_layers"),
     "stablelm": Family(
         "StableLmModel", norm="layer", head_norms=("q_layernorm", "k_layernorm"),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qlora_kit.engines.native.fast.architectures import ACTIVATIONS
+from qlora_kit.engines.native.fast.expert_layers import find_block
 from qlora_kit.engines.native.fast.families import Family
 from qlora_kit.engines.native.fast.layer import LayerShape, Norm
 
@@ -65,14 +66,16 @@ def read_windows(decoder: Any, config: Any, family: Family) -> list[int]:
 
 
 def list_projections(layer: Any, family: Family) -> dict[str, tuple[Any, ...]]:
-    """A layer's projections by group, peft's wrappers where there are any."""
-    attention, mlp = layer.self_attn, layer.mlp
-    return {
+    """A layer's projections by group, peft's wrappers where there are any; experts aside."""
+    attention = layer.self_attn
+    found = {
         "qkv": tuple(getattr(attention, name) for name in family.qkv),
         "out": (getattr(attention, family.out),),
-        "gate_up": tuple(getattr(mlp, name) for name in family.gate_up),
-        "down": (getattr(mlp, family.down),),
     }
+    if find_block(layer) is None:
+        found["gate_up"] = tuple(getattr(layer.mlp, name) for name in family.gate_up)
+        found["down"] = (getattr(layer.mlp, family.down),)
+    return found
 
 
 def find_norms(layer: Any, family: Family) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,6 +24,13 @@ from qlora_kit.engines.native.fast.attention import (
     make_block_mask,
 )
 from qlora_kit.engines.native.fast.compilation import Compiled
+from qlora_kit.engines.native.fast.expert_layers import (
+    ExpertBlock,
+    RouterBalance,
+    balance_experts,
+    find_block,
+    read_balance,
+)
 from qlora_kit.engines.native.fast.family_reader import (
     GROUPS,
     list_projections,
@@ -36,6 +44,8 @@ from qlora_kit.engines.native.fast.layer import (
     Modules,
     Placement,
     Projections,
+    add_fed,
+    attention_block,
     decoder_layer,
 )
 from qlora_kit.engines.native.fast.layer_gathers import LayerGathers, measure_buffers
@@ -88,6 +98,7 @@ class FusedModel:
         self._layer_call = Compiled(
             decoder_layer, asked.compile, self.device, "decoder layers", otherwise=_plain_layer
         )
+        self._attention_call = Compiled(attention_block, asked.compile, self.device, "attention")
         shape = read_shape(self._decoder, config, self._family)
         self.shape = shape._replace(gated=self._choose_gated(shape))
         self.attention: AttentionKind = self._choose_attention(asked)
@@ -95,6 +106,12 @@ class FusedModel:
         # In host memory, where attention reads them; as numbers they would mean a graph each.
         self._windows = [torch.tensor(window, dtype=torch.int32) for window in windows]
         self._positions = Positions(self._decoder, config, self._family)
+        blocks = [find_block(layer) for layer in self._decoder.layers]
+        self._experts = [
+            None if block is None else ExpertBlock(block, self.dtype, self.shape.gated)
+            for block in blocks
+        ]
+        self._balance = read_balance(config) if any(self._experts) else 0.0
         self._readers = [self._read_layer(layer) for layer in self._decoder.layers]
         fused = [
             group for layer in self._readers for group in layer.values()
@@ -105,6 +122,7 @@ class FusedModel:
         self._vocabulary = Vocabulary(base, self.dtype, self._family)
         #: What gathers gradients itself; everything else that trains is left to autograd.
         self.gathered: list[Gathered] = [*copies, *self._vocabulary.trained]
+        self.gathered += [one for block in self._experts if block for one in block.copies]
         self.is_quantized = any(group.scales for group in fused)
         self._left_to_autograd = self._find_others(fused)
         self.rank_sum = (
@@ -129,6 +147,11 @@ class FusedModel:
             for group in fused for part in group.adapters if part is not None
             for tensor in (part.down, part.up)
         } | {id(weight.trained) for weight in self._vocabulary.trained}  # fmt: skip
+        gathered |= {
+            id(tensor)
+            for block in self._experts if block is not None
+            for copies in block.copies for tensor in copies.parameters
+        }  # fmt: skip
         return [one for one in self._trainable if id(one) not in gathered]
 
     @property
@@ -150,9 +173,17 @@ class FusedModel:
         )
 
     @property
+    def has_experts(self) -> bool:
+        """Whether tokens of some layer go to experts."""
+        return any(block is not None for block in self._experts)
+
+    @property
     def is_capturable(self) -> bool:
-        """Whether a micro-batch writes its gradients where a replay would write them again."""
-        return self.is_fully_fused and not self._left_to_autograd
+        """Whether a micro-batch writes its gradients where a replay would write them again.
+
+        Experts are left out: their shares of a micro-batch differ from one to the next.
+        """
+        return self.is_fully_fused and not self._left_to_autograd and not self.has_experts
 
     def shard(self, node: ranks.Node) -> None:
         """Keep this rank's layers only. Every rank of the machine must do so."""
@@ -178,8 +209,11 @@ class FusedModel:
         self._layers = []
         for layer, readers in zip(self._decoder.layers, self._readers, strict=True):
             qkv, out, gate_up, down = (
-                self._group(readers[name], plan.caches_weights) for name in GROUPS
+                self._group(readers[name], plan.caches_weights) if name in readers else None
+                for name in GROUPS
             )
+            assert qkv is not None
+            assert out is not None
             norms = read_norms(layer, self._family)
             self._layers.append(LayerTensors(*norms, qkv, out, gate_up, down))
         if self.node is not None:
@@ -205,12 +239,14 @@ class FusedModel:
         groups = [group for layer in self._readers for group in layer.values()
                   if isinstance(group, GroupReader)]  # fmt: skip
         sizes = [sum(group.rows) * group.columns * size for group in groups]
+        blocks = [block for block in self._experts if block is not None]
         return MemoryModel.of_layers(
             layers=len(self._readers),
             hidden=self._decoder.config.hidden_size,
             queries=shape.heads * shape.head_dim,
             keys=shape.kv_heads * shape.head_dim,
             intermediate=self._intermediate,
+            routed=max((block.chosen for block in blocks), default=0),
             post_norms=self._family.post_norms,
             capped_heads=shape.heads if shape.softcap else 0,
             item_bytes=size,
@@ -219,16 +255,20 @@ class FusedModel:
             dequantized=sum(
                 taken for taken, group in zip(sizes, groups, strict=True) if group.scales
             ),
-            largest_group=max(sizes, default=0),
+            largest_group=max([0, *sizes, *(block.largest_stack * size for block in blocks)]),
             copies=sum(copies.nbytes() for copies in self.gathered),
         )
 
-    def begin_step(self, share: Tensor | float = 1.0) -> None:
+    def begin_step(self, share: Tensor | float = 1.0, *, trained: int = 1, tokens: int = 1) -> None:
         """Take the adapters' present values; forget earlier gradients.
 
         Args:
             share: What the summed loss of every micro-batch will be multiplied by.
+            trained: Trained tokens of the effective batch.
+            tokens: All of its tokens.
         """
+        # A micro-batch's routing counts by its share of the tokens, whose mean then is the step's.
+        self._balance_share = self._balance * trained / max(tokens, 1)
         own = self._vocabulary.share
         own.copy_(share) if isinstance(share, Tensor) else own.fill_(share)
         for copies in self.gathered:
@@ -257,32 +297,50 @@ class FusedModel:
             The loss, a float32 scalar, and ``[hits, entropy]``; see
             :func:`loss.linear_cross_entropy`.
         """
-        hidden = self.hidden_states(batch)
+        balances: list[RouterBalance] = []
+        hidden = self.hidden_states(batch, balances)
         norm = self._decoder.norm
         hidden = norm(hidden.index_select(0, batch.trained))
-        return self._vocabulary.loss(
+        loss, stats = self._vocabulary.loss(
             hidden, batch.targets, self.plan.loss_chunk_tokens, self._softmax()
         )
+        if balances:
+            share = self._balance_share * batch.tokens
+            loss = loss + share * balance_experts(balances, batch.tokens)
+        return loss, stats
 
-    def hidden_states(self, batch: MicroBatch) -> Tensor:
-        """The last decoder layer's output, shape ``(T, H)``."""
+    def hidden_states(
+        self, batch: MicroBatch, balances: list[RouterBalance] | None = None
+    ) -> Tensor:
+        """The last decoder layer's output, shape ``(T, H)``.
+
+        Args:
+            batch: On the model's device.
+            balances: Gets what routers did, where the model's loss asks for it.
+        """
+        counted = batch.tokens if balances is not None and self._balance else None
         grad = torch.is_grad_enabled()
         hidden = self._vocabulary.look_up(batch.input_ids)
         places = self._place(hidden.detach(), batch)
-        for index, (place, layer) in enumerate(zip(places, self._layers, strict=True)):
+        for index, (place, layer, block) in enumerate(
+            zip(places, self._layers, self._experts, strict=True)
+        ):
             if self.gathers is not None:
                 self.gathers.before(index)
             arguments = (hidden, place, layer, self.shape)
+            run = functools.partial(self._run_layer, block, counted)
             if grad and index < self.plan.checkpointed_layers:
-                hidden = checkpoint(
-                    self._run_layer,
+                hidden, balance = checkpoint(
+                    run,
                     *arguments,
                     use_reentrant=False,
                     # Only peft's own modules draw random numbers, for dropout.
-                    preserve_rng_state=_has_modules(layer),
+                    preserve_rng_state=_has_modules(layer) or block is not None,
                 )
             else:
-                hidden = self._run_layer(*arguments)
+                hidden, balance = run(*arguments)
+            if balances is not None and balance is not None:
+                balances.append(balance)
             if self.gathers is not None:
                 self.gathers.after(index, hidden)
         return hidden
@@ -305,9 +363,14 @@ class FusedModel:
 
     @property
     def _intermediate(self) -> int:
-        """Width within the feed-forward block."""
-        (down,) = list_projections(self._decoder.layers[0], self._family)["down"]
-        return int(down.in_features)
+        """Width within the feed-forward block; of all experts that a token goes to."""
+        widths = [block.chosen * block.intermediate for block in self._experts if block]
+        for layer, block in zip(self._decoder.layers, self._experts, strict=True):
+            if block is None:
+                (down,) = list_projections(layer, self._family)["down"]
+                widths.append(int(down.in_features))
+                break
+        return max(widths)
 
     def _choose_attention(self, asked: FastPlan) -> AttentionKind:
         shape = self.shape
@@ -346,13 +409,21 @@ class FusedModel:
             softmax_step, asked.compile, self.device, "the loss", otherwise=plain_softmax_step
         )
 
-    def _run_layer(self, *arguments: Any) -> Tensor:
-        hidden, place, layer, _ = arguments
-        if _has_modules(layer):
-            return _plain_layer(*arguments)
+    def _run_layer(
+        self, block: ExpertBlock | None, counted: int | None, *arguments: Any
+    ) -> tuple[Tensor, RouterBalance | None]:
+        hidden, place, layer, shape = arguments
         dynamic = (hidden, place.cos, place.sin, place.stretch, place.bounds)
-        out: Tensor = self._layer_call(*arguments, dynamic=dynamic)
-        return out
+        if block is None:
+            if _has_modules(layer):
+                return _plain_layer(*arguments), None
+            return self._layer_call(*arguments, dynamic=dynamic), None
+        if _has_modules(layer):
+            hidden, x = attention_block(*arguments)
+        else:
+            hidden, x = self._attention_call(*arguments, dynamic=dynamic)
+        fed, balance = block(x, counted)
+        return add_fed(hidden, fed, layer, shape), balance
 
     def _read_layer(self, layer: Any) -> dict[str, GroupReader | Sequence[Any]]:
         groups: dict[str, GroupReader | Sequence[Any]] = {}

@@ -23,7 +23,9 @@ __all__ = [
     "Norm",
     "Placement",
     "Projections",
+    "add_fed",
     "apply_norm",
+    "attention_block",
     "decoder_layer",
     "rms_norm",
     "rotate",
@@ -80,8 +82,9 @@ class LayerTensors(NamedTuple):
     k_norm: Norm | None
     qkv: Projections | Modules
     out: Projections | Modules
-    gate_up: Projections | Modules
-    down: Projections | Modules
+    #: ``None`` where experts follow the attention.
+    gate_up: Projections | Modules | None
+    down: Projections | Modules | None
 
 
 class Placement(NamedTuple):
@@ -159,12 +162,35 @@ def decoder_layer(
         Shape ``(T, H)``.
     """
     x = apply_norm(hidden, layer.before_attention, shape)
-    attended = apply_norm(_attend(x, place, layer, shape), layer.after_attention, shape)
-    hidden = hidden + _scale(attended, shape)
+    hidden = _add_attention(hidden, x, place, layer, shape)
     if not shape.is_parallel:
         x = apply_norm(hidden, layer.before_mlp, shape)
-    fed = apply_norm(_feed(x, layer, shape), layer.after_mlp, shape)
-    return hidden + _scale(fed, shape)
+    return add_fed(hidden, _feed(x, layer, shape), layer, shape)
+
+
+def attention_block(
+    hidden: Tensor, place: Placement, layer: LayerTensors, shape: LayerShape
+) -> tuple[Tensor, Tensor]:
+    """The first half of :func:`decoder_layer`, where experts follow; arguments as there.
+
+    Returns:
+        The sum so far, and what the experts read; both ``(T, H)``.
+    """
+    x = apply_norm(hidden, layer.before_attention, shape)
+    hidden = _add_attention(hidden, x, place, layer, shape)
+    return hidden, apply_norm(hidden, layer.before_mlp, shape)
+
+
+def add_fed(hidden: Tensor, fed: Tensor, layer: LayerTensors, shape: LayerShape) -> Tensor:
+    """A layer's output, of the sum so far and of what its feed-forward block puts out."""
+    return hidden + _scale(apply_norm(fed, layer.after_mlp, shape), shape)
+
+
+def _add_attention(
+    hidden: Tensor, x: Tensor, place: Placement, layer: LayerTensors, shape: LayerShape
+) -> Tensor:
+    attended = apply_norm(_attend(x, place, layer, shape), layer.after_attention, shape)
+    return hidden + _scale(attended, shape)
 
 
 def _attend(x: Tensor, place: Placement, layer: LayerTensors, shape: LayerShape) -> Tensor:
@@ -194,6 +220,8 @@ def _attend(x: Tensor, place: Placement, layer: LayerTensors, shape: LayerShape)
 
 
 def _feed(x: Tensor, layer: LayerTensors, shape: LayerShape) -> Tensor:
+    assert layer.gate_up is not None
+    assert layer.down is not None
     both = _apply(x, layer.gate_up)
     if shape.gated is not None:
         return _apply(shape.gated(both), layer.down)

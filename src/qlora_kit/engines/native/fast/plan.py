@@ -156,6 +156,7 @@ class MemoryModel:
         dequantized: int,
         largest_group: int,
         copies: int,
+        routed: int = 0,
     ) -> MemoryModel:
         """What a step takes, from widths in numbers and from sizes in bytes.
 
@@ -164,7 +165,7 @@ class MemoryModel:
             hidden: Width of a token's state.
             queries: Width of all heads' queries.
             keys: Width of all heads' keys.
-            intermediate: Width within the MLP.
+            intermediate: Width within the MLP; of all experts that a token goes to.
             post_norms: Norms of a layer's outputs, whose inputs are kept too.
             capped_heads: Attention heads whose scores are soft-capped and so written out.
             item_bytes: Bytes of a number.
@@ -174,6 +175,7 @@ class MemoryModel:
             dequantized: Bytes of all projection weights, dequantized.
             largest_group: Bytes of the largest group of them.
             copies: Bytes of the adapters' copies.
+            routed: Experts that a token goes to, each with a row of its own; 0 for none.
         """
         # Kept per token: normalized inputs, q/k/v before and after rotation, attention output,
         # gate and up, their product. Measured peaks lie within this.
@@ -182,7 +184,7 @@ class MemoryModel:
             layers=layers,
             saved_per_token=saved * item_bytes,
             boundary_per_token=hidden * item_bytes,
-            transient_per_token=(4 * hidden + 4 * intermediate) * item_bytes
+            transient_per_token=(4 * hidden * max(routed, 1) + 4 * intermediate) * item_bytes
             # Four of them in float32 in the backward pass.
             + 16 * capped_heads * CAPPED_QUERIES,
             dequantized=dequantized,

@@ -39,6 +39,11 @@ def check_shards(fused_model: Any, asked: FastPlan) -> None:
             "plan asks for a sharded base (shard=True), and this machine has one process of the "
             "run, which holds all of it. Start one process per card, or leave shard to 'auto'."
         )
+    if fused_model.has_experts:
+        raise EngineError(
+            "A base with experts cannot be sharded: every rank computes with all of them. Set "
+            "shard=False, or train on cards that hold it."
+        )
     if not fused_model.is_fully_fused:
         raise EngineError(
             "A sharded base needs every projection in the fast training step, and some of this "
@@ -78,7 +83,8 @@ def resolve_with_shards(
     node = ranks.join_node()
     if len(node.members) == 1:
         return plan
-    can = fused_model.is_fully_fused and asked.weights != "cache" and asked.cuda_graphs is not True
+    can = fused_model.is_fully_fused and not fused_model.has_experts
+    can = can and asked.weights != "cache" and asked.cuda_graphs is not True
     too_much = can and plan.predicted_bytes > plan.usable_bytes
     if asked.shard is not True and not node.find_most(int(too_much)):
         return plan

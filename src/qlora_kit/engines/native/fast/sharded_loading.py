@@ -53,6 +53,8 @@ def choose_node(config: LoadConfig, opened: OpenedCheckpoint) -> ranks.Node | No
     obstacle = find_architecture_obstacle(opened.model_config.to_dict())
     if obstacle is None and opened.quantization == "int8":
         obstacle = "8-bit weights cannot be sent around"
+    if obstacle is None and getattr(opened.model_config, "num_experts_per_tok", None):
+        obstacle = "every rank computes with all of its experts"
     if obstacle is None and config.device_map is not None:
         obstacle = "device_map spreads it otherwise"
     if config.shard == "auto":

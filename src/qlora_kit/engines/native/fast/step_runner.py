@@ -127,7 +127,11 @@ class StepRunner:
         if plan.uses_cuda_graphs and self._graphs is None:
             self._graphs = GraphPool(fused_model)
         share = 1.0 / trained
-        fused_model.begin_step(share if scaler is None else scaler.scale(self.zero + share))
+        fused_model.begin_step(
+            share if scaler is None else scaler.scale(self.zero + share),
+            trained=trained,
+            tokens=sum(len(example.input_ids) for example in examples),
+        )
         total = self.zero.clone()
         stats = torch.zeros(2, dtype=torch.float32, device=fused_model.device)
         for batch in self._begin(examples, with_backward=True):
@@ -141,7 +145,8 @@ class StepRunner:
 
     def _evaluate(self, examples: Sequence[Example], trained: int) -> tuple[Tensor, Tensor]:
         fused_model = self.fused_model
-        fused_model.begin_step()
+        tokens = sum(len(example.input_ids) for example in examples)
+        fused_model.begin_step(trained=trained, tokens=tokens)
         total = self.zero.clone()
         stats = torch.zeros(2, dtype=torch.float32, device=fused_model.device)
         for batch in self._begin(examples, with_backward=False):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from qlora_kit.engines.native.fast.architectures import find_decoder, find_model_obstacle
+from qlora_kit.engines.native.fast.expert_layers import find_block, find_expert_obstacle
 from qlora_kit.engines.native.fast.family_reader import find_norms, list_projections
 
 __all__ = ["find_obstacle"]
@@ -47,7 +48,14 @@ def _find_in_model(model: Any) -> str | None:
         if any(not hasattr(norm, "weight") for norm in norms):
             return "a normalization has no weight"
         projections = [one for group in list_projections(layer, family).values() for one in group]
-        known |= {id(one) for part in (*norms, *projections) for one in part.parameters()}
+        parts = [*norms, *projections]
+        block = find_block(layer)
+        if block is not None:
+            obstacle = find_expert_obstacle(block, embedding.weight.dtype)
+            if obstacle is not None:
+                return obstacle
+            parts.append(block)
+        known |= {id(one) for part in parts for one in part.parameters()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in known:
             return f"{name} is trained, which is no part of a projection, a norm or the vocabulary"
