@@ -1,7 +1,7 @@
 """A ``.gguf`` file as a base model: dequantized once into a cached checkpoint.
 
-transformers reads the weights; models that it reads wrongly are refused. The tokenizer is
-rebuilt from the file's own metadata.
+transformers' names and order of tensors are taken over; models that it reads wrongly are refused.
+The tokenizer is rebuilt from the file's own metadata.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.boundaries import describe_cause, translate_errors
-from qlora_kit.engines.gguf.completeness import check_keys, check_tensors
+from qlora_kit.engines.gguf.completeness import check_keys, check_tensors, make_processor
 from qlora_kit.engines.gguf.file_tokenizer import (
     build_tokenizer,
     collect_end_token_ids,
@@ -38,6 +39,7 @@ from qlora_kit.paths import CACHE_VARIABLE
 from qlora_kit.private_folders import locked_folder, remove_abandoned
 
 if TYPE_CHECKING:
+    import torch
     from gguf import GGUFReader
     from transformers import PreTrainedTokenizerFast
 
@@ -155,6 +157,7 @@ def _fingerprint(parts: Sequence[Path]) -> str:
 
 
 def _open(path: Path) -> GGUFReader:
+    import numpy as np
     from gguf import GGUFReader
 
     try:
@@ -164,8 +167,15 @@ def _open(path: Path) -> GGUFReader:
         raise ModelNotFoundError(f"{path} cannot be read: {describe_cause(error)}") from error
     if begins != b"GGUF":
         raise ModelNotFoundError(f"{path} is not a GGUF file: it does not begin with 'GGUF'.")
+
+    class Reader(GGUFReader):
+        """Slices plain memory: of a memory map each slice, one per token, is a map again."""
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
     try:
-        return GGUFReader(path)
+        return Reader(path)
     # The reader indexes a memory map; a truncated file surfaces as any of these.
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise UnsupportedModelError(f"{path} is damaged or truncated: {error}") from error
@@ -224,33 +234,47 @@ def _write_checkpoint(
     folder: Path,
 ) -> None:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    # transformers undoes the permutation of q and k in llama files that exporters/gguf/families
-    # makes. What it drops was refused before; what it misreads is set below.
+    # transformers' processors undo the permutation of q and k in llama files that
+    # exporters/gguf/families makes. What transformers drops was refused before; what it misreads
+    # is set below. Its own way of reading the weights gives the same and takes four times as long.
     config = AutoConfig.from_pretrained(str(whole.parent), gguf_file=whole.name)
     architecture = read_value(reader, "general.architecture")
     key_length = read_value(reader, f"{architecture}.attention.key_length")
     if key_length is not None:
         config.head_dim = int(key_length)
-    check_tensors(reader, config, path)
-    model = AutoModelForCausalLM.from_pretrained(
-        str(whole.parent),
-        config=config,
-        gguf_file=whole.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.bfloat16,
-    )
+    names = check_tensors(reader, config, path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.generation_config.eos_token_id = collect_end_token_ids(reader)
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
     model.config.bos_token_id = tokenizer.bos_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=_dequantize_tensors(reader, config, names))
     # The name inside the file would be taken for a hub id.
     config_path = folder / "config.json"
     saved = json.loads(config_path.read_text(encoding="utf-8"))
     saved.pop("_model_name_or_path", None)
     config_path.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(folder)
+
+
+def _dequantize_tensors(
+    reader: GGUFReader, config: Any, names: Mapping[str, str]
+) -> dict[str, torch.Tensor]:
+    """All of a file's tensors in bfloat16, by transformers' names."""
+    import torch
+    from gguf import dequantize
+
+    processor = make_processor(reader, config)
+
+    def read(tensor: Any) -> tuple[str, torch.Tensor]:
+        weights = dequantize(tensor.data, tensor.tensor_type)
+        found = processor.process(weights=weights, name=tensor.name)
+        return names[found.name], torch.tensor(found.weights, dtype=torch.bfloat16)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # numpy lets others run meanwhile
+        return dict(pool.map(read, reader.tensors))

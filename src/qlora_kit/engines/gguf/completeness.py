@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,7 +18,7 @@ from qlora_kit.errors import UnsupportedModelError
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-__all__ = ["check_keys", "check_tensors"]
+__all__ = ["check_keys", "check_tensors", "make_processor"]
 
 #: What llama.cpp requires of every model of the architectures that are read here
 #: (llama_model::load_hparams of llama-model.cpp).
@@ -50,7 +50,7 @@ def check_keys(reader: GGUFReader, path: Path) -> None:
         )
 
 
-def check_tensors(reader: GGUFReader, config: Any, path: Path) -> None:
+def check_tensors(reader: GGUFReader, config: Any, path: Path) -> dict[str, str]:
     """Refuse a file whose tensors are not those of its architecture, each in its shape.
 
     Args:
@@ -58,10 +58,14 @@ def check_tensors(reader: GGUFReader, config: Any, path: Path) -> None:
         config: transformers' configuration of the model, read from the same file.
         path: Its name, for messages.
 
+    Returns:
+        What transformers calls each of them.
+
     Raises:
         UnsupportedModelError: When tensors are missing or left over, with the first of them.
     """
-    expected = _list_expected(config)
+    names, shapes = _list_expected(config, make_processor(reader, config))
+    expected = {theirs: shapes[ours] for theirs, ours in names.items()}
     found = {tensor.name: tuple(int(n) for n in tensor.shape) for tensor in reader.tensors}
     if "output.weight" not in found:  # a tied head is not stored
         expected.pop("output.weight", None)
@@ -74,6 +78,7 @@ def check_tensors(reader: GGUFReader, config: Any, path: Path) -> None:
                 f"{path} has {name} of shape {list(reversed(found[name]))}, and a model of its "
                 f"metadata has it of shape {list(shape)}. The file is damaged; get another one."
             )
+    return names
 
 
 def _refuse(path: Path, what: str, names: Sequence[str], total: int) -> None:
@@ -87,22 +92,40 @@ def _refuse(path: Path, what: str, names: Sequence[str], total: int) -> None:
     )
 
 
-def _list_expected(config: Any) -> dict[str, tuple[int, ...]]:
-    """The tensors of a model under their names in GGUF, with their shapes in torch's order."""
+def _list_expected(
+    config: Any, processor: Any
+) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """A model's tensors by their names in GGUF, and the shapes of each in torch's order."""
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.modeling_gguf_pytorch_utils import (
-        TENSOR_PROCESSORS,
-        TensorProcessor,
-        get_gguf_hf_weights_map,
-    )
+    from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
     with torch.device("meta"), _quiet():
         model = AutoModelForCausalLM.from_config(config)
-    processor = TENSOR_PROCESSORS.get(config.model_type, TensorProcessor)(config=config.to_dict())
-    named = get_gguf_hf_weights_map(model, processor)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return {theirs: shapes[ours] for theirs, ours in named.items() if ours in shapes}
+    named = get_gguf_hf_weights_map(_WithoutModules(config, shapes), processor)
+    return {theirs: ours for theirs, ours in named.items() if ours in shapes}, shapes
+
+
+def make_processor(reader: GGUFReader, config: Any) -> Any:
+    """What of transformers turns a file's tensors into its own."""
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+    architecture = read_value(reader, "general.architecture")
+    return TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
+
+
+class _WithoutModules:
+    """A model that names its tensors; transformers builds its map of names anew for each module."""
+
+    def __init__(self, config: Any, names: Mapping[str, object]) -> None:
+        self.config, self._names = config, names
+
+    def state_dict(self) -> Mapping[str, object]:
+        return self._names
+
+    def named_children(self) -> Sequence[object]:
+        return ()
 
 
 @contextlib.contextmanager

@@ -35,14 +35,14 @@ _int64, _pointer = ctypes.c_int64, ctypes.c_void_p
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("weight", _pointer), ("scales", _pointer), ("rows", _int64), ("rank", _int64),
         ("first", _int64),
     ]  # fmt: skip
 
 
 class _Group(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("parts", _Matrix * 3), ("count", _int64), ("rows", _int64), ("columns", _int64),
         ("blocksize", _int64), ("levels", _pointer), ("bias", _pointer), ("down", _pointer),
         ("up", _pointer), ("ranks", _int64),
@@ -50,7 +50,7 @@ class _Group(ctypes.Structure):
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("input_norm", _pointer), ("post_norm", _pointer), ("q_norm", _pointer),
         ("k_norm", _pointer), ("qkv", _Group), ("out", _Group), ("gate_up", _Group),
         ("down", _Group),
@@ -58,7 +58,7 @@ class _Layer(ctypes.Structure):
 
 
 class _Model(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("layers", ctypes.POINTER(_Layer)), ("count", _int64), ("hidden", _int64),
         ("heads", _int64), ("groups", _int64), ("size", _int64), ("intermediate", _int64),
         ("vocabulary", _int64), ("embedding", _pointer), ("norm", _pointer), ("head", _pointer),
@@ -67,7 +67,7 @@ class _Model(ctypes.Structure):
 
 
 class _Call(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("token", _int64), ("position", _int64), ("keys", _pointer), ("values", _pointer),
         ("capacity", _int64), ("apart", _int64), ("cos", _pointer), ("sin", _pointer),
         ("logits", _pointer), ("threads", _int64),
