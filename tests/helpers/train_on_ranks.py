@@ -25,13 +25,6 @@ ROWS = [
     for n in range(21)
 ]
 
-#: The longest goes to a rank alone, and has nothing to learn from.
-TOKENIZED = [
-    {"input_ids": [5 + n] * (40 if n == 0 else 3 + n),
-     "labels": [-100] * 40 if n == 0 else [5 + n] * (3 + n)}
-    for n in range(8)
-]  # fmt: skip
-
 
 class StopOneRank(TrainerCallback):
     """A signal to the last rank alone, in its second step."""
@@ -66,7 +59,7 @@ def main(base: str, folder: str, runs: dict[str, dict[str, object]]) -> None:
         settings = dict(settings)
         loaded_in_4bit = settings.pop("load_in_4bit", True)
         stops, rows = settings.pop("stops", False), settings.pop("rows", len(ROWS))
-        dies, is_tokenized = settings.pop("dies", False), settings.pop("tokenized", False)
+        dies = settings.pop("dies", False)
         evaluates = settings.pop("evaluates", False)
         shard, folder_of = settings.pop("shard", "auto"), settings.pop("base", base)
         loaded = load_quantized(folder_of, 128, "float32", loaded_in_4bit, shard=shard)
@@ -78,7 +71,7 @@ def main(base: str, folder: str, runs: dict[str, dict[str, object]]) -> None:
             model.tokenizer, "{instruction}{input}|{output}", response_only=True
         )
         result = train_sft(
-            model, TOKENIZED if is_tokenized else formatter.load(ROWS[:rows]),
+            model, formatter.load(ROWS[:rows]),
             eval_dataset=formatter.load(ROWS[:7]) if evaluates else None,
             output_dir=Path(folder) / settings.pop("output_dir", f"run-{name.strip('!')}"),
             callbacks=[held := MeasureHeld(model.model), *([StopOneRank()] if stops else []),

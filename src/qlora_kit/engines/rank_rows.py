@@ -8,7 +8,9 @@ from typing import Any, Final
 
 from qlora_kit import ranks
 
-__all__ = ["ExactEvaluation", "RankBatches", "RankRows", "RankedRows", "split_by_tokens"]
+__all__ = [
+    "ExactEvaluation", "RankBatches", "RankRows", "RankedRows", "is_blank", "split_by_tokens",
+]  # fmt: skip
 
 #: Stands for a row without trained tokens, where a rank has none and must compute all the same.
 _BLANK: Final = -1
@@ -107,6 +109,15 @@ class RankBatches:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed + self._epoch)
             return list(self.sampler)
+
+
+def is_blank(batch: Any) -> bool:
+    """Whether a batch is a stand-in for rows that this rank has none of."""
+    if ranks.find_place().world == 1 or batch["input_ids"].shape[0] != 1:
+        return False
+    mask = batch.get("attention_mask")
+    shown = batch["input_ids"].numel() if mask is None else int(mask.sum())
+    return shown <= _BLANK_TOKENS and bool((batch["labels"] == -100).all())
 
 
 class RankRows:

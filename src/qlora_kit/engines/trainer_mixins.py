@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.engines.rank_rows import ExactEvaluation, RankedRows
+from qlora_kit.engines.rank_rows import ExactEvaluation, RankedRows, is_blank
 from qlora_kit.values import IGNORED_LABEL
 
 __all__ = [
@@ -47,6 +47,8 @@ class StepRecorder:
         samples, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         self._starts_step = True
         for batch in samples:
+            if is_blank(batch):
+                continue
             mask = batch.get("attention_mask")
             if mask is not None and mask.dim() == 2:
                 self._tokens_seen = self._tokens_seen + mask.sum()
