@@ -49,19 +49,19 @@ def test_a_plan_is_near_what_was_measured_on_an_h200(big, step, measured):
     rows = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
     made = plan(big, "H200", row_tokens=16384, loading={"max_seq_length": 16384}, step=step,
                 training=rows)  # fmt: skip
-    reserved = (made.memory.total - made.memory.runtime) / 1024**3
-    assert measured * 1.03 <= reserved <= measured * 1.2
+    allocated = (made.memory.total - made.memory.runtime) / 1024**3
+    assert measured <= allocated <= measured * 1.1
     assert made.fits
     assert made.parameters == pytest.approx(4.02e9, rel=0.01)
 
 
 def test_what_does_not_fit_says_what_would(big):
-    loading = {"max_seq_length": 8192, "load_in_4bit": False}
-    made = plan(big, "RTX 3060 12GB", row_tokens=8192, loading=loading)
+    loading = {"max_seq_length": 16384, "load_in_4bit": False}
+    made = plan(big, "RTX 3060 12GB", row_tokens=16384, loading=loading)
     assert not made.fits
     assert "does NOT fit" in str(made)
     assert any("load_in_4bit=True" in one for one in made.remedies)
-    again = plan(big, "RTX 3060 12GB", row_tokens=8192, loading={"max_seq_length": 8192})
+    again = plan(big, "RTX 3060 12GB", row_tokens=16384, loading={"max_seq_length": 16384})
     assert again.fits
     small = plan(big, "4GB", row_tokens=8192, loading={"max_seq_length": 8192})
     assert not small.fits

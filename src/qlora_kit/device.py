@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "can_reserve",
     "choose_compute_dtype",
     "fork_generators",
     "get_device",
@@ -28,6 +29,7 @@ __all__ = [
     "measure_free_bytes",
     "measure_memory_gib",
     "measure_peak_memory_gib",
+    "reserve_memory",
     "reset_peak_memory",
     "to_torch_dtype",
 ]
@@ -149,11 +151,39 @@ def measure_free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def reserve_memory(device: torch.device, size: int) -> None:
+    """Have torch take a piece of a GPU's memory at once, and hand parts of it out later.
+
+    Tensors whose sizes change a little from step to step would each get a piece of their own as
+    soon as one is larger than all before, until what is reserved is a fifth more than what is used.
+    """
+    import torch
+
+    if can_reserve(device, size):
+        with contextlib.suppress(torch.OutOfMemoryError):
+            torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def can_reserve(device: torch.device, size: int) -> bool:
+    """Whether so many bytes can be taken at once, and parts of them handed out."""
+    import torch
+
+    if device.type != "cuda" or not 0 < size <= 0.95 * measure_free_bytes(device):
+        return False
+    # With a limit, pieces beyond it are kept for tensors of that size.
+    splits_all = torch.cuda.memory_stats(device).get("max_split_size", -1) in (-1, 0)
+    return splits_all and torch.cuda.memory.get_allocator_backend() == "native"
+
+
 def reset_peak_memory(device: torch.device) -> None:
-    """Start measuring the peak anew, where the system allows it (CUDA, and Linux for a CPU)."""
+    """Start measuring the peak anew, where the system allows it (CUDA, and Linux for a CPU).
+
+    On CUDA, what torch holds idle of earlier work is given back: it is none of what follows.
+    """
     import torch
 
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR_REFS.exists():
         # "5" resets the process's peak resident set and nothing else (proc(5)).

@@ -6,7 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from qlora_kit.config import AdapterConfig
-from qlora_kit.engines.native.fast.plan import FastPlan, MemoryModel, ResolvedPlan, resolve_plan
+from qlora_kit.engines.native.fast.plan import (
+    FastPlan,
+    MemoryModel,
+    ResolvedPlan,
+    count_state_bytes,
+    resolve_plan,
+)
 from qlora_kit.forecast.shapes import ModelShape
 from qlora_kit.forecast.steps import StepShape
 
@@ -18,9 +24,6 @@ _GIB: Final = 1024**3
 #: with torch.
 _RUNTIME_BYTES: Final = {"cuda": 0.5 * _GIB, "cpu": 0.9 * _GIB}
 
-#: Bytes of an optimizer's states for each parameter that trains.
-_STATE_BYTES: Final = {"8bit": 2, "adafactor": 0, "sgd": 0, "lion": 4}
-
 
 @dataclass(frozen=True)
 class MemoryForecast:
@@ -31,7 +34,7 @@ class MemoryForecast:
         adapters: The adapter in float32, and its gradients.
         optimizer: The optimizer's states.
         activations: What layers keep for their backward pass, and their working space.
-        dequantized: Base weights that are kept, or made on the fly, in 16 bits.
+        dequantized: Base weights that are kept in 16 bits; those made on the fly are working space.
         logits: Scores of the tokens whose loss is computed at once, and their gradient.
         runtime: What the process holds anyway.
         available: What the device has.
@@ -116,19 +119,19 @@ def forecast_memory(
     """
     trained = shape.count_adapter(adapter)
     weights = shape.count_weights(quantization, item_bytes, shards)
-    states = next((size for word, size in _STATE_BYTES.items() if word in optimizer), 8) * trained
     runtime = int(_RUNTIME_BYTES.get(device_type, 0.9 * _GIB))
     free = max(0, available - runtime - weights - 4 * trained)
     if recomputes is not None and asked.checkpointing == "auto":
         asked = _pin(asked, "full" if recomputes else "none")
     memory = make_memory_model(
-        shape, trained, item_bytes, has_triton=device_type == "cuda", quantization=quantization
-    )
-    # In float32; what is copied of them and their gradients beside them.
-    adapters = 4 * trained + memory.gradients
+        shape, trained, item_bytes, has_triton=device_type == "cuda", quantization=quantization,
+        state_bytes=count_state_bytes(optimizer),
+    )  # fmt: skip
+    states = memory.optimizer - 4 * trained
     common: dict[str, Any] = {
         "weights": weights,
-        "adapters": adapters,
+        # In float32, and their gradients; what is copied of them, and scales, beside them.
+        "adapters": 8 * trained + memory.standing,
         "optimizer": states,
         "runtime": runtime,
     }
@@ -148,10 +151,10 @@ def forecast_memory(
     )
     tokens = max(min(plan.micro_batch_tokens, step.largest), step.longest)
     logits = min(plan.loss_chunk_tokens, tokens) * memory.loss_per_token
-    kept = memory.dequantized if plan.caches_weights else memory.on_the_fly
+    kept = memory.dequantized if plan.caches_weights else 0
     return MemoryForecast(
         **common,
-        activations=plan.predicted_bytes - logits - kept - memory.gradients,
+        activations=plan.predicted_bytes - memory.hold(caches=plan.caches_weights) - logits,
         dequantized=kept,
         logits=logits,
         available=available,
@@ -160,7 +163,13 @@ def forecast_memory(
 
 
 def make_memory_model(
-    shape: ModelShape, trained: int, item_bytes: int, *, has_triton: bool, quantization: str | None
+    shape: ModelShape,
+    trained: int,
+    item_bytes: int,
+    *,
+    has_triton: bool,
+    quantization: str | None,
+    state_bytes: int = 8,
 ) -> MemoryModel:
     """What a step takes, as the native engine counts it in a loaded model."""
     return MemoryModel.of_layers(
@@ -179,6 +188,10 @@ def make_memory_model(
         largest_group=shape.largest_group * item_bytes,
         # Values in the dtype that is computed in, gradients in float32.
         copies=trained * (item_bytes + 4),
+        # A float32 number for each block of 64.
+        scales=shape.dequantized // 16 if quantization in ("nf4", "fp4") else 0,
+        trained=trained,
+        state_bytes=state_bytes,
     )
 
 
@@ -196,7 +209,7 @@ def _forecast_trl(
     checkpointed = 0 if recomputes is False else memory.layers
     kept = (memory.layers - checkpointed + bool(checkpointed)) * memory.saved_per_token
     # peft keeps its own copies of inputs in float32 for every adapted layer.
-    kept = 2 * kept + memory.layers * memory.boundary_per_token + memory.transient_per_token
+    kept = 2 * kept + memory.layers * memory.boundary_per_token + 2 * memory.transient_per_token
     return MemoryForecast(
         **common,
         activations=tokens * kept,

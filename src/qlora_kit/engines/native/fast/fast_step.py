@@ -20,10 +20,10 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 
 from qlora_kit import ranks
-from qlora_kit.device import measure_free_bytes
+from qlora_kit.device import measure_free_bytes, reserve_memory
 from qlora_kit.engines.native.fast.fused_model import FusedModel
 from qlora_kit.engines.native.fast.layout import Example, keep_rows, split_rows
-from qlora_kit.engines.native.fast.plan import FastPlan, resolve_plan
+from qlora_kit.engines.native.fast.plan import FastPlan, count_state_bytes, resolve_plan
 from qlora_kit.engines.native.fast.shard_choice import check_shards, resolve_with_shards
 from qlora_kit.engines.native.fast.shards import make_whole
 from qlora_kit.engines.native.fast.step_runner import StepRunner
@@ -214,14 +214,18 @@ class FastStep(TrlSteps):
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
         longest, step_tokens, usual_tokens = _measure_rows(dataset, rows, lengths)
 
+        fused_model.state_bytes = count_state_bytes(args.optim)
+
         def resolve() -> ResolvedPlan:
             assert self._runner is not None
-            node = fused_model.node
+            node, memory = fused_model.node, fused_model.memory_model()
+            free = measure_free_bytes(fused_model.device) - fused_model.buffer_bytes()
             return resolve_plan(
                 self._asked,
-                fused_model.memory_model(),
+                memory,
                 device_type=fused_model.device.type,
-                free_bytes=measure_free_bytes(fused_model.device) - fused_model.buffer_bytes(),
+                # Predictions count what is there for the step already.
+                free_bytes=free + memory.standing,
                 step_tokens=step_tokens,
                 usual_tokens=usual_tokens,
                 # A mask over all pairs of tokens grows with the square.
@@ -234,6 +238,7 @@ class FastStep(TrlSteps):
 
         plan = resolve_with_shards(fused_model, self._asked, resolve)
         fused_model.apply(plan)
+        reserve_memory(fused_model.device, plan.step_bytes)
         logger.info("Training step: %s.", plan)
         if plan.predicted_bytes > plan.usable_bytes:
             logger.warning(

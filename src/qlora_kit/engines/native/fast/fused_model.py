@@ -139,6 +139,8 @@ class FusedModel:
         self.gathers: LayerGathers | None = None
         if has_absent(model):
             self.shard(ranks.join_node())
+        #: Bytes of the optimizer's states for each number that trains.
+        self.state_bytes = 8
         self._softmax_call = self._choose_softmax(asked)
 
     def _find_others(self, fused: Sequence[GroupReader]) -> list[Tensor]:
@@ -257,6 +259,10 @@ class FusedModel:
             ),
             largest_group=max([0, *sizes, *(block.largest_stack * size for block in blocks)]),
             copies=sum(copies.nbytes() for copies in self.gathered),
+            scales=sum(scale.nbytes for group in groups for scale in group.scales),
+            trained=sum(one.numel() for one in self._trainable),
+            state_bytes=self.state_bytes,
+            is_compiled=self._layer_call.is_compiled,
         )
 
     def begin_step(self, share: Tensor | float = 1.0, *, trained: int = 1, tokens: int = 1) -> None:

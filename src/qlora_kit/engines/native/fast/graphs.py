@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qlora_kit.device import can_reserve
 from qlora_kit.engines.native.fast.fused_model import FusedModel
 from qlora_kit.engines.native.fast.layout import MicroBatch
 
@@ -91,9 +92,15 @@ class GraphPool:
     def _capture(self, key: tuple[int, ...], batch: MicroBatch, share: Tensor) -> _Captured | None:
         """Record a micro-batch without running it; ``None`` when that failed."""
         graph = torch.cuda.CUDAGraph()
+        device, room = self._fused_model.device, self._fused_model.plan.graph_bytes
+        if self._pool is not None or not can_reserve(device, room):
+            room = 0
         torch.cuda.synchronize(self._fused_model.device)
         try:
             with torch.cuda.graph(graph, pool=self._pool):
+                if room:
+                    # In the pool that all graphs share; given back at once, and used from then on.
+                    torch.empty(room, dtype=torch.uint8, device=self._fused_model.device)
                 loss, stats = self._compute(batch, share)
         except RuntimeError as error:
             logger.warning("Capturing a CUDA graph failed: %s", str(error).splitlines()[0])

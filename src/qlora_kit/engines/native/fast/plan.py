@@ -18,15 +18,15 @@ __all__ = [
     "FastPlan",
     "MemoryModel",
     "ResolvedPlan",
+    "count_state_bytes",
     "parse_plan",
     "resolve_plan",
+    "round_for_graph",
     "shrink_plan",
 ]
 
 _GIB: Final = 1024**3
 
-#: Reserved for an allocated byte on CUDA, whose allocator leaves gaps between blocks.
-_RESERVED_SHARE: Final = 1.05
 
 #: Beyond this many tokens a GPU's matrix products are as fast as they get, so that splitting
 #: an effective batch costs less than recomputing activations.
@@ -44,6 +44,17 @@ _LEAST_CHUNK: Final = 256
 # Part of the free memory that may be planned for; the rest is fragmentation and other users.
 _USABLE_SHARE: Final = {"cuda": 0.90}
 _USABLE_SHARE_ELSEWHERE: Final = 0.70
+
+#: What tensors' bytes leave out: gaps between blocks of many sizes (an H200 reserved 3 to 5% more
+#: than was allocated, ``benchmarks/plan_memory.py``), and products' workspaces on a GPU.
+_RESERVED_SHARE: Final = 1.05
+_WORKSPACE_BYTES: Final = 96 * 1024**2
+
+#: Bytes of an optimizer's states for each number that trains, by a part of its name; Adam has two
+#: in float32.
+_STATE_BYTES: Final = {
+    "8bit": 2, "4bit": 1, "adafactor": 0, "sgd": 0, "lion": 4, "rmsprop": 4, "adagrad": 4,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,24 +131,34 @@ class MemoryModel:
         layers: Number of decoder layers.
         saved_per_token: Activations one layer keeps per token for its backward pass.
         boundary_per_token: A layer's input per token, all that a recomputed layer keeps.
-        transient_per_token: The largest extra per-token buffers alive while one layer runs.
+        transient_per_token: The largest extra per-token buffers while one layer runs backward.
+        product_per_token: The same while one of its weights is dequantized.
+        final_per_token: What the last normalization keeps of a token while the loss is computed.
+        final_grad_per_token: The same, and what its own backward pass takes.
         dequantized: All projection weights, dequantized.
         largest_group: The largest group of projection weights, dequantized.
         loss_per_token: Logits and their gradient for one token.
-        gradients: Gradients and optimizer states of the adapters, once training runs.
-        reserved_share: What the allocator reserves for a byte that is allocated: between blocks
-            of many sizes gaps remain. 1.03 to 1.05 on an H200 (``benchmarks/plan_memory.py``).
+        standing: What is there before the first step: copies of the adapters, their gathered
+            gradients, and scales of the base's weights.
+        optimizer: Gradients as the optimizer gets them, and its states.
+        stepping: What it holds for the moment.
+        workspace: What matrix products take of the device.
     """
 
     layers: int
     saved_per_token: int
     boundary_per_token: int
     transient_per_token: int
+    product_per_token: int
+    final_per_token: int
+    final_grad_per_token: int
     dequantized: int
     largest_group: int
     loss_per_token: int
-    gradients: int
-    reserved_share: float = 1.0
+    standing: int
+    optimizer: int = 0
+    stepping: int = 0
+    workspace: int = 0
 
     @classmethod
     def of_layers(
@@ -157,6 +178,10 @@ class MemoryModel:
         largest_group: int,
         copies: int,
         routed: int = 0,
+        scales: int = 0,
+        trained: int = 0,
+        state_bytes: int = 8,
+        is_compiled: bool = True,
     ) -> MemoryModel:
         """What a step takes, from widths in numbers and from sizes in bytes.
 
@@ -174,25 +199,44 @@ class MemoryModel:
                 place.
             dequantized: Bytes of all projection weights, dequantized.
             largest_group: Bytes of the largest group of them.
-            copies: Bytes of the adapters' copies.
+            copies: Bytes of the adapters' copies and their gathered gradients.
+            scales: Bytes of the base's scales in float32.
+            trained: Numbers that train.
+            state_bytes: Bytes of the optimizer's states for each of them.
+            is_compiled: Whether layers go through the compiler, which keeps less of them.
             routed: Experts that a token goes to, each with a row of its own; 0 for none.
         """
         # Kept per token: normalized inputs, q/k/v before and after rotation, attention output,
-        # gate and up, their product. Measured peaks lie within this.
+        # gate and up, their product. The softmax keeps a float32 number for each head, and
+        # adapters what lies between their matrices: each is less than the gaps.
         saved = (3 + post_norms) * hidden + 2 * (queries + 2 * keys) + queries + 3 * intermediate
+        if not is_compiled:
+            # The opened gate; and in 16 bits normalized numbers in float32.
+            saved += intermediate
+            saved += 0 if item_bytes >= 4 else 4 * hidden + 2 * (queries + keys)
+        # Four of them in float32 in the backward pass.
+        scores = 16 * capped_heads * CAPPED_QUERIES
+        # A token's rows are gathered and added up again, each way.
+        rows = 2 * hidden if not routed else 4 * hidden * routed
         return cls(
             layers=layers,
             saved_per_token=saved * item_bytes,
             boundary_per_token=hidden * item_bytes,
-            transient_per_token=(4 * hidden * max(routed, 1) + 4 * intermediate) * item_bytes
-            # Four of them in float32 in the backward pass.
-            + 16 * capped_heads * CAPPED_QUERIES,
+            # Where gate and up get their gradients, from the product's, which takes the product's
+            # own place: two of the residual stream beside them.
+            transient_per_token=(rows + 2 * intermediate) * item_bytes + scores,
+            product_per_token=(rows + 2 * hidden + intermediate) * item_bytes + scores,
+            # Outside of the compiled layers, and in float32.
+            final_per_token=hidden * (4 * item_bytes + 8),
+            final_grad_per_token=hidden * (6 * item_bytes + 12),
             dequantized=dequantized,
             largest_group=largest_group,
             # Triton's kernel turns logits into their gradient in place.
             loss_per_token=vocabulary * (item_bytes if has_triton else 2 * item_bytes + 8),
-            gradients=2 * copies,
-            reserved_share=_RESERVED_SHARE if has_triton else 1.0,
+            standing=copies + scales,
+            optimizer=trained * (4 + state_bytes),
+            stepping=4 * trained if state_bytes >= 8 else 0,
+            workspace=_WORKSPACE_BYTES if has_triton else 0,
         )
 
     @property
@@ -200,19 +244,40 @@ class MemoryModel:
         """Bytes of weights that are dequantized for the moment."""
         # The next group is dequantized while the last one's memory is still held; in 16 bits on
         # a GPU it is copied beside its adapters.
-        return 3 * self.largest_group
+        times = (2 if self.dequantized else 0) + (1 if self.workspace else 0)
+        return times * self.largest_group
 
     def predict(self, tokens: int, checkpointed: int, *, caches: bool, loss_chunk: int) -> int:
         """Peak bytes beyond the loaded model for a micro-batch of ``tokens``."""
-        # A layer that is not recomputed keeps its activations; every layer keeps its input; of
-        # the recomputed ones (Chen et al., arXiv:1604.06174) one at a time holds all of its own.
+        return self.hold(caches=caches) + self.predict_step(
+            tokens, checkpointed, caches=caches, loss_chunk=loss_chunk
+        )
+
+    def hold(self, *, caches: bool) -> int:
+        """Bytes that stay from step to step."""
+        return self.standing + self.optimizer + (self.dequantized if caches else 0)
+
+    def predict_step(self, tokens: int, checkpointed: int, *, caches: bool, loss_chunk: int) -> int:
+        """Bytes that come and go with a micro-batch, at their peak."""
+        # A layer that is not recomputed keeps its activations; every layer keeps its input.
         kept = (self.layers - checkpointed) * self.saved_per_token
         kept += self.layers * self.boundary_per_token
-        if checkpointed:
-            kept += self.saved_per_token
-        fixed = self.dequantized if caches else self.on_the_fly
-        fixed += self.gradients + min(loss_chunk, tokens) * self.loss_per_token
-        return int(self.reserved_share * (fixed + tokens * (kept + self.transient_per_token)))
+        weights = 0 if caches else self.on_the_fly
+        beside = max(tokens * self.transient_per_token, tokens * self.product_per_token + weights)
+        # The loss comes before the first layer's backward pass; of the recomputed layers (Chen et
+        # al., arXiv:1604.06174) one at a time holds all of its own, when the others are done.
+        loss = max(
+            tokens * self.final_per_token + min(loss_chunk, tokens) * self.loss_per_token,
+            tokens * self.final_grad_per_token,
+        )
+        again = checkpointed * self.boundary_per_token + self.saved_per_token
+        peak = max(
+            tokens * kept + loss,
+            tokens * kept + (beside if checkpointed < self.layers else 0),
+            tokens * again + beside if checkpointed else 0,
+            self.stepping,
+        )
+        return int(_RESERVED_SHARE * peak) + self.workspace
 
 
 @dataclass(frozen=True)
@@ -230,6 +295,8 @@ class ResolvedPlan:
         usable_bytes: Memory that was thought usable when deciding.
         is_quantized: Whether the base weights are quantized.
         shards: Over how many ranks the base is spread; 1 where each holds all of it.
+        step_bytes: Of what is predicted, what comes and goes with a micro-batch run plainly.
+        graph_bytes: The same for those that are replayed.
     """
 
     micro_batch_tokens: int
@@ -242,6 +309,8 @@ class ResolvedPlan:
     usable_bytes: int
     is_quantized: bool = True
     shards: int = 1
+    step_bytes: int = 0
+    graph_bytes: int = 0
 
     @property
     def uses_cuda_graphs(self) -> bool:
@@ -390,18 +459,65 @@ def resolve_plan(
         graph_tokens = tokens
     elif asked.cuda_graphs == "auto" and min(tokens, usual_tokens) <= _SMALL_STEP_TOKENS:
         graph_tokens = min(tokens, _SMALL_STEP_TOKENS)
-    return ResolvedPlan(
-        micro_batch_tokens=tokens,
-        checkpointed_layers=checkpointed,
-        layers=layers,
-        caches_weights=caches,
-        loss_chunk_tokens=chunk,
-        graph_tokens=graph_tokens if supports_graphs else 0,
-        predicted_bytes=predict(max(min(tokens, step_tokens), longest), checkpointed, caches),
-        usable_bytes=usable,
-        is_quantized=is_quantized,
-        shards=shards,
+    return _predict(
+        ResolvedPlan(
+            micro_batch_tokens=tokens,
+            checkpointed_layers=checkpointed,
+            layers=layers,
+            caches_weights=caches,
+            loss_chunk_tokens=chunk,
+            graph_tokens=graph_tokens if supports_graphs else 0,
+            predicted_bytes=0,
+            usable_bytes=usable,
+            is_quantized=is_quantized,
+            shards=shards,
+        ),
+        memory,
+        max(min(tokens, step_tokens), longest),
+        drops_graphs=asked.cuda_graphs == "auto",
     )
+
+
+def _predict(
+    plan: ResolvedPlan, memory: MemoryModel, largest: int, *, drops_graphs: bool = False
+) -> ResolvedPlan:
+    """The plan with its predictions, for micro-batches of up to ``largest`` tokens."""
+
+    def predict_step(tokens: int) -> int:
+        return memory.predict_step(
+            tokens, plan.checkpointed_layers,
+            caches=plan.caches_weights, loss_chunk=plan.loss_chunk_tokens,
+        )  # fmt: skip
+
+    held = memory.hold(caches=plan.caches_weights)
+    graphs = min(plan.graph_tokens, largest)
+    # Graphs have memory of their own. What is larger than they are runs plainly, beside them.
+    graph_bytes = predict_step(round_for_graph(graphs)) if graphs else 0
+    step_bytes = predict_step(largest) if graphs < largest else 0
+    if graphs and drops_graphs and held + graph_bytes + step_bytes > plan.usable_bytes:
+        graph_bytes, step_bytes = 0, predict_step(largest)
+        plan = replace(plan, graph_tokens=0)
+    return replace(
+        plan,
+        predicted_bytes=held + graph_bytes + step_bytes,
+        step_bytes=step_bytes,
+        graph_bytes=graph_bytes,
+    )
+
+
+def round_for_graph(tokens: int) -> int:
+    """The size that a micro-batch is filled up to before it is replayed.
+
+    Four sizes per doubling: a tenth of it is filler on average, and few graphs serve all.
+    """
+    step = max(128, 1 << ((tokens - 1).bit_length() - 3))
+    return -(-tokens // step) * step
+
+
+def count_state_bytes(optimizer: object) -> int:
+    """Bytes of an optimizer's states for each number that trains, by its name."""
+    name = str(getattr(optimizer, "value", optimizer))
+    return next((size for word, size in _STATE_BYTES.items() if word in name), 8)
 
 
 def shrink_plan(
@@ -427,17 +543,8 @@ def shrink_plan(
         smaller = replace(plan, caches_weights=False)
     else:
         return None
-    predicted = memory.predict(
-        max(min(smaller.micro_batch_tokens, most), longest),
-        smaller.checkpointed_layers,
-        caches=smaller.caches_weights,
-        loss_chunk=smaller.loss_chunk_tokens,
-    )
-    return replace(
-        smaller,
-        predicted_bytes=predicted,
-        graph_tokens=min(plan.graph_tokens, smaller.micro_batch_tokens),
-    )
+    smaller = replace(smaller, graph_tokens=min(plan.graph_tokens, smaller.micro_batch_tokens))
+    return _predict(smaller, memory, max(min(smaller.micro_batch_tokens, most), longest))
 
 
 def _pinned_layers(asked: FastPlan, layers: int) -> int | None:

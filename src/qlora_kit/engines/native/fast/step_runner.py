@@ -13,7 +13,7 @@ from qlora_kit.boundaries import is_out_of_memory
 from qlora_kit.engines.native.fast.fused_model import FusedModel
 from qlora_kit.engines.native.fast.graphs import GraphPool
 from qlora_kit.engines.native.fast.layout import Example, MicroBatch, group_examples, lay_out
-from qlora_kit.engines.native.fast.plan import ResolvedPlan, shrink_plan
+from qlora_kit.engines.native.fast.plan import ResolvedPlan, round_for_graph, shrink_plan
 from qlora_kit.values import IGNORED_LABEL
 
 __all__ = ["StepRunner"]
@@ -178,7 +178,7 @@ class StepRunner:
             return lay_out(
                 examples,
                 most,
-                round_tokens=_round_for_graph,
+                round_tokens=round_for_graph,
                 round_trained=_round_trained_for_graph,
                 round_count=_round_count_for_graph,
                 round_longest=self._declare_longest,
@@ -198,12 +198,6 @@ def _round_up(size: int) -> int:
 def _round_longest(size: int) -> int:
     # Attention launches a block for every 128 tokens up to this length, for every example.
     return -(-size // 128) * 128
-
-
-def _round_for_graph(size: int) -> int:
-    """Four sizes per doubling: a tenth of it is filler on average, and few graphs serve all."""
-    step = max(128, 1 << ((size - 1).bit_length() - 3))
-    return -(-size // step) * step
 
 
 def _round_trained_for_graph(size: int, tokens: int) -> int:
