@@ -130,11 +130,15 @@ def _draw_machine(manifest: Mapping[str, Any]) -> str:
     limit = ("planned peak", planned) if isinstance(planned, int | float) else None
     first = moments[0]["seconds"]
     note = (
-        f"<p>The first step took {escape(_say_time(first))}, compiling included. "
+        f"<p>The first step took {escape(_say_time(first))}, with whatever was compiled for it. "
         f"Steps: {escape(str((manifest.get('result') or {}).get('plan', '')))}.</p>"
     )
     return (
-        draw_lines([Line("speed", "one", speeds)], "tokens a second", from_zero=True)
+        draw_lines(
+            [Line("speed", "one", speeds)],
+            "tokens a second from step to step, with what is evaluated and asked between",
+            from_zero=True,
+        )
         + draw_lines([Line("memory in use", "two", held)], "GiB", limit=limit, from_zero=True)
         + note
     )
