@@ -181,7 +181,7 @@ def _render(facts: dict[str, Any], results: list[dict[str, Any]]) -> str:
         )
     if limit:
         lines += ["", f"Arithmetic limit: {limit:,.0f} tokens/s."]
-    for peer in ("trl-classic", "unsloth-classic"):
+    for peer in ("trl-classic", "unsloth-classic", "ours-classic"):
         lines += _compare_curves(done, peer)
     return "\n".join(lines) + "\n"
 

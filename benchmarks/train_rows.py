@@ -25,6 +25,7 @@ class Row:
         steps: Overrides the number of steps.
         filled: Rows are single examples of this many tokens, one text behind the other.
         profile: Whether to record kernels.
+        dtype: Overrides what is computed in.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Row:
     steps: int = 0
     filled: int = 0
     profile: bool = False
+    dtype: str | None = None
 
 
 _GPU = ("cuda",)
@@ -49,6 +51,7 @@ ROWS = (
     Row("unsloth-classic", "unsloth", 2, 4, checkpointing="unsloth", devices=_GPU),
     Row("unsloth-classic-cpu", "unsloth", 2, 4, checkpointing=False, devices=_CPU),
     Row("ours-classic", "ours", 2, 4),
+    Row("ours-classic-float16", "ours", 2, 4, devices=_GPU, dtype="float16"),
     Row("ours-classic-nf4", "ours", 2, 4, plan={"weights": "nf4"}),
     Row("ours-classic-eager", "ours", 2, 4, plan={"compile": False, "cuda_graphs": False}),
     Row("ours-classic-no-graphs", "ours", 2, 4, plan={"cuda_graphs": False}, devices=_GPU),

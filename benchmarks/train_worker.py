@@ -114,6 +114,7 @@ def _count_parameters(config: dict[str, Any]) -> int:
 
 def _train(job: dict[str, Any]) -> dict[str, Any]:
     row = next(row for row in ROWS if row.name == job["row"])
+    job["facts"]["dtype"] = row.dtype or job["facts"]["dtype"]
     started = time.perf_counter()
     maker = {"ours": _make_ours, "trl": _make_trl, "unsloth": _make_unsloth}[row.engine]
     run = maker(row, job)

@@ -15,6 +15,7 @@ from qlora_kit.engines.native.fast.fast_step import FastStep
 from qlora_kit.engines.native.fast.plan import FastPlan, parse_plan
 from qlora_kit.engines.native.fast.shard_choice import refuse_without_fast_step
 from qlora_kit.engines.native.fast.support import find_obstacle
+from qlora_kit.engines.native.loss_scale import LossScaleLog, check_float16
 from qlora_kit.engines.trainer_mixins import TrainerBase
 from qlora_kit.errors import EngineError
 
@@ -23,7 +24,7 @@ __all__ = ["NativeTrainer"]
 logger = logging.getLogger(__name__)
 
 
-class NativeTrainer(TrainerBase, FastStep, SFTTrainer):
+class NativeTrainer(TrainerBase, LossScaleLog, FastStep, SFTTrainer):
     """``SFTTrainer`` with this engine's own step where the model allows it.
 
     Args:
@@ -49,6 +50,7 @@ class NativeTrainer(TrainerBase, FastStep, SFTTrainer):
                 asked, checkpointing="full" if args.gradient_checkpointing else "none"
             )
         self._filters_logged_losses = args.logging_nan_inf_filter
+        check_float16(model, args)
         is_fast = _decide(model, args, asked)
         if is_fast:
             # The fast path recomputes layers itself and filters losses without waiting for them.
