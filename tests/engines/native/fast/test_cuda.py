@@ -55,8 +55,16 @@ def test_replayed_graphs_give_the_plain_steps(make_adapted, token_rows, kind, we
     assert not graphs._graphs._is_broken
 
 
-@pytest.mark.parametrize("window", [0, 70])
-def test_variable_length_attention_has_the_masks_gradients(window):
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_kernels_for_capped_scores_can_be_used(width):
+    from qlora_kit.engines.native.fast.capped_attention import find_kernel_obstacle
+
+    device = torch.device("cuda")
+    assert find_kernel_obstacle(device, torch.bfloat16, 8, 4, width) is None
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (70, 0.0), (0, 2.0), (70, 2.0)])
+def test_variable_length_attention_has_the_masks_gradients(window, softcap):
     generator = torch.Generator().manual_seed(0)
     lengths = [5, 1, 130, 64, 300]
     total = sum(lengths)
@@ -71,7 +79,7 @@ def test_variable_length_attention_has_the_masks_gradients(window):
     results = []
     reach = torch.tensor(window, dtype=torch.int32)
     for mask in (None, make_block_mask(bounds, total, window)):
-        out = attend(*leaves, bounds, longest, mask, window=reach)
+        out = attend(*leaves, bounds, longest, mask, window=reach, softcap=softcap)
         results.append((out, *torch.autograd.grad((out * probe).sum(), leaves)))
     for found, expected in zip(*results, strict=True):
         error = (found - expected).float().norm() / expected.float().norm()

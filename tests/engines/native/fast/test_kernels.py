@@ -51,9 +51,23 @@ for columns in (30, 4096, 9001):
             torch.testing.assert_close(found, sums, rtol=1e-4, atol=1e-4)
 """
 
+_CAPPED = """
+import torch
+from qlora_kit.engines.native.fast.capped_kernels import capped_segments, try_kernels
 
-@pytest.mark.parametrize("script", [_SWIGLU, _SOFTMAX], ids=["swiglu", "softmax"])
-def test_kernels_equal_the_plain_expressions(script):
+for width in (16, 24):
+    assert try_kernels(torch.device("cpu"), torch.float32, 4, 2, width) is None
+# Without a window, and with an example that is longer than a tile; fillers of no length.
+from qlora_kit.engines.native.fast.segment_attention import attend_segments
+bounds = torch.tensor([0, 5, 75, 75, 75], dtype=torch.int32)
+q, k, v = (torch.randn((75, heads, 16)) for heads in (4, 2, 2))
+expected, _ = attend_segments(q, k, v, bounds, bounds, None, 0.3, 2.0)
+found, _ = capped_segments(q, k, v, bounds, 128, 0, 0.3, 2.0)
+torch.testing.assert_close(found, expected)
+"""
+
+
+def test_kernels_equal_the_plain_expressions():
     if torch.cuda.is_available():
         # The torch of such machines may bring a Triton whose interpreter cannot run them: 3.6
         # takes no argument as a loop's end with a recent NumPy.
@@ -61,6 +75,6 @@ def test_kernels_equal_the_plain_expressions(script):
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed (torch brings it on Linux with CUDA)")
     subprocess.run(
-        [sys.executable, "-c", script], check=True, timeout=120,
+        [sys.executable, "-c", _SWIGLU + _SOFTMAX + _CAPPED], check=True, timeout=120,
         env={**os.environ, "TRITON_INTERPRET": "1"},
     )  # fmt: skip

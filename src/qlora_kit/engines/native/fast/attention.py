@@ -4,7 +4,7 @@ On CUDA one variable-length FlashAttention call (the kernels behind
 ``torch.nn.attention.varlen``, Dao, arXiv:2307.08691) with cumulative lengths of fixed shape
 and grouped keys and values as they are. On a CPU one FlashAttention call per example.
 Elsewhere, and on cards older than Ampere, one SDPA call with a block-diagonal mask. Soft-capped
-scores go through :mod:`capped_attention`, with such a mask where there is a GPU.
+scores go through :mod:`capped_kernels` on CUDA and :mod:`capped_attention` elsewhere.
 
 The longest length, like a window, is a tensor in host memory: as a number it would make
 ``torch.compile`` build a new graph for each value, and on the device reading it would wait for the
@@ -41,9 +41,7 @@ _LIBRARY.define(
 )
 
 
-def choose_attention(
-    device: torch.device, dtype: torch.dtype, head_dim: int, softcap: float = 0.0
-) -> AttentionKind:
+def choose_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionKind:
     """``"varlen"`` where a kernel knows examples apart, else ``"mask"``."""
     if device.type == "cpu":
         return "varlen"
@@ -53,7 +51,6 @@ def choose_attention(
         and dtype in (torch.float16, torch.bfloat16)
         and head_dim % 8 == 0
         and head_dim <= 256
-        and not softcap
         and torch.cuda.get_device_capability(device) >= (8, 0)
         and torch.backends.cuda.is_flash_attention_available()
     ):
@@ -141,6 +138,11 @@ def _forward_cuda(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     most = int(longest)
+    if softcap:
+        from qlora_kit.engines.native.fast.capped_kernels import capped_segments
+
+        reach = 0 if window is None else int(window)
+        return capped_segments(q, k, v, bounds, most, reach, scale, softcap)
     # lse: the log of each row's softmax denominator, (H, T) in float32. The backward pass
     # recomputes probabilities from it instead of keeping (T, T) of them.
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
@@ -164,6 +166,13 @@ def _backward_cuda(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     most = int(longest)
+    if softcap:
+        from qlora_kit.engines.native.fast.capped_kernels import capped_segments_backward
+
+        reach = 0 if window is None else int(window)
+        return capped_segments_backward(
+            grad, q, k, v, out, lse, bounds, most, reach, scale, softcap
+        )
     # Only read with dropout, which there is none of.
     unused = torch.empty((2,), dtype=torch.uint64, device=q.device)
     dq, dk, dv = torch.ops.aten._flash_attention_backward(

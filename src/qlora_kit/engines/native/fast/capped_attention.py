@@ -1,7 +1,7 @@
 """Attention whose scores are soft-capped, ``c tanh(s / c)`` (Gemma 2, arXiv:2408.00118).
 
-No kernel of torch's caps scores, so that they are written out here, for some hundred queries at a
-time; the backward pass computes them again.
+No kernel of torch's caps scores. Here they are written out, for some hundred queries at a time, and
+computed again in the backward pass; :mod:`capped_kernels` does without on CUDA.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_kit.engines.native.fast.compilation import find_compile_obstacle
 from qlora_kit.engines.native.fast.plan import CAPPED_QUERIES
 
-__all__ = ["attend_capped", "capped_backward", "capped_forward"]
+__all__ = ["attend_capped", "capped_backward", "capped_forward", "find_kernel_obstacle"]
 
 _LIBRARY = torch.library.Library("qlora_kit", "FRAGMENT")
 _LIBRARY.define(
@@ -45,6 +46,26 @@ def attend_capped(
     """
     out: Tensor = torch.ops.qlora_kit.capped_attention(q, k, v, mask, scale, softcap)[0]
     return out
+
+
+def find_kernel_obstacle(
+    device: torch.device, dtype: torch.dtype, heads: int, groups: int, width: int
+) -> str | None:
+    """Why :mod:`capped_kernels` is not to be used on a GPU, or ``None``.
+
+    Args:
+        device: The GPU.
+        dtype: What queries are in.
+        heads: Query heads.
+        groups: Heads of keys and values.
+        width: Width of a head.
+    """
+    obstacle = find_compile_obstacle(device)
+    if obstacle is not None:
+        return obstacle
+    from qlora_kit.engines.native.fast.capped_kernels import try_kernels
+
+    return try_kernels(device, dtype, heads, groups, width)
 
 
 def capped_forward(

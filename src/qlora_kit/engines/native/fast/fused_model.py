@@ -23,6 +23,7 @@ from qlora_kit.engines.native.fast.attention import (
     choose_attention,
     make_block_mask,
 )
+from qlora_kit.engines.native.fast.capped_attention import find_kernel_obstacle
 from qlora_kit.engines.native.fast.compilation import Compiled
 from qlora_kit.engines.native.fast.expert_layers import (
     ExpertBlock,
@@ -250,7 +251,8 @@ class FusedModel:
             intermediate=self._intermediate,
             routed=max((block.chosen for block in blocks), default=0),
             post_norms=self._family.post_norms,
-            capped_heads=shape.heads if shape.softcap else 0,
+            # On CUDA kernels leave no scores behind.
+            capped_heads=shape.heads if shape.softcap and not self._keeps_scores_inside else 0,
             item_bytes=size,
             vocabulary=self._vocabulary.size,
             has_triton=self._has_triton,
@@ -368,6 +370,11 @@ class FusedModel:
         ]
 
     @property
+    def _keeps_scores_inside(self) -> bool:
+        """Whether kernels of attention leave no scores in memory."""
+        return self.device.type == "cuda" and self.attention == "varlen"
+
+    @property
     def _intermediate(self) -> int:
         """Width within the feed-forward block; of all experts that a token goes to."""
         widths = [block.chosen * block.intermediate for block in self._experts if block]
@@ -380,13 +387,24 @@ class FusedModel:
 
     def _choose_attention(self, asked: FastPlan) -> AttentionKind:
         shape = self.shape
-        kind = choose_attention(self.device, self.dtype, shape.head_dim, shape.softcap)
-        if asked.attention == "varlen" and shape.softcap and kind == "mask":
-            raise EngineError(
-                "plan asks for attention='varlen', and no kernel for it caps attention scores as "
-                f"this model does (at {shape.softcap:g}). Leave attention='auto'."
+        kind = choose_attention(self.device, self.dtype, shape.head_dim)
+        obstacle = None
+        if shape.softcap and self.device.type == "cuda" and kind == "varlen":
+            obstacle = find_kernel_obstacle(
+                self.device, self.dtype, shape.heads, shape.kv_heads, shape.head_dim
             )
-        return kind if asked.attention == "auto" else asked.attention
+        if obstacle is None or asked.attention == "mask":
+            return kind if asked.attention == "auto" else asked.attention
+        if asked.attention == "varlen":
+            raise EngineError(
+                "plan asks for attention='varlen', and the kernels that cap attention scores as "
+                f"this model does cannot be used: {obstacle}. Leave attention='auto'."
+            )
+        logger.warning(
+            "Attention goes through a mask, slower and for fewer tokens at a time: the kernels for "
+            "soft-capped scores cannot be used: %s.", obstacle,
+        )  # fmt: skip
+        return "mask"
 
     @property
     def _has_triton(self) -> bool:
