@@ -19,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 import bad_values as bad
+import bad_values_beside as beside
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,7 +30,19 @@ ROWS = [{"instruction": f"Say {n}.", "input": "", "output": f"It is {n}."} for n
 #: What the sample of the suite always has: each of these once took minutes or gigabytes.
 HANGS = ("num_hidden_layers", "id", "init_lora_weights", "prompt", "generate_stream")
 #: Boundaries that the sample leaves to the whole table: their cases take a training each.
-LONG = ("resume", "asked-resume", "data", "rows", "run", "cli", "export", "damage")
+LONG = (
+    "sampled-run",
+    "beside-cli",
+    "gguf-option",
+    "resume",
+    "asked-resume",
+    "data",
+    "rows",
+    "run",
+    "cli",
+    "export",
+    "damage",
+)
 
 
 def list_cases(*, every, only=()):
@@ -51,7 +64,11 @@ def list_cases(*, every, only=()):
         *spread("generate", bad.SAMPLING), *spread("export", bad.EXPORT), *spread("run", bad.RUNS),
         *spread("template", {"chat_template": bad.TEMPLATES}),
         *spread("template", {"generate_stream": bad.TEMPLATES}),
-        *spread("cli", {"command": bad.COMMANDS}),
+        *spread("cli", {"command": bad.COMMANDS}), *spread("plan", beside.PLANS),
+        *spread("recipe", {"x.toml": beside.RECIPES, "x.yaml": beside.YAML_RECIPES}),
+        *spread("evaluate", beside.EVALUATE), *spread("batch", beside.BATCH),
+        *spread("gguf-option", beside.GGUF_OPTIONS), *spread("sampled-run", beside.SAMPLES),
+        *spread("beside-cli", {"command": beside.COMMANDS}),
     ]  # fmt: skip
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
         cases += [("damage", name, kind) for kind in bad.make_damages(12)]
@@ -220,6 +237,46 @@ class Laboratory:
             return
         self.adapted.tokenizer.chat_template = value
         list(generate_stream(self.adapted, [{"role": "user", "content": "a"}], max_new_tokens=2))
+
+    def _try_plan(self, place, what, value):
+        from qlora_kit import Pipeline, plan_training
+
+        asked = Pipeline(model=self.base, data=None, loading={"load_in_4bit": False})
+        given = {"pipeline": asked, "row_tokens": 32, what: value}
+        plan_training(given.pop("pipeline"), **given)
+
+    def _try_recipe(self, place, what, value):
+        from qlora_kit import plan_training
+
+        text = value.replace("{base}", str(self.base))
+        text = text.replace("{rows}", str(self.folder / "rows.json"))
+        (place / what).write_text(text, encoding="latin-1")
+        plan_training(place / what)
+
+    def _try_evaluate(self, place, what, value):
+        from qlora_kit import evaluate
+
+        given = {"rows": ROWS, "max_new_tokens": 2, "limit": 2, what: value}
+        evaluate(self.adapted, given.pop("rows"), **given)
+
+    def _try_batch(self, place, what, value):
+        from qlora_kit import generate_batch
+
+        given = {"prompts": ["a", "b"], "max_new_tokens": 2, what: value}
+        list(generate_batch(self.adapted, given.pop("prompts"), **given))
+
+    def _try_gguf_option(self, place, what, value):
+        from qlora_kit import export_model
+
+        given = {"quantization": "q8_0", "verify": False, what: value}
+        export_model(self.adapted, "gguf", place / "out", **given)
+
+    def _try_sampled_run(self, place, what, value):
+        given = {"sample_prompts": ["a"], what: value}
+        self._train(ROWS, output_dir=place, max_steps=1, **given)
+
+    def _try_beside_cli(self, place, what, value):
+        self._try_cli(place, what, value)
 
     def _try_export(self, place, what, value):
         from qlora_kit import export_model

@@ -65,9 +65,15 @@ def find_card(name: str) -> Card:
     Raises:
         ConfigError: When no card is called that; names those that are near.
     """
+    if not isinstance(name, str):
+        raise ConfigError(
+            f"card must be a card's name, or its memory such as '12GB'; got {name!r}.",
+            parameter="card",
+            value=name,
+        )
     wanted = _normalize(name)
     amount = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:gb|gib)", name.strip().casefold())
-    if amount:
+    if amount and float(amount[1]) > 0:
         return Card(f"a card of {name.strip()}", int(float(amount[1]) * _GIB), None)
     exact = [known for known in _KNOWN if _normalize(known) == wanted]
     # "RTX 3060" for "RTX 3060 12GB", and "RTX 3090 24GB" for "RTX 3090".

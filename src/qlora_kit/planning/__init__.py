@@ -42,6 +42,10 @@ __all__ = ["TrainingForecast", "plan_training"]
 #: more for packed ones (docs/performance.md).
 _EFFICIENCY: Final = {"cuda": 0.40, "cpu": 0.30}
 
+#: Longer rows, and more cards in one machine, than there are.
+_MOST_TOKENS: Final = 2**31
+_MOST_RANKS: Final = 1024
+
 #: Cards before Ampere, which have no bfloat16.
 _FLOAT16: Final = ("T4", "V100", "GTX", "RTX 20")
 
@@ -77,12 +81,18 @@ def plan_training(
         pipeline = make_pipeline(
             read_recipe(pipeline) if isinstance(pipeline, str | os.PathLike) else pipeline
         )
-    if row_tokens is not None and not is_whole_number(row_tokens, at_least=1):
+    if row_tokens is not None and not (
+        is_whole_number(row_tokens, at_least=1) and row_tokens <= _MOST_TOKENS
+    ):
         raise invalid_value(
-            "row_tokens", "must be a whole number of at least 1", row_tokens, "plan_training"
-        )
-    if not is_whole_number(ranks, at_least=1):
-        raise invalid_value("ranks", "must be a whole number of cards", ranks, "plan_training")
+            "row_tokens", f"must be a whole number from 1 to {_MOST_TOKENS:,}", row_tokens,
+            "plan_training",
+        )  # fmt: skip
+    if not (is_whole_number(ranks, at_least=1) and ranks <= _MOST_RANKS):
+        raise invalid_value(
+            "ranks", f"must be a number of cards of one machine, from 1 to {_MOST_RANKS}", ranks,
+            "plan_training",
+        )  # fmt: skip
     checked = _check(pipeline)
     device = measure_machine() if card is None else find_card(card)
     opened = open_configuration(pipeline)

@@ -75,6 +75,8 @@ def _load_yaml(text: str) -> Any:
             seen = set()
             for key, _ in node.value:
                 name = self.construct_object(key, deep=True)
+                if not isinstance(name, str):
+                    raise ValueError(f"{name!r} is no name{key.start_mark}")
                 if name in seen:
                     raise ValueError(f"{name!r} is there twice{key.start_mark}")
                 seen.add(name)

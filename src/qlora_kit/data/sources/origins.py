@@ -20,6 +20,10 @@ __all__ = ["DataSource", "RowOrigin", "find_files", "list_paths", "pick_rows"]
 _MAGIC: Final = frozenset("*?[")
 
 
+#: Far more often than anyone repeats a row.
+_MOST_TIMES = 10_000
+
+
 @dataclass(frozen=True)
 class DataSource:
     """A file or data set that is one of several.
@@ -41,10 +45,14 @@ class DataSource:
         if not isinstance(self.path, str | os.PathLike) or not os.fspath(self.path):
             raise ConfigError(f"path must be a file, a folder or a name, got {self.path!r}.")
         object.__setattr__(self, "path", os.fspath(self.path))
-        if not is_finite_number(self.weight) or self.weight <= 0:
+        if not is_finite_number(self.weight) or not 0 < self.weight <= _MOST_TIMES:
             raise ConfigError(
-                f"weight must be a number above 0, got {self.weight!r}.", parameter="weight"
+                f"weight must be a number above 0, and at most {_MOST_TIMES:,}: so often each row "
+                f"of {self.path!r} is taken. Got {self.weight!r}.",
+                parameter="weight",
             )
+        if self.split is not None and not isinstance(self.split, str):
+            raise ConfigError(f"split must be the name of a split, got {self.split!r}.")
         if not isinstance(self.columns, Mapping):
             raise ConfigError(f"columns must map roles to columns, got {self.columns!r}.")
 

@@ -22,7 +22,14 @@ from qlora_kit.data.sources.origins import (
     pick_rows,
 )
 from qlora_kit.data.sources.row_problems import Location
-from qlora_kit.errors import DataError, DataNotFoundError, OfflineError, QloraKitError, did_you_mean
+from qlora_kit.errors import (
+    ConfigError,
+    DataError,
+    DataNotFoundError,
+    OfflineError,
+    QloraKitError,
+    did_you_mean,
+)
 from qlora_kit.messages import Setting
 from qlora_kit.modelscope import find_on_modelscope
 from qlora_kit.paths import (
@@ -86,6 +93,8 @@ def read_source(
     """
     if isinstance(source, RawRows):
         return source
+    if not isinstance(split, str):
+        raise ConfigError(f"split must be the name of a split, got {split!r}.", parameter="split")
     if isinstance(source, DataSource):
         source = [source]
     several = list_paths(source)
