@@ -2,10 +2,22 @@
 
 import json
 import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from qlora_kit import AlpacaFormatter, ChatFormatter, evaluate, generate_stream, train_sft
+from qlora_kit import (
+    AlpacaFormatter,
+    ChatFormatter,
+    evaluate,
+    export_model,
+    generate_stream,
+    train_sft,
+)
 from qlora_kit.cli import main
 from qlora_kit.data import PromptCompletionFormatter, TextFormatter
 from qlora_kit.errors import ConfigError
@@ -106,8 +118,6 @@ def test_rows_of_every_kind_are_asked_up_to_their_last_answer(adapted, kind, row
 
 
 def test_two_models_side_by_side(adapted, tiny_llama, alpaca_rows, tmp_path, capsys):
-    from qlora_kit import export_model
-
     export_model(adapted, "lora", tmp_path / "tuned", verify=False)
     data = tmp_path / "rows.json"
     data.write_text(json.dumps(alpaca_rows[:2]), encoding="utf-8")
@@ -126,3 +136,24 @@ def test_two_models_side_by_side(adapted, tiny_llama, alpaca_rows, tmp_path, cap
     assert "expected         The number is 0." in printed
     one = evaluate(adapted, alpaca_rows[:1], answers=False)
     assert format_comparison({"a": one, "b": one}).splitlines()[1].split()[0] == "loss"
+
+
+@pytest.mark.slow
+def test_the_harness_asks_an_export_the_task_of_the_page(adapted16, tmp_path):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    page = Path(__file__).resolve().parents[1] / "docs" / "evaluation.md"
+    (task,) = re.findall(r"^```yaml\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "otters.yaml").write_text(task, encoding="utf-8")
+    rows = [{"question": f"Is {n} a number?", "answer": "yes"} for n in range(4)]
+    (tmp_path / "otters.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    export_model(adapted16, "merged_16bit", tmp_path / "merged", verify=False)
+    command = [
+        sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", "pretrained=merged",
+        "--include_path", "tasks", "--tasks", "otters", "--output_path", "out", "--device", "cpu",
+    ]  # fmt: skip
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    (written,) = (tmp_path / "out").rglob("results_*.json")
+    measured = json.loads(written.read_text(encoding="utf-8"))["results"]["otters"]
+    assert 0 <= measured["acc,none"] <= 1
