@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import sys
 import tempfile
 from pathlib import Path
@@ -20,10 +19,11 @@ def measure_quality(
     text_file: Path | None,
     count: int,
     imatrix: Path | None = None,
+    files: list[Path] | None = None,
 ) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="qlora_kit-bench-") as scratch:
         checkpoint = _find_checkpoint(model, Path(scratch))
-        return _measure(checkpoint, types, text_file, count, Path(scratch), imatrix)
+        return _measure(checkpoint, types, text_file, count, Path(scratch), imatrix, files or [])
 
 
 def _find_checkpoint(model: Path | None, scratch: Path) -> Path:
@@ -45,6 +45,7 @@ def _measure(
     count: int,
     scratch: Path,
     imatrix: Path | None,
+    files: list[Path],
 ) -> dict[str, Any]:
     import numpy as np
     import torch
@@ -85,15 +86,16 @@ def _measure(
         }
     ]
     config = json.loads((checkpoint / "config.json").read_text())
-    for name in types:
-        print(f"... {name}", file=sys.stderr, flush=True)
-        with SafetensorsSource(checkpoint) as source:
-            done = convert(
-                source, config, tokenizer, scratch, quantization=name,
-                importance=None if imatrix is None else read_importance(imatrix),
-            )  # fmt: skip
-        path = done.files[name]
-        numbers = sum(math.prod(tensor.shape) for tensor in done.plan.tensors)
+    importance = None if imatrix is None else read_importance(imatrix)
+    for made in [*types, *files]:
+        print(f"... {made}", file=sys.stderr, flush=True)
+        path = made if isinstance(made, Path) else None
+        if path is None:
+            with SafetensorsSource(checkpoint) as source:
+                done = convert(
+                    source, config, tokenizer, scratch, quantization=made, importance=importance
+                )
+            path = done.files[made]
         with Llama(path, n_ctx=_WINDOW + 8) as llama:
             logits = [llama.logits(window) for window in windows]
         kl = np.concatenate([kl_divergence(r, g) for r, g in zip(right, logits, strict=True)])
@@ -103,15 +105,16 @@ def _measure(
         size = path.stat().st_size
         rows.append(
             {
-                "type": name,
-                "MB": round(size / 1e6),
-                "bits per weight": round(size * 8 / numbers, 2),
+                "type": made.stem if isinstance(made, Path) else made,
+                "MB": round(size / 1e6, 1),
+                "bits per weight": round(size * 8 / _count_numbers(path), 2),
                 "mean KL": f"{kl.mean():.1e}",
                 "same top token": f"{100 * same / total:.1f} %",
                 "perplexity": f"{perplexity(logits):.3f}",
             }
         )
-        path.unlink()
+        if path is not made:
+            path.unlink()
     text = text_file.name if text_file else "the answers of examples/field_guide.json"
     return {
         "subject": f"{_name(checkpoint)}, {total} tokens of {text} in windows of {_WINDOW}, "
@@ -119,6 +122,12 @@ def _measure(
         "tokens": total,
         "rows": rows,
     }
+
+
+def _count_numbers(path: Path) -> int:
+    from gguf import GGUFReader
+
+    return sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
 
 
 def _name(checkpoint: Path) -> str:

@@ -91,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", nargs="?", choices=["all", "speed", "quality"], default="all")
     parser.add_argument("--output", type=Path, help="folder for gguf.md and gguf.json")
-    parser.add_argument("--types", nargs="+", help="types to measure")
+    parser.add_argument("--types", nargs="*", help="types to measure")
     parser.add_argument("--layers", type=int, default=22, help="of the random model; 22 are 1.1B")
     parser.add_argument("--threads", type=int, default=count_cores())
     parser.add_argument("--scratch", type=Path, help="where the random model goes (7 GB)")
@@ -99,6 +99,9 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="text, for quality")
     parser.add_argument("--tokens", type=int, default=500)
     parser.add_argument("--imatrix", type=Path, help="importance matrix, for quality")
+    parser.add_argument(
+        "--files", nargs="+", type=Path, default=[], help="files to measure too, for quality"
+    )
     asked = parser.parse_args()
     report: dict[str, Any] = {"machine": describe_machine()}
     started = time.perf_counter()
@@ -121,8 +124,9 @@ def main() -> None:
         from gguf_quality import measure_quality
 
         report["quality"] = measure_quality(
-            asked.model, asked.types or QUALITY_TYPES, asked.text, asked.tokens, asked.imatrix
-        )
+            asked.model, QUALITY_TYPES if asked.types is None else asked.types, asked.text,
+            asked.tokens, asked.imatrix, asked.files,
+        )  # fmt: skip
         save()
     print(render(report))
 

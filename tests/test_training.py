@@ -303,7 +303,7 @@ def test_unknown_fields_name_the_nearest(model, alpaca_rows, tmp_path):
         ({"packing": "yes"}, "packing must be True or False"),
         ({"callbacks": [3]}, "TrainerCallback"),
         ({"eval_strategy": "steps"}, "give eval_dataset"),
-        ({"report_to": "nowhere"}, "nowhere is not supported"),
+        ({"report_to": "nowhere"}, "there is no tracker 'nowhere'"),
         ({"formatter": "x"}, "formatter must be"),
         ({"output_dir": ""}, "output_dir"),
         ({"output_dir": __file__}, "is a file"),
@@ -478,9 +478,11 @@ def test_callbacks_and_reports_reach_the_trainer(model, alpaca_rows, tmp_path, m
             seen.append(("report", state.global_step, logs.get("loss")))
 
     # The reporters of transformers need packages; this takes one's place behind its name.
-    monkeypatch.setitem(integrations.integration_utils.INTEGRATION_TO_CALLBACK, "wandb", Reporter)
+    trackers = integrations.integration_utils
+    monkeypatch.setitem(trackers.INTEGRATION_TO_CALLBACK, "dvclive", Reporter)
+    monkeypatch.setattr(trackers, "is_dvclive_available", lambda: True)
     result = _train(
-        model, alpaca_rows, tmp_path, callbacks=[Watches], report_to="wandb", logging_steps=2
+        model, alpaca_rows, tmp_path, callbacks=[Watches], report_to="dvclive", logging_steps=2
     )
     for kind in ("callback", "report"):
         steps = [step for who, step, loss in seen if who == kind and loss is not None]

@@ -270,7 +270,12 @@ def test_errors_of_unsloth_are_errors_of_ours(run):
 
 
 def test_native_says_when_unsloth_has_patched_the_libraries(run):
-    warned = [text for level, text in run["native_after"] if level == "WARNING"]
+    # What is said of versions outside the tested ones depends on the machine.
+    warned = [
+        text
+        for level, text in run["native_after"]
+        if level == "WARNING" and "outside the versions" not in text
+    ]
     assert warned
     assert all("unsloth is already imported" in text for text in warned)
 

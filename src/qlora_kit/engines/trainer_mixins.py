@@ -137,9 +137,13 @@ class PortableLoss:
         from transformers import Trainer
 
         if has_triton_loss(self.args.device.type):  # type: ignore[attr-defined]
-            return super().compute_loss(  # type: ignore[misc]
-                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-            )
+            with warnings.catch_warnings():
+                # Whoever gives compute_metrics asks for logits; it is no mistake of theirs.
+                warnings.filterwarnings("ignore", "`return_outputs=True`", FutureWarning)
+                return super().compute_loss(  # type: ignore[misc]
+                    model, inputs, return_outputs=return_outputs,
+                    num_items_in_batch=num_items_in_batch,
+                )  # fmt: skip
         inputs["use_cache"] = False
         loss, outputs = Trainer.compute_loss(
             self, model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch

@@ -122,7 +122,9 @@ def test_routers_are_balanced_as_transformers_does(make_moe, token_rows):
     base.config.output_router_logits = True
     base.config.router_aux_loss_coef = base.router_aux_loss_coef = 0.5
     row = max(token_rows[:6], key=lambda one: len(one["input_ids"]))
-    ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
+    ids, labels = (
+        torch.tensor([row[name]], device=base.device) for name in ("input_ids", "labels")
+    )
     model.train()
     found = model(input_ids=ids, labels=labels)
     found.loss.backward()

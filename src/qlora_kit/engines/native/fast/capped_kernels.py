@@ -173,7 +173,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _score_grad(grad, q, k, v, queries, keys, length, window, scale, softcap, lse, above):  # type: ignore[no-untyped-def]  # noqa: E501
+def _score_grad(grad, q, k, v, queries, keys, length, window, scale, softcap, lse, above):  # type: ignore[no-untyped-def]
     """Softmax's shares ``(M, N)`` again, and the gradient of scores before scale and cap."""
     scores, cap = _score(q, k, queries, keys, length, window, scale, softcap)
     shares = tl.where(scores > -1.0e29, tl.exp(scores - lse[:, None]), 0.0)
