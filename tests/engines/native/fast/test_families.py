@@ -225,7 +225,8 @@ def _without(**fields):
 
 
 def _without_window(fused_model):
-    fused_model._windows = [torch.zeros_like(window) for window in fused_model._windows]
+    positions = fused_model._positions
+    positions.windows = [torch.zeros_like(window) for window in positions.windows]
 
 
 def _rotate_everywhere(fused_model):

@@ -18,12 +18,8 @@ from qlora_kit.engines.native.fast.adapter_copies import (
     make_adapter_copies,
 )
 from qlora_kit.engines.native.fast.architectures import find_decoder
-from qlora_kit.engines.native.fast.attention import (
-    AttentionKind,
-    choose_attention,
-    make_block_mask,
-)
-from qlora_kit.engines.native.fast.capped_attention import find_kernel_obstacle
+from qlora_kit.engines.native.fast.attention import AttentionKind
+from qlora_kit.engines.native.fast.attention_choice import resolve_attention
 from qlora_kit.engines.native.fast.compilation import Compiled
 from qlora_kit.engines.native.fast.expert_layers import (
     ExpertBlock,
@@ -37,13 +33,11 @@ from qlora_kit.engines.native.fast.family_reader import (
     list_projections,
     read_norms,
     read_shape,
-    read_windows,
 )
 from qlora_kit.engines.native.fast.layer import (
     LayerShape,
     LayerTensors,
     Modules,
-    Placement,
     Projections,
     add_fed,
     attention_block,
@@ -68,7 +62,6 @@ from qlora_kit.engines.native.fast.projection import (
 from qlora_kit.engines.native.fast.rank_sum import RankSum
 from qlora_kit.engines.native.fast.shards import find_owner, give_up_layers, has_absent
 from qlora_kit.engines.native.fast.vocabulary import Vocabulary
-from qlora_kit.errors import EngineError
 from qlora_kit.weights.absent import make_absent
 
 __all__ = ["FusedModel"]
@@ -102,10 +95,9 @@ class FusedModel:
         self._attention_call = Compiled(attention_block, asked.compile, self.device, "attention")
         shape = read_shape(self._decoder, config, self._family)
         self.shape = shape._replace(gated=self._choose_gated(shape))
-        self.attention: AttentionKind = self._choose_attention(asked)
-        windows = read_windows(self._decoder, config, self._family)
-        # In host memory, where attention reads them; as numbers they would mean a graph each.
-        self._windows = [torch.tensor(window, dtype=torch.int32) for window in windows]
+        self.attention: AttentionKind = resolve_attention(
+            asked.attention, self.device, self.dtype, self.shape
+        )
         self._positions = Positions(self._decoder, config, self._family)
         blocks = [find_block(layer) for layer in self._decoder.layers]
         self._experts = [
@@ -329,7 +321,7 @@ class FusedModel:
         counted = batch.tokens if balances is not None and self._balance else None
         grad = torch.is_grad_enabled()
         hidden = self._vocabulary.look_up(batch.input_ids)
-        places = self._place(hidden.detach(), batch)
+        places = self._positions.place(hidden.detach(), batch, has_mask=self.attention == "mask")
         for index, (place, layer, block) in enumerate(
             zip(places, self._layers, self._experts, strict=True)
         ):
@@ -353,22 +345,6 @@ class FusedModel:
                 self.gathers.after(index, hidden)
         return hidden
 
-    def _place(self, hidden: Tensor, batch: MicroBatch) -> list[Placement]:
-        """Where the tokens of a micro-batch stand, for every layer."""
-        rotations = self._positions.compute(hidden, batch.position_ids, batch.bounds)
-        stretch = self._positions.stretch(batch.position_ids, hidden.dtype)
-        masks: dict[int, Tensor | None] = dict.fromkeys(map(int, self._windows))
-        if self.attention == "mask":
-            masks = {
-                window: make_block_mask(batch.bounds, hidden.shape[0], window) for window in masks
-            }
-        return [
-            Placement(
-                *rotations[key], stretch, batch.bounds, batch.longest, window, masks[int(window)]
-            )
-            for key, window in zip(self._positions.keys, self._windows, strict=True)
-        ]
-
     @property
     def _keeps_scores_inside(self) -> bool:
         """Whether kernels of attention leave no scores in memory."""
@@ -384,27 +360,6 @@ class FusedModel:
                 widths.append(int(down.in_features))
                 break
         return max(widths)
-
-    def _choose_attention(self, asked: FastPlan) -> AttentionKind:
-        shape = self.shape
-        kind = choose_attention(self.device, self.dtype, shape.head_dim)
-        obstacle = None
-        if shape.softcap and self.device.type == "cuda" and kind == "varlen":
-            obstacle = find_kernel_obstacle(
-                self.device, self.dtype, shape.heads, shape.kv_heads, shape.head_dim
-            )
-        if obstacle is None or asked.attention == "mask":
-            return kind if asked.attention == "auto" else asked.attention
-        if asked.attention == "varlen":
-            raise EngineError(
-                "plan asks for attention='varlen', and the kernels that cap attention scores as "
-                f"this model does cannot be used: {obstacle}. Leave attention='auto'."
-            )
-        logger.warning(
-            "Attention goes through a mask, slower and for fewer tokens at a time: the kernels for "
-            "soft-capped scores cannot be used: %s.", obstacle,
-        )  # fmt: skip
-        return "mask"
 
     @property
     def _has_triton(self) -> bool:

@@ -1,4 +1,4 @@
-"""Where tokens stand: rotary cosines and sines of every kind of layer.
+"""Where tokens stand: rotary cosines and sines, windows and masks of every kind of layer.
 
 transformers' rotary modules compute them. What they decide by looking at a whole batch, or remember
 of earlier ones, is decided here for each example, so that it trains as it would alone: ``longrope``
@@ -13,7 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qlora_kit.engines.native.fast.attention import make_block_mask
 from qlora_kit.engines.native.fast.families import Family
+from qlora_kit.engines.native.fast.family_reader import read_windows
+from qlora_kit.engines.native.fast.layer import Placement
+from qlora_kit.engines.native.fast.layout import MicroBatch
 
 __all__ = ["Positions", "Rotation"]
 
@@ -36,6 +40,12 @@ class Positions:
 
     def __init__(self, decoder: Any, config: Any, family: Family) -> None:
         self._rotary, self._config, self._family = decoder.rotary_emb, config, family
+        #: How far each layer sees, in host memory, where attention reads it; as a number it would
+        #: mean a compiled graph for each.
+        self.windows = [
+            torch.tensor(window, dtype=torch.int32)
+            for window in read_windows(decoder, config, family)
+        ]
         count = len(decoder.layers)
         types: Sequence[str] = getattr(config, "layer_types", None) or ("",) * count
         has_types = isinstance(self._rotary.rope_type, dict)
@@ -47,6 +57,28 @@ class Positions:
             for kind, turns in zip(types, turned, strict=True)
         ]
         self._by_length = _choose_frequencies(self._rotary, config)
+
+    def place(self, hidden: Tensor, batch: MicroBatch, *, has_mask: bool) -> list[Placement]:
+        """Where the tokens of a micro-batch stand, for every layer.
+
+        Args:
+            hidden: Embeddings, shape ``(T, H)``, for their dtype and device.
+            batch: On the same device.
+            has_mask: Whether attention takes a mask.
+        """
+        rotations = self.compute(hidden, batch.position_ids, batch.bounds)
+        stretch = self.stretch(batch.position_ids, hidden.dtype)
+        masks: dict[int, Tensor | None] = dict.fromkeys(map(int, self.windows))
+        if has_mask:
+            masks = {
+                window: make_block_mask(batch.bounds, hidden.shape[0], window) for window in masks
+            }
+        return [
+            Placement(
+                *rotations[key], stretch, batch.bounds, batch.longest, window, masks[int(window)]
+            )
+            for key, window in zip(self.keys, self.windows, strict=True)
+        ]
 
     def compute(
         self, hidden: Tensor, position_ids: Tensor, bounds: Tensor
