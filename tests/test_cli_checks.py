@@ -183,6 +183,10 @@ def test_the_classic_script_s_training_names_are_flags(checked):
     }  # fmt: skip
     assert asked.training == expected
     assert asked.loading == {"revision": "main"}
+    assert checked("--plan", "auto").training["plan"] == "auto"
+    for text in ("compile=false,weights=nf4", '{"compile": false, "weights": "nf4"}'):
+        plan = checked("--plan", text).training["plan"]
+        assert plan == {"compile": False, "weights": "nf4"}
 
 
 def test_lists_are_given_by_comma(checked):

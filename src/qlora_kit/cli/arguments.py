@@ -93,7 +93,10 @@ class Argument:
         if self.kind == "mapping":
             return read_mapping(text, self.flag)
         readers: dict[str, Callable[[str], Any]] = {"value": read_value, "list": read_list}
-        return readers.get(self.kind, str)(text)
+        value = readers.get(self.kind, str)(text)
+        # What is a word, a switch or options, as train_sft's plan is.
+        is_options = self.kind == "value" and isinstance(value, str) and "=" in value
+        return read_mapping(text, self.flag) if is_options else value
 
 
 @cache
