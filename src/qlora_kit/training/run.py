@@ -379,5 +379,6 @@ def _describe_first_step(trainer: Trainer, run: Run) -> str:
 
     if not trainer.uses_fast_step or parse_plan(run.job.plan).compile is False:
         return ""
-    about = "20 s" if run.device.type == "cuda" else "20 to 60 s"
-    return f"first step: compiling, once, about {about}"
+    if run.device.type == "cuda":
+        return "first step: compiling, once, about 20 s"
+    return "first step: compiling, once, 20 to 60 s, where the run is long enough for it"

@@ -5,7 +5,11 @@ import logging
 import pytest
 import torch
 
-from qlora_kit.engines.native.fast.compilation import Compiled, find_compile_obstacle
+from qlora_kit.engines.native.fast.compilation import (
+    Compiled,
+    find_compile_obstacle,
+    find_too_short,
+)
 
 
 def _double(x):
@@ -42,3 +46,24 @@ def test_what_needs_too_many_graphs_itself_runs_plainly_and_says_so(one_graph_pe
             assert torch.equal(compiled(torch.ones(3, dtype=dtype)), expected)
     assert not compiled.is_compiled
     assert "Running a test without torch.compile" in caplog.text
+
+
+def test_a_run_on_a_cpu_compiles_when_it_is_long_enough():
+    cpu = torch.device("cpu")
+    assert "60 steps of about 500 tokens" in find_too_short(cpu, 60, 500, 135_000_000)
+    assert find_too_short(cpu, 10**6, 500, 135_000_000) is None
+    assert find_too_short(torch.device("cuda"), 1, 1, 1) is None
+
+
+def test_a_short_training_is_not_compiled_unless_asked_to(make_adapted, make_trainer, caplog):
+    if obstacle := find_compile_obstacle(torch.device("cpu")):
+        pytest.skip(f"torch.compile does not run here: {obstacle}")
+    model = make_adapted()
+    if model.model.device.type != "cpu":
+        pytest.skip("compiles on CUDA whatever the length")
+    with caplog.at_level("INFO"):
+        trainer = make_trainer(model, {"enabled": True}, max_steps=1)
+        trainer.train()
+    assert not trainer.fast_plan.is_compiled
+    assert "not compiled" in str(trainer.fast_plan)
+    assert "it pays off from" in caplog.text

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import shutil
 import types
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 
-__all__ = ["Compiled", "find_compile_obstacle"]
+__all__ = ["Compiled", "find_compile_obstacle", "find_too_short"]
 
 logger = logging.getLogger(__name__)
+
+#: Operations a second of a core in a step's products, for a rough idea of a run's length.
+_CORE_SPEED: Final = 1.5e11
+#: Seconds of steps without which compiling on a CPU takes longer than it saves: 25 to 60 seconds
+#: for a fifth of a step (docs/performance.md).
+_WORTHWHILE_SECONDS: Final = 240.0
 
 
 def find_compile_obstacle(device: torch.device) -> str | None:
@@ -35,6 +42,29 @@ def find_compile_obstacle(device: torch.device) -> str | None:
             return "triton needs a C compiler, and none was found"
         return None
     return f"it is not used on {device.type}"
+
+
+def find_too_short(device: torch.device, steps: int, tokens: int, weights: int) -> str | None:
+    """Why a run on a CPU is too short for compiling to pay off, or ``None``.
+
+    By the run's shape and not by the clock, so that the same run computes the same numbers again.
+
+    Args:
+        device: Where it computes. On CUDA, compiled layers are always worth it.
+        steps: Optimizer steps of the whole run.
+        tokens: Tokens of a usual step.
+        weights: Numbers in the model's matrices.
+    """
+    if device.type != "cpu":
+        return None
+    # Frozen weights take part forward and in the gradient of what comes in, two operations each.
+    seconds = 4.0 * steps * tokens * weights / (_CORE_SPEED * (os.cpu_count() or 1))
+    if seconds >= _WORTHWHILE_SECONDS:
+        return None
+    return (
+        f"{steps} steps of about {tokens:,} tokens are about {max(seconds / 60, 0.1):.1f} minutes, "
+        f"and it pays off from {_WORTHWHILE_SECONDS / 60:.0f} on; plan={{'compile': True}} insists"
+    )
 
 
 class Compiled:
@@ -72,6 +102,10 @@ class Compiled:
     def is_compiled(self) -> bool:
         """Whether calls go through ``torch.compile``."""
         return self._compiled is not None
+
+    def run_plainly(self) -> None:
+        """Compile nothing from now on."""
+        self._compiled = None
 
     def __call__(self, *arguments: Any, dynamic: Sequence[Any] | None = None) -> Any:
         """Call the function.

@@ -10,6 +10,7 @@ trained tokens divided by their number in the whole effective batch, as TRL's is
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from accelerate.utils.memory import clear_device_cache
 
 from qlora_kit import ranks
 from qlora_kit.device import measure_free_bytes, reserve_memory
+from qlora_kit.engines.native.fast.compilation import find_too_short
 from qlora_kit.engines.native.fast.fused_model import FusedModel
 from qlora_kit.engines.native.fast.layout import Example, keep_rows, split_rows
 from qlora_kit.engines.native.fast.plan import FastPlan, count_state_bytes, resolve_plan
@@ -237,6 +239,15 @@ class FastStep(TrlSteps):
             )
 
         plan = resolve_with_shards(fused_model, self._asked, resolve)
+        if self._asked.compile == "auto" and fused_model.is_compiled:
+            steps = max(self.state.max_steps, args.max_steps)  # type: ignore[attr-defined]
+            too_short = find_too_short(
+                fused_model.device, steps, usual_tokens, fused_model.count_weights()
+            )
+            if too_short is not None:
+                fused_model.run_plainly()
+                logger.info("Running decoder layers without torch.compile: %s.", too_short)
+        plan = dataclasses.replace(plan, is_compiled=fused_model.is_compiled)
         fused_model.apply(plan)
         reserve_memory(fused_model.device, plan.step_bytes)
         logger.info("Training step: %s.", plan)

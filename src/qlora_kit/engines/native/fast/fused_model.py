@@ -228,6 +228,23 @@ class FusedModel:
         self._layers, self._joined = [], []
         self.apply(plan)
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether layers go through ``torch.compile``."""
+        return self._layer_call.is_compiled
+
+    def run_plainly(self) -> None:
+        """Compile nothing from now on."""
+        for call in (self._layer_call, self._attention_call, self._softmax_call):
+            if isinstance(call, Compiled):
+                call.run_plainly()
+
+    def count_weights(self) -> int:
+        """Numbers in the matrices that a token meets, experts aside."""
+        groups = (group for layer in self._readers for group in layer.values())
+        fused = sum(sum(g.rows) * g.columns for g in groups if isinstance(g, GroupReader))
+        return fused + self._vocabulary.size * int(self._decoder.config.hidden_size)
+
     def memory_model(self) -> MemoryModel:
         """What a step takes, from shapes alone."""
         shape, size = self.shape, self.dtype.itemsize

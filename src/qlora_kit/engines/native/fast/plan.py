@@ -73,7 +73,8 @@ class FastPlan:
         checkpointed_layers: How many layers ``"selective"`` recomputes.
         weights: ``"nf4"`` dequantizes on the fly, ``"cache"`` keeps the dequantized weights (2
             bytes per parameter, the same numbers), ``"auto"`` chooses by memory.
-        compile: Whether decoder layers go through ``torch.compile``.
+        compile: Whether decoder layers go through ``torch.compile``; ``"auto"`` leaves it out
+            where no compiler is found, and on a CPU where the run is too short for it.
         cuda_graphs: Whether micro-batches are replayed as CUDA graphs.
         attention: ``"varlen"`` (kernels that know the examples apart), ``"mask"`` (SDPA with a
             block-diagonal mask), or ``"auto"``.
@@ -297,6 +298,7 @@ class ResolvedPlan:
         shards: Over how many ranks the base is spread; 1 where each holds all of it.
         step_bytes: Of what is predicted, what comes and goes with a micro-batch run plainly.
         graph_bytes: The same for those that are replayed.
+        is_compiled: Whether layers go through ``torch.compile``.
     """
 
     micro_batch_tokens: int
@@ -311,6 +313,7 @@ class ResolvedPlan:
     shards: int = 1
     step_bytes: int = 0
     graph_bytes: int = 0
+    is_compiled: bool = True
 
     @property
     def uses_cuda_graphs(self) -> bool:
@@ -335,6 +338,7 @@ class ResolvedPlan:
             f"micro-batches of up to {self.micro_batch_tokens:,} tokens, checkpointing "
             f"{self.checkpointing}{recomputed}, "
             f"{weights + ' weights, ' if self.is_quantized else ''}"
+            f"{'' if self.is_compiled else 'not compiled, '}"
             f"{'CUDA graphs, ' if self.uses_cuda_graphs else ''}"
             f"{f'base sharded over {self.shards} ranks, ' if self.shards > 1 else ''}"
             f"{self.predicted_bytes / _GIB:.1f} GiB predicted beyond the model of "
