@@ -157,3 +157,19 @@ def test_the_harness_asks_an_export_the_task_of_the_page(adapted16, tmp_path):
     (written,) = (tmp_path / "out").rglob("results_*.json")
     measured = json.loads(written.read_text(encoding="utf-8"))["results"]["otters"]
     assert 0 <= measured["acc,none"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"metrics": 5}, "metrics must be names, or functions by name"),
+        ({"metrics": {"x": len}}, "must be a function of an answer and the expected one"),
+        ({"metrics": {"x": lambda one, other: "good"}}, "returned 'good' for an answer"),
+        ({"regex": ""}, "regex must be a pattern"),
+        ({"answers": "no"}, "answers must be True or False"),
+    ],
+)
+def test_what_cannot_score_is_named(adapted, settings, said):
+    rows = [{"instruction": "Say one.", "output": "one"}]
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        evaluate(adapted, rows, max_new_tokens=1, **settings)

@@ -269,19 +269,8 @@ def test_a_disk_that_fills_up_leaves_the_old_export(adapted, tmp_path, format):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of its own, 40 MiB large."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)]
-    if sys.platform != "linux" or os.geteuid() != 0:
-        pytest.skip("mounting needs root on Linux")
-    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        pytest.skip("mounting is not allowed here")
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
+def small_disk(make_disk):
+    return make_disk("40m")
 
 
 @pytest.mark.parametrize("format", ["lora", "merged_16bit", "merged_4bit"])

@@ -380,3 +380,9 @@ def test_settings_of_another_kind_are_refused_before_anything_is_computed(adapte
 def test_flags_are_true_or_false(model, name, value):
     with pytest.raises(ConfigError, match=f"{name} must be True"):
         generate_batch(model, [PROMPT], **{name: value})
+
+
+@pytest.mark.parametrize("prompts", ["one text", {"a": 1}, None, b"x"])
+def test_one_prompt_is_no_batch(model, prompts):
+    with pytest.raises(ConfigError, match="prompts must be several prompts"):
+        generate_batch(model, prompts)

@@ -203,3 +203,13 @@ def test_several_cards_share_a_base_where_one_cannot_hold_it(tmp_path, capsys):
                "--gradient-accumulation-steps", "1"]  # fmt: skip
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)[0]["sharded"] is True
+
+
+@pytest.mark.parametrize(
+    "settings", [{"card": 5}, {"card": "0GB"}, {"row_tokens": 2**40}, {"ranks": 10**6}]
+)
+def test_what_no_machine_is_or_reads_is_refused(big, settings):
+    asked = Pipeline(model=big, data=None)
+    with pytest.raises(ConfigError) as caught:
+        plan_training(asked, **settings)
+    assert caught.value.parameter in settings

@@ -7,6 +7,7 @@ what it tells its user. The cause stays chained, and a bug of this library stays
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import re
 import sys
@@ -21,6 +22,7 @@ from qlora_kit.errors import QloraKitError
 __all__ = [
     "describe_cause",
     "hide_secrets",
+    "is_disk_full",
     "is_foreign",
     "is_out_of_memory",
     "shown_cause",
@@ -31,6 +33,8 @@ _PACKAGE: Final = __name__.partition(".")[0]
 _OUT_OF_MEMORY: Final = (
     "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
 )  # fmt: skip
+#: What safetensors and torch's writer of archives say, whose errors carry no number.
+_DISK_FULL: Final = ("No space left", "os error 28", "PytorchStreamWriter", "inline_container.cc")
 _LIBRARIES: Final = tuple(
     {str(Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "purelib", "platlib")}
 )
@@ -50,6 +54,12 @@ def translate_errors(make_error: Callable[[Exception], QloraKitError]) -> Iterat
         if not is_foreign(error):
             raise
         raise make_error(error) from shown_cause(error)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a disk had no room for what was written, as far as the error says so."""
+    number = getattr(error, "errno", None)
+    return number in (errno.ENOSPC, errno.EDQUOT) or any(one in str(error) for one in _DISK_FULL)
 
 
 def is_foreign(error: BaseException) -> bool:

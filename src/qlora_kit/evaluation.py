@@ -6,6 +6,7 @@ Generation writes the answers; this module asks, scores and puts results side by
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 import math
 import re
@@ -150,6 +151,8 @@ def evaluate(
             f"{type(model).__name__}."
         )
     scorers = _read_metrics(metrics, regex)
+    if not isinstance(answers, bool):
+        raise invalid_value("answers", "must be True or False", answers, "evaluate")
     for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if not is_whole_number(value, at_least=1):
             raise invalid_value(name, "must be a whole number of at least 1", value, "evaluate")
@@ -213,12 +216,19 @@ def _read_metrics(
     if isinstance(metrics, Mapping):
         scorers = dict(metrics)
         for name, function in scorers.items():
-            if not callable(function):
-                raise ConfigError(f"metrics[{name!r}] must be a function, got {function!r}.")
+            if not isinstance(name, str) or not _takes_two(function):
+                raise ConfigError(
+                    f"metrics[{name!r}] must be a function of an answer and the expected "
+                    f"one, under its name; got {function!r}.",
+                    parameter="metrics",
+                    value=metrics,
+                )
+    elif not isinstance(metrics, str | Sequence):
+        raise invalid_value("metrics", "must be names, or functions by name", metrics, "evaluate")
     else:
         scorers = {}
         for name in [metrics] if isinstance(metrics, str) else metrics:
-            if name not in METRICS:
+            if not isinstance(name, str) or name not in METRICS:
                 raise ConfigError(
                     f"There is no metric {name!r}.{did_you_mean(str(name), METRICS)} Known: "
                     f"{', '.join(METRICS)}; or give functions by name.",
@@ -227,6 +237,8 @@ def _read_metrics(
                 )
             scorers[name] = METRICS[name]
     if regex is not None:
+        if not isinstance(regex, str) or not regex:
+            raise invalid_value("regex", "must be a pattern", regex, "evaluate")
         try:
             pattern = re.compile(regex)
         except re.error as error:
@@ -237,6 +249,30 @@ def _read_metrics(
             (found := _find(pattern, expected)) is not None and _find(pattern, answer) == found
         )
     return scorers
+
+
+def _takes_two(function: object) -> bool:
+    if not callable(function):
+        return False
+    try:
+        inspect.signature(function).bind("answer", "expected")
+    except TypeError:
+        return False
+    # Of some functions in C nothing is known.
+    except ValueError:
+        return True
+    return True
+
+
+def _score(name: str, score: Callable[[str, str], Any], answer: str, expected: str) -> float:
+    found = score(answer, expected)
+    try:
+        return float(found)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"metrics[{name!r}] returned {found!r} for an answer, and not a number.",
+            parameter="metrics",
+        ) from error
 
 
 def _find(pattern: re.Pattern[str], text: str) -> str | None:
@@ -304,7 +340,10 @@ def _ask(
     return tuple(
         EvaluatedRow(
             str(prompt), expected, answer.text,
-            {name: float(score(answer.text, expected)) for name, score in scorers.items()},
+            {
+                name: _score(name, score, answer.text, expected)
+                for name, score in scorers.items()
+            },
         )
         for (prompt, expected), answer in zip(asked, answers, strict=True)
     )  # fmt: skip

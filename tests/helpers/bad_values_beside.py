@@ -54,7 +54,7 @@ EVALUATE = {
                 {"x": lambda one, other: 1 / 0}, {"x": lambda one, other: "x"}, None],
     "regex": ["(", 5, "", "(a*)*$", [], b"x"], "answers": ["x", 5, None],
     "max_new_tokens": [0, -1, "x", None, NAN, HUGE], "batch_size": [0, -1, "x", None, 1.5, 10**12],
-    "limit": [0, -1, "x", 1.5, HUGE], "formatter": [5, "x", int], "nope": [1],
+    "limit": [0, -1, "x", 1.5, HUGE], "formatter": [5, "x", int],
 }  # fmt: skip
 #: Arguments of ``generate_batch``.
 BATCH = {

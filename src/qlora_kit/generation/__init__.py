@@ -130,6 +130,9 @@ def generate_batch(
             raise invalid_value(name, "must be True or False", flag, "generate_batch")
     if not is_whole_number(at_once, at_least=1):
         raise ConfigError(f"at_once must be at least 1, got {at_once!r}.")
+    # A text is a sequence of texts too, each of one character.
+    if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+        raise invalid_value("prompts", "must be several prompts", prompts, "generate_batch")
     config, stops = _read_settings(model, "generate_batch", seed=seed, **settings)
     ids = [_encode(model, prompt) for prompt in prompts]
     if ids:

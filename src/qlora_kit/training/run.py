@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import errno
 import logging
 import math
 import time
@@ -21,6 +20,7 @@ from qlora_kit import ranks
 from qlora_kit.artifacts.provenance import write_checkpoint_manifest
 from qlora_kit.boundaries import (
     describe_cause,
+    is_disk_full,
     is_foreign,
     is_out_of_memory,
     shown_cause,
@@ -296,19 +296,17 @@ def _explain_failure(
             advice=advise_on_memory(model, trainer),
         )
     step = trainer.state.global_step
-    # torch writes checkpoints through C++, whose error has no number.
-    is_full = getattr(error, "errno", None) == errno.ENOSPC or "PytorchStreamWriter" in str(error)
+    is_full = is_disk_full(error)
+    what = f"the disk of {folder} is full" if is_full else describe_cause(error)
     advice: tuple[str | Setting, ...] = (
-        f"The disk of {folder} is full: free some of it, or save less often. "
+        f"({describe_cause(error)}) Free some of it, or save less often. "
         if is_full
         else "Look at the setting that it is about. ",
         "Where a checkpoint was saved, ",
         Setting("resume_from_checkpoint", True),
         " goes on from it.",
     )
-    return TrainingError(
-        f"Training stopped after step {step}: {describe_cause(error)}", advice=advice
-    )
+    return TrainingError(f"Training stopped after step {step}: {what.rstrip('.')}.", advice=advice)
 
 
 def _adopt_chat_template(model: AdaptedModel, formatter: Any) -> None:
