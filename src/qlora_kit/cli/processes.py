@@ -61,6 +61,9 @@ def count_processes(asked: str) -> int:
     return count
 
 
+_MOST_DIGITS: Final = 9
+
+
 def read_count(asked: str) -> int:
     """A number as it was typed, or ``auto`` for the cards of this machine.
 
@@ -71,8 +74,10 @@ def read_count(asked: str) -> int:
 
     if asked == "auto":
         return max(1, int(torch.cuda.device_count()))
-    if not asked.isdecimal() or int(asked) < 1:
-        raise ConfigError(f"--nproc takes a number of processes, or auto; got {asked!r}.")
+    # Python itself refuses to read numbers of thousands of digits.
+    if not asked.isdecimal() or len(asked) > _MOST_DIGITS or int(asked) < 1:
+        shown = asked if len(asked) <= _MOST_DIGITS else f"{asked[:_MOST_DIGITS]}..."
+        raise ConfigError(f"--nproc takes a number of processes, or auto; got {shown!r}.")
     return int(asked)
 
 

@@ -134,7 +134,7 @@ def train_sft(
     check_values(fields, has_eval=eval_dataset is not None)
     callbacks = _check_callbacks(callbacks)
     _check_columns(columns)
-    prompts = check_prompts(sample_prompts, sample_steps)
+    prompts = check_prompts(sample_prompts, sample_steps, model.max_seq_length)
     if compute_metrics is not None and (not callable(compute_metrics) or eval_dataset is None):
         raise ConfigError(
             "compute_metrics is a function of transformers' EvalPrediction, and needs rows to "

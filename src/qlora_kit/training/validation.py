@@ -77,6 +77,7 @@ _ELSEWHERE: Final[Mapping[str, str]] = {
 #: As long as a path in a run's folder gets.
 _LONGEST: Final = f"checkpoint-{10**9}/{'x' * 64}"
 _ATTEMPTS: Final = 3
+_MOST_CHARACTERS: Final = 128
 #: Characters of a path that are shown.
 _SHOWN: Final = 200
 
@@ -275,8 +276,13 @@ def _try_out(folder: Path) -> None:
                 raise
 
 
-def check_prompts(prompts: Any, every: Any) -> tuple[str, ...]:
+def check_prompts(prompts: Any, every: Any, longest: int | None = None) -> tuple[str, ...]:
     """The prompts to ask, if they can be.
+
+    Args:
+        prompts: Texts, or one text.
+        every: After how many steps.
+        longest: Tokens that the model was loaded for, where there is one.
 
     Raises:
         ConfigError: When they are no texts, or ``every`` is no number of steps.
@@ -285,6 +291,16 @@ def check_prompts(prompts: Any, every: Any) -> tuple[str, ...]:
     given = () if given is None else given
     if not isinstance(given, Sequence) or not all(isinstance(p, str) and p for p in given):
         raise invalid_value("sample_prompts", "must be texts to ask the model", prompts)
+    for one in given:
+        # Ordinary text has four characters a token, and no text a hundred.
+        if longest is not None and len(one) > _MOST_CHARACTERS * longest:
+            raise ConfigError(
+                f"sample_prompts has a text of {len(one):,} characters, which is surely longer "
+                f"than the {longest:,} tokens that the model was loaded for. Ask something "
+                "shorter, or load it with a larger max_seq_length.",
+                parameter="sample_prompts",
+                value=prompts,
+            )
     if every is not None and not is_whole_number(every, at_least=1):
         raise invalid_value("sample_steps", "must be a whole number of at least 1", every)
     if every is not None and not given:
