@@ -38,7 +38,8 @@ WHOLE: dict[str, dict[str, Any]] = {
     "four": {**FOUR, "per_device_train_batch_size": 4},
     "saving": {**FOUR, "per_device_train_batch_size": 4, "output_dir": "saved",
                "save_strategy": "steps", "save_steps": 3},
-    "six": {**SIX, "per_device_train_batch_size": 3, "rows": 7},
+    "six": {**SIX, "per_device_train_batch_size": 3, "rows": 7, "sample_prompts": ["hello world"],
+            "sample_steps": 3},
     "six-trl": {**SIX, "per_device_train_batch_size": 3, "rows": 7, "plan": False},
     "six-16-bit": {**SIX, "per_device_train_batch_size": 3, "rows": 7, "load_in_4bit": False},
 }  # fmt: skip
@@ -118,13 +119,19 @@ def test_three_ranks(base: Path, alone: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     # Owners of three layers are one each.
     runs["sharded"] = {**runs["six"], "shard": True, "plan": {"shard": True, "compile": False}}
-    finish(start([*TORCHRUN, "--standalone", "--nproc-per-node=3",
-                  *make_arguments(base, tmp_path, runs)]))  # fmt: skip
-    for name in runs:
-        expected = read(alone, "six" if name == "sharded" else name)
+    # One rank runs out of memory in the middle of a step, which all compute again.
+    runs["sharded-short"] = {**runs["sharded"], "runs_out": True}
+    (said,) = finish(start([*TORCHRUN, "--standalone", "--nproc-per-node=3",
+                            *make_arguments(base, tmp_path, runs)]))  # fmt: skip
+    assert "Memory ran out in a step" in said
+    for name, run in runs.items():
+        expected = read(alone, "six" if "sharded" in name else name)
         first, *others = (read(tmp_path, name, rank) for rank in range(3))
         compare(first, expected)
         assert first["tokens"] == expected["tokens"]
+        # Asked before, during and after, for which a sharded base is brought together.
+        assert first["samples"] == expected["samples"]
+        assert len(first["samples"]) == (3 if "sample_prompts" in run else 0)
         for other in others:
             assert other["losses"] == first["losses"]
             for key, value in first["weights"].items():
@@ -199,7 +206,8 @@ def test_a_killed_worker_is_started_again_and_goes_on(
     base: Path, alone: Path, tmp_path: Path
 ) -> None:
     run = {**FOUR, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2,
-           "resume_from_checkpoint": "auto", "dies": True}  # fmt: skip
+           "resume_from_checkpoint": "auto", "dies": True, "shard": True,
+           "plan": {"shard": True, "compile": False}}  # fmt: skip
     finish(start([*TORCHRUN, "--standalone", "--nproc-per-node=2", "--max-restarts=1",
                   *make_arguments(base, tmp_path, {"restarted": run})]))  # fmt: skip
     for rank in (0, 1):

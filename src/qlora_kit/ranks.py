@@ -143,7 +143,10 @@ def join() -> Place:
     if not distributed.is_initialized():
         _tell_torch(place)
         # accelerate looks for these very back ends afterwards, and takes what is there.
-        distributed.init_process_group(_choose_backend(torch), timeout=timedelta(minutes=30))
+        patience = timedelta(minutes=30)
+        distributed.init_process_group(
+            _choose_backend(torch), timeout=patience, **_find_store(distributed, patience)
+        )
         atexit.register(leave)
     _Group.control = distributed.new_group(backend="gloo", timeout=_PATIENCE)
     package = logging.getLogger("qlora_kit")
@@ -322,6 +325,22 @@ def _tell_torch(place: Place) -> None:
     said["MASTER_PORT"] = str(20_000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20_000)
     for name, value in said.items():
         os.environ.setdefault(name, value)
+
+
+def _find_store(distributed: Any, patience: timedelta) -> dict[str, Any]:
+    """Where to meet, when torchrun has started the processes of this machine once more.
+
+    It keeps its store, with the addresses of those that died in it. On several machines the count
+    is not the same on all of them, and starts over only with torchrun itself.
+    """
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if start == "0" or os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
+        return {}
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, world = next(iter(rendezvous("env://", timeout=patience)))
+    mine = distributed.PrefixStore(f"qlora_kit/start-{start}", store)
+    return {"store": mine, "rank": rank, "world_size": world}
 
 
 def _first_node(nodes: str) -> str:

@@ -6,6 +6,7 @@ Each rank writes ``FOLDER/NAME-RANK.pt``: losses, token counts and the adapter's
 that end in ``!`` also export.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from transformers import TrainerCallback
 from checkpoints import randomize
 from qlora_kit import AlpacaFormatter, attach_lora, export_model, load_quantized, train_sft
 from qlora_kit.engines.native.fast.shards import held_bytes
+from qlora_kit.engines.native.fast.step_runner import StepRunner
 from qlora_kit.ranks import find_place
 
 ROWS = [
@@ -43,6 +45,24 @@ class DieOnce(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+@contextlib.contextmanager
+def running_out(rank):
+    """One rank has no memory for its third micro-batch, once."""
+    compute, left = StepRunner._run_plainly, [3]
+
+    def run(self, *arguments):
+        left[0] -= 1
+        if left[0] == 0 and find_place().rank == rank:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return compute(self, *arguments)
+
+    StepRunner._run_plainly = run
+    try:
+        yield
+    finally:
+        StepRunner._run_plainly = compute
+
+
 class MeasureHeld(TrainerCallback):
     """How much of the base this rank holds while it trains."""
 
@@ -59,7 +79,7 @@ def main(base: str, folder: str, runs: dict[str, dict[str, object]]) -> None:
         settings = dict(settings)
         loaded_in_4bit = settings.pop("load_in_4bit", True)
         stops, rows = settings.pop("stops", False), settings.pop("rows", len(ROWS))
-        dies = settings.pop("dies", False)
+        dies, runs_out = settings.pop("dies", False), settings.pop("runs_out", False)
         evaluates = settings.pop("evaluates", False)
         shard, folder_of = settings.pop("shard", "auto"), settings.pop("base", base)
         loaded = load_quantized(folder_of, 128, "float32", loaded_in_4bit, shard=shard)
@@ -70,16 +90,17 @@ def main(base: str, folder: str, runs: dict[str, dict[str, object]]) -> None:
         formatter = AlpacaFormatter(
             model.tokenizer, "{instruction}{input}|{output}", response_only=True
         )
-        result = train_sft(
-            model, formatter.load(ROWS[:rows]),
-            eval_dataset=formatter.load(ROWS[:7]) if evaluates else None,
-            output_dir=Path(folder) / settings.pop("output_dir", f"run-{name.strip('!')}"),
-            callbacks=[held := MeasureHeld(model.model), *([StopOneRank()] if stops else []),
-                       *([DieOnce()] if dies else [])],
-            disable_tqdm=True, report_to="none",
-            **{"optim": "adamw_torch", "learning_rate": 1e-3, "lr_scheduler_type": "constant",
-               "warmup_steps": 0, "max_steps": 6, "save_strategy": "no", **settings},
-        )  # fmt: skip
+        with running_out(1) if runs_out else contextlib.nullcontext():
+            result = train_sft(
+                model, formatter.load(ROWS[:rows]),
+                eval_dataset=formatter.load(ROWS[:7]) if evaluates else None,
+                output_dir=Path(folder) / settings.pop("output_dir", f"run-{name.strip('!')}"),
+                callbacks=[held := MeasureHeld(model.model), *([StopOneRank()] if stops else []),
+                           *([DieOnce()] if dies else [])],
+                disable_tqdm=True, report_to="none",
+                **{"optim": "adamw_torch", "learning_rate": 1e-3, "lr_scheduler_type": "constant",
+                   "warmup_steps": 0, "max_steps": 6, "save_strategy": "no", **settings},
+            )  # fmt: skip
         artifact = None
         if name.endswith("!"):
             artifact = export_model(model, "lora", Path(folder) / "exported")
@@ -87,6 +108,7 @@ def main(base: str, folder: str, runs: dict[str, dict[str, object]]) -> None:
                    if p.requires_grad}  # fmt: skip
         found = {
             "losses": result.losses, "tokens": (result.tokens_seen, result.trained_tokens),
+            "samples": [sample.answer for sample in result.samples],
             "eval": result.eval_losses, "plan": result.plan, "steps": result.steps,
             "interrupted": result.was_interrupted, "checkpoint": str(result.checkpoint),
             "held": held.held, "whole": held_bytes(model.model), "loaded": loaded_bytes,

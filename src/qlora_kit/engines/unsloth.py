@@ -35,6 +35,7 @@ from qlora_kit.engines.peft_model import (
 )
 from qlora_kit.engines.quantization import set_compute_dtype
 from qlora_kit.errors import (
+    ConfigError,
     EngineError,
     MissingDependencyError,
     QloraKitError,
@@ -90,6 +91,14 @@ class UnslothEngine:
 
     def load(self, config: LoadConfig) -> LoadedModel:
         """Put the checkpoint in ``config.model_name``, a local folder, into memory."""
+        if config.shard is True:
+            raise ConfigError(
+                Setting("shard", True, "load_quantized"),
+                " is the native engine's; unsloth holds a base whole on every card. Use ",
+                Setting("engine", "native", "load_quantized"),
+                ".",
+                parameter="shard",
+            )
         opened = open_checkpoint(config)
         folder = opened.folder
         placement = {} if config.device_map is None else {"device_map": config.device_map}

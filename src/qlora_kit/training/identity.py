@@ -24,8 +24,8 @@ __all__ = ["RunIdentity", "identify_run", "make_run_id", "read_identity"]
 _FREE: Final = re.compile(
     r"(logging|log|save|eval|hub|report|include|batch_eval|dataloader|ddp|torch_compile|trackio"
     r"|bf16|fp16|tf32|gradient_checkpointing|activation_checkpointing|per_device|liger|use_liger)(_.*)?"
-    r"|output_dir|run_name|project|disable_tqdm|max_steps|num_train_epochs|resume_from_checkpoint"
-    r"|gradient_accumulation_steps|use_cpu|use_cache|do_\w+|push_to_hub|prediction_loss_only"
+    r"|train_batch_size|output_dir|run_name|project|disable_tqdm|max_steps|num_train_epochs"
+    r"|resume_from_checkpoint|gradient_accumulation_steps|use_cpu|use_cache|do_\w+|push_to_hub|prediction_loss_only"
     r"|load_best_model_at_end|metric_for_best_model|greater_is_better|skip_memory_metrics|debug"
     r"|torch_empty_cache_steps|auto_find_batch_size|local_rank|enable_jit_checkpoint"
     r"|restore_callback_states_from_checkpoint|activation_offloading|dataset_\w+|max_length"

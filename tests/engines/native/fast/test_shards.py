@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from qlora_kit import export_model, load_quantized, ranks, train_sft
+from qlora_kit.config import LoadConfig
 from qlora_kit.engines.native.fast import shards
+from qlora_kit.engines.unsloth import UnslothEngine
 from qlora_kit.errors import ConfigError, EngineError, UnsupportedModelError
 from qlora_kit.weights.absent import is_absent, make_absent
 
@@ -73,3 +75,9 @@ def test_one_process_has_nobody_to_share_with(tiny_llama, make_adapted, tmp_path
     # Through TRL and peft there are no shards at all.
     with pytest.raises(EngineError, match="label_smoothing_factor"):
         train_sft(model, ROWS, plan={"shard": True}, label_smoothing_factor=0.1, **settings)
+
+
+def test_unsloth_shares_nothing():
+    config = LoadConfig("model", shard=True)
+    with pytest.raises(ConfigError, match="is the native engine's"):
+        UnslothEngine.load(object.__new__(UnslothEngine), config)
