@@ -155,3 +155,28 @@ def test_the_curve_is_plain_trls(tmp_path, make_trainer):
     (expected, evaluated), (found, found_evaluated) = losses
     assert found == pytest.approx(expected, abs=2e-5)
     assert found_evaluated == pytest.approx(evaluated, rel=1e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_one_kernel_has_the_loops_numbers():
+    """bfloat16 on CUDA goes through a grouped product; float32 through a loop over experts."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, experts, hidden, inner, rank = 37, 6, 32, 16, 8
+    chosen = torch.stack([
+        torch.randperm(experts - 1, generator=generator)[:2] for _ in range(tokens)
+    ]).cuda()  # fmt: skip
+    shapes = [(tokens, hidden), (tokens, 2), (experts, rank, hidden), (experts, 2 * inner, rank),
+              (experts, rank, inner), (experts, hidden, rank), (experts, 2 * inner, hidden),
+              (experts, hidden, inner), (tokens, hidden)]  # fmt: skip
+    drawn = [torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for shape in shapes]
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        *leaves, first, second, grad = (one.to("cuda", dtype) for one in drawn)
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        out = apply_experts(
+            leaves[0], leaves[1], route(chosen, experts),
+            ExpertStack(first, *leaves[2:4]), ExpertStack(second, *leaves[4:6]), _activate,
+        )  # fmt: skip
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, grad)])
+    for exact, found in zip(*results, strict=True):
+        assert (found.float() - exact).norm() / exact.norm() < 0.03

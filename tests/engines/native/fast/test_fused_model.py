@@ -40,7 +40,7 @@ def test_gradients_equal_pefts(make_adapted, token_rows, kind, options):
         {"target_modules": ("q_proj", "v_proj", "down_proj")},
         {"rank_pattern": {"k_proj": 2, "up_proj": 8}, "alpha_pattern": {"q_proj": 3}},
         {"layers_to_transform": [1]},
-        {"lora_dropout": 0.1, "target_modules": ("o_proj", "gate_proj")},
+        {"lora_dropout": 0.3, "target_modules": ("q_proj", "v_proj", "o_proj", "gate_proj")},
         {"use_dora": True},
         {"bias": "lora_only"},
     ],
@@ -48,15 +48,14 @@ def test_gradients_equal_pefts(make_adapted, token_rows, kind, options):
 )
 def test_every_kind_of_adapter(make_adapted, token_rows, adapter):
     """What cannot be fused goes through peft's modules, and the result is the same."""
-    dropout = adapter.get("lora_dropout")
     model = make_adapted("llama", **adapter).model
-    if dropout:
-        # Random masks cannot be compared; that the modules are left to peft can.
-        _, _, _, fused_model = compute_fast(model, token_rows[:ROWS], 10)
-        assert not fused_model.is_fully_fused
-        return
-    loss, reference, count = compute_reference(model, token_rows[:ROWS])
-    fast_loss, gradients, _, _ = compute_fast(model, token_rows[:ROWS], count)
+    # Masks are drawn row by row in peft: of one row they are the same here.
+    rows = token_rows[: 1 if "lora_dropout" in adapter else ROWS]
+    torch.manual_seed(5)
+    loss, reference, count = compute_reference(model, rows)
+    torch.manual_seed(5)
+    fast_loss, gradients, _, fused_model = compute_fast(model, rows, count)
+    assert fused_model.is_fully_fused == ("use_dora" not in adapter)
     assert fast_loss == pytest.approx(loss, rel=1e-6)
     assert_gradients_equal(gradients, reference, 1e-5)
 

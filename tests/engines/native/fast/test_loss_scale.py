@@ -26,7 +26,7 @@ def test_a_scaled_step_has_the_gradients_and_skips_what_overflows(make_adapted, 
     trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
     adapters = [one for name, one in trained.items() if "lora_" in name]
     optimizer = torch.optim.SGD(adapters, lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    scaler = torch.amp.GradScaler(model.device.type, init_scale=2.0**12)
     scaled_loss, _ = runner.run_step(examples, count, scaler)
     assert float(scaled_loss) == pytest.approx(loss, rel=5e-3)
     for name, parameter in trained.items():
@@ -37,7 +37,7 @@ def test_a_scaled_step_has_the_gradients_and_skips_what_overflows(make_adapted, 
     scaler.step(optimizer)
     scaler.update()
     before = [one.detach().clone() for one in adapters]
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    scaler = torch.amp.GradScaler(model.device.type, init_scale=2.0**40)
     runner.run_step(examples, count, scaler)
     scaler.step(optimizer)
     scaler.update()

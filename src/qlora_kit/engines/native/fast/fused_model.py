@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -176,9 +176,15 @@ class FusedModel:
     def is_capturable(self) -> bool:
         """Whether a micro-batch writes its gradients where a replay would write them again.
 
-        Experts are left out: their shares of a micro-batch differ from one to the next.
+        Experts are left out: their shares of a micro-batch differ from one to the next. So is
+        dropout, whose masks do.
         """
-        return self.is_fully_fused and not self._left_to_autograd and not self.has_experts
+        groups = [group for layer in self._readers for group in layer.values()]
+        return not (
+            self._left_to_autograd
+            or self.has_experts
+            or any(not isinstance(group, GroupReader) or group.dropouts for group in groups)
+        )
 
     def shard(self, node: ranks.Node) -> None:
         """Keep this rank's layers only. Every rank of the machine must do so."""
@@ -258,6 +264,7 @@ class FusedModel:
             queries=shape.heads * shape.head_dim,
             keys=shape.kv_heads * shape.head_dim,
             intermediate=self._intermediate,
+            dropped=max(map(_count_dropped, self._readers)),
             routed=max((block.chosen for block in blocks), default=0),
             post_norms=self._family.post_norms,
             # On CUDA kernels leave no scores behind.
@@ -351,8 +358,7 @@ class FusedModel:
                     run,
                     *arguments,
                     use_reentrant=False,
-                    # Only peft's own modules draw random numbers, for dropout.
-                    preserve_rng_state=_has_modules(layer) or block is not None,
+                    preserve_rng_state=_draws(layer) or block is not None,
                 )
             else:
                 hidden, balance = run(*arguments)
@@ -438,6 +444,7 @@ class FusedModel:
             return Modules(group)
         weights, scales = group.weights, group.scales
         down, up = self._copies_of.get(id(group), (None, None))
+        dropouts = group.dropouts
         if caches and scales:
             weights = [
                 dequantize(
@@ -450,12 +457,35 @@ class FusedModel:
                 down is not None
                 and up is not None
                 and rounds_before_adding(self.device, self.dtype)
+                and dropouts is None
             ):
                 weights = [join(weights[0], len(down))]
                 self._joined.append((weights[0], down, up))
         return Projections(
-            weights, scales, group.rows, group.blocksize, group.quant_type, group.bias, down, up
+            weights,
+            scales,
+            group.rows,
+            group.blocksize,
+            group.quant_type,
+            group.bias,
+            down,
+            up,
+            dropouts,
         )
+
+
+def _count_dropped(readers: Mapping[str, GroupReader | Sequence[Any]]) -> int:
+    """Width of what a layer's adapters see of their inputs through dropout."""
+    return sum(
+        group.columns * sum(probability > 0 for _, probability in group.dropouts or ())
+        for group in readers.values()
+        if isinstance(group, GroupReader)
+    )
+
+
+def _draws(layer: LayerTensors) -> bool:
+    """Whether a layer draws random numbers, for dropout."""
+    return any(isinstance(group, Modules) or getattr(group, "dropouts", None) for group in layer)
 
 
 def _has_modules(layer: LayerTensors) -> bool:

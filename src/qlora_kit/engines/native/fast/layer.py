@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit.engines.native.fast.attention import attend
+from qlora_kit.engines.native.fast.dropped_projection import project_dropped
 from qlora_kit.engines.native.fast.projection import project
 
 __all__ = [
@@ -52,10 +53,12 @@ class Projections(NamedTuple):
     bias: Tensor | None
     down: Tensor | None
     up: Tensor | None
+    #: Rank and probability of each adapter where some drop numbers of their input in training.
+    dropouts: tuple[tuple[int, float], ...] | None = None
 
 
 class Modules(NamedTuple):
-    """A group left to peft's own modules: dropout, DoRA, 8-bit weights, trained biases."""
+    """A group left to peft's own modules: DoRA, 8-bit weights, trained biases."""
 
     modules: Sequence[Any]
 
@@ -239,7 +242,11 @@ def _scale(x: Tensor, shape: LayerShape) -> Tensor:
 def _apply(x: Tensor, group: Projections | Modules) -> Tensor:
     if isinstance(group, Modules):
         return torch.cat([module(x[None])[0] for module in group.modules], dim=1)
-    return project(x, *group)
+    down, up, dropouts = group.down, group.up, group.dropouts
+    # Under no_grad a model is evaluated, and nothing is dropped.
+    if dropouts is None or down is None or up is None or not torch.is_grad_enabled():
+        return project(x, *group[:8])
+    return project_dropped(x, *group[:6], down, up, dropouts)
 
 
 def apply_norm(x: Tensor, norm: Norm | None, shape: LayerShape) -> Tensor:

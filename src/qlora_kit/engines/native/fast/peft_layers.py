@@ -31,11 +31,13 @@ class AdapterPart:
         down: peft's ``lora_A`` weight, shape ``(r, K)``.
         up: peft's ``lora_B`` weight, shape ``(N, r)``.
         scaling: The factor.
+        dropout: How much of its input it goes without in training.
     """
 
     down: Tensor
     up: Tensor
     scaling: float
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,14 @@ class GroupReader:
     quant_type: str
     bias: Tensor | None
     adapters: tuple[AdapterPart | None, ...]
+
+    @property
+    def dropouts(self) -> tuple[tuple[int, float], ...] | None:
+        """Rank and probability of each adapter, where one drops anything."""
+        parts = [part for part in self.adapters if part is not None]
+        if not any(part.dropout for part in parts):
+            return None
+        return tuple((int(part.down.shape[0]), part.dropout) for part in parts)
 
 
 @dataclass(frozen=True)
@@ -173,8 +183,7 @@ def read_adapter(module: Any, *, trains: bool = True) -> AdapterPart | str | Non
 
     Args:
         module: A peft or plain module.
-        trains: Whether gradients are wanted. Otherwise dropout does nothing, and a disabled
-            adapter is none.
+        trains: Whether gradients are wanted. Otherwise a disabled adapter is none.
     """
     if not hasattr(module, "base_layer"):
         return None
@@ -192,15 +201,13 @@ def read_adapter(module: Any, *, trains: bool = True) -> AdapterPart | str | Non
     (name,) = active
     if name in module.lora_variant:
         return f"{type(module.lora_variant[name]).__name__}"
-    dropout = module.lora_dropout[name]
-    if trains and getattr(dropout, "p", 0.0) > 0:
-        return f"lora_dropout={dropout.p}"
+    dropout = float(getattr(module.lora_dropout[name], "p", 0.0))
     if module.lora_bias.get(name) or getattr(module, "fan_in_fan_out", False):
         return "adapter biases or transposed weights"
     down, up = module.lora_A[name], module.lora_B[name]
     if type(down) is not torch.nn.Linear or type(up) is not torch.nn.Linear:
         return f"{type(down).__name__} adapters"
-    return AdapterPart(down.weight, up.weight, float(module.scaling[name]))
+    return AdapterPart(down.weight, up.weight, float(module.scaling[name]), dropout)
 
 
 def read_norms(layer: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

@@ -179,6 +179,7 @@ class MemoryModel:
         largest_group: int,
         copies: int,
         routed: int = 0,
+        dropped: int = 0,
         scales: int = 0,
         trained: int = 0,
         state_bytes: int = 8,
@@ -206,6 +207,7 @@ class MemoryModel:
             state_bytes: Bytes of the optimizer's states for each of them.
             is_compiled: Whether layers go through the compiler, which keeps less of them.
             routed: Experts that a token goes to, each with a row of its own; 0 for none.
+            dropped: Width of what a layer's adapters see of their inputs through dropout.
         """
         # Kept per token: normalized inputs, q/k/v before and after rotation, attention output,
         # gate and up, their product. The softmax keeps a float32 number for each head, and
@@ -221,7 +223,8 @@ class MemoryModel:
         rows = 2 * hidden if not routed else 4 * hidden * routed
         return cls(
             layers=layers,
-            saved_per_token=saved * item_bytes,
+            # What was dropped is kept as a byte.
+            saved_per_token=saved * item_bytes + dropped * (item_bytes + 1),
             boundary_per_token=hidden * item_bytes,
             # Where gate and up get their gradients, from the product's, which takes the product's
             # own place: two of the residual stream beside them.

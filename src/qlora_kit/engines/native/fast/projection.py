@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["dequantize", "fill_joined", "join", "project", "rounds_before_adding"]
+__all__ = ["dequantize", "fill_joined", "join", "project", "rounds_before_adding", "sum_products"]
 
 _LIBRARY = torch.library.Library("qlora_kit", "FRAGMENT")
 
@@ -163,10 +163,10 @@ def _lora_linear(
     if down is None or up is None:
         return torch.nn.functional.linear(x, weight, bias), x.new_empty((0, 0))
     low = x @ down.T
-    return _sum_products(x, weight.T, low, up.T, bias), low
+    return sum_products(x, weight.T, low, up.T, bias), low
 
 
-def _sum_products(
+def sum_products(
     x: Tensor, weight: Tensor, low: Tensor, small: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     """``x @ weight + low @ small + bias``, rounded once; ``weight`` may be a joined one.
@@ -222,7 +222,7 @@ def _lora_linear_grad(
     weight = dequantize(weights, scales, rows, columns, blocksize, quant_type, grad.dtype)
     if low_grad is None or down is None:
         return grad @ weight
-    return _sum_products(grad, weight, low_grad, down)
+    return sum_products(grad, weight, low_grad, down)
 
 
 def _lora_linear_grad_fake(

@@ -89,7 +89,7 @@ def _forward(
     if x.dtype == dtype and not (args or kwargs or torch.is_grad_enabled()):
         # Asked anew at every call: adapters are disabled, switched and merged at any time.
         adapter = read_adapter(module)
-        if isinstance(adapter, AdapterPart):
+        if isinstance(adapter, AdapterPart) and not (adapter.dropout and module.training):
             rows = x.reshape(-1, x.shape[-1])
             is_row = rows.shape[0] == 1 and x.device.type == "cpu"
             compute = _compute_row if is_row else _compute_rows
