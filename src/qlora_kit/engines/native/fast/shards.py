@@ -111,21 +111,27 @@ def whole_while_read(model: Any) -> Iterator[None]:
     Raises:
         EngineError: When a card does not hold all of it.
     """
-    if ranks.find_place().world == 1 or not has_absent(model):
+    if ranks.find_place().world == 1:
         yield
         return
-    if ranks.others_wait():
+    is_sharded = has_absent(model)
+    if is_sharded and ranks.others_wait():
         raise EngineError(
             "The base is sharded, and the ranks that hold the rest of it wait for this one. Load "
             "with shard=False, or let the training come to its end first."
         )
-    logger.info("The base is sharded: reading it takes every rank of the machine.")
-    make_whole(model)
-    if has_absent(model) or len({one.device for one in model.parameters()}) > 1:
+    if is_sharded:
+        logger.info("The base is sharded: reading it takes every rank of the machine.")
+        make_whole(model)
+    devices = {one.device for one in model.parameters()}
+    if has_absent(model) or (len(devices) > 1 and not hasattr(model, "hf_device_map")):
         raise EngineError(
-            "The base does not fit one card, so the model cannot be run as a whole here. Export "
-            "the adapter, or train and evaluate without sample_prompts and generation."
+            "The base does not fit one card, so the model cannot be run as a whole here. Export it "
+            "with verify=False, and train without sample_prompts."
         )
+    if not is_sharded:
+        yield
+        return
     try:
         yield
     finally:
