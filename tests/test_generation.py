@@ -386,3 +386,18 @@ def test_flags_are_true_or_false(model, name, value):
 def test_one_prompt_is_no_batch(model, prompts):
     with pytest.raises(ConfigError, match="prompts must be several prompts"):
         generate_batch(model, prompts)
+
+
+def test_what_compiling_says_of_a_gpu_that_is_not_there_is_not_shown(adapted, caplog):
+    import logging
+
+    chatty = logging.getLogger("torch.utils.cpp_extension")
+    stream = generate_stream(adapted, "Hi", max_new_tokens=4)
+    next(stream)
+    chatty.warning("No CUDA runtime is found, using CUDA_HOME='/usr/local'")
+    chatty.warning("something else")
+    stream.close()
+    assert "No CUDA runtime" not in caplog.text
+    assert "something else" in caplog.text
+    chatty.warning("No CUDA runtime is found, using CUDA_HOME='/usr/local'")
+    assert "No CUDA runtime" in caplog.text

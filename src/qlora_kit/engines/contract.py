@@ -24,6 +24,7 @@ from qlora_kit.engines.base import (
 )
 from qlora_kit.errors import EngineError
 from qlora_kit.handles import AdaptedModel, LoadedModel
+from qlora_kit.import_noise import without_noise
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -122,7 +123,9 @@ def ready_to_generate(model: LoadedModel) -> Iterator[GenerativeModel]:
                 f"Engine {engine.name!r}: inference yields {type(ready).__name__}, which has no "
                 "generate method. Yield the model itself, ready to generate."
             )
-        yield ready
+        # Compiling says what nobody here can act on.
+        with without_noise():
+            yield ready
 
 
 def open_decoder(

@@ -37,6 +37,7 @@ from qlora_kit.errors import (
     TrainingError,
 )
 from qlora_kit.handles import AdaptedModel
+from qlora_kit.import_noise import without_noise
 from qlora_kit.manifest import write_manifest
 from qlora_kit.messages import Setting
 from qlora_kit.report import write_report
@@ -128,7 +129,7 @@ def run_training(model: AdaptedModel, run: Run) -> TrainResult:
     from qlora_kit.training.interrupts import InterruptCallback
 
     interrupts = InterruptCallback()
-    with interrupts.listening():
+    with interrupts.listening(), without_noise():
         result, total_steps = _train(model, run, interrupts)
         model.record.training = result
         _say_what_was_done(result, total_steps)
