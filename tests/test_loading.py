@@ -523,3 +523,10 @@ def test_files_beside_the_weights_that_would_be_passed_over_are_refused(
     (copy / name).write_text(text)
     with pytest.raises(UnsupportedModelError, match=said):
         load_quantized(copy, 64, load_in_4bit=False)
+
+
+@pytest.mark.parametrize("places", [{"": "nope"}, {"": 99}, "x", [], {5: "cpu"}])
+def test_a_device_that_there_is_not_is_no_fault_of_the_checkpoint(tiny_llama, places):
+    with pytest.raises(ConfigError, match="device_map") as caught:
+        load_quantized(tiny_llama, 64, "float32", False, engine="native", device_map=places)
+    assert caught.value.parameter == "device_map"

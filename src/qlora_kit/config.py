@@ -73,6 +73,18 @@ class LoadConfig:
     shard: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
+        places = self.device_map
+        if not (
+            places is None
+            or isinstance(places, str | int)
+            or (isinstance(places, Mapping) and places and all(isinstance(n, str) for n in places))
+            # A torch.device.
+            or (hasattr(places, "index") and hasattr(places, "type"))
+        ):
+            raise invalid_value(
+                "device_map", "must be a device, 'auto', or devices by module", places,
+                "load_quantized",
+            )  # fmt: skip
         if not is_whole_number(self.max_seq_length):
             raise invalid_value(
                 "max_seq_length",

@@ -24,7 +24,7 @@ from qlora_kit.engines.quantization import (
     read_stored_quantization,
 )
 from qlora_kit.engines.tokenizer import load_tokenizer
-from qlora_kit.errors import EngineError, UnsupportedModelError
+from qlora_kit.errors import ConfigError, EngineError, UnsupportedModelError
 from qlora_kit.launches import once_a_machine
 from qlora_kit.values import is_whole_number
 from qlora_kit.weights.fingerprint import fingerprint_weights, stamp_files
@@ -135,6 +135,13 @@ def open_checkpoint(config: LoadConfig) -> OpenedCheckpoint:
     )
 
 
+#: What torch and transformers say where a device does not exist.
+_ABOUT_DEVICES = (
+    "device string", "nvalid device", "NVIDIA driver", "device_map as a string",
+    "not compiled with CUDA",
+)  # fmt: skip
+
+
 @contextlib.contextmanager
 def explain_load_errors(folder: Path) -> Iterator[None]:
     """Turn what transformers raises over a checkpoint into an error of ours."""
@@ -148,12 +155,14 @@ def explain_load_errors(folder: Path) -> Iterator[None]:
                 f"There is not enough memory to load {folder}: {describe_cause(error)} Free some, "
                 "or load in 4 bits."
             ) from error
+        _refuse_device(error)
+        said = str(error).strip().splitlines()[0]
         # Sizes that differ, quantized tensors that are incomplete.
         raise UnsupportedModelError(
-            f"transformers cannot load {folder}: {str(error).strip().splitlines()[0]} "
-            "Download the model again."
+            f"transformers cannot load {folder}: {said} Download the model again."
         ) from error
     except (ValueError, KeyError, OSError) as error:
+        _refuse_device(error)
         raise UnsupportedModelError(
             f"transformers cannot load {folder} as a causal language model: {error}"
         ) from error
@@ -167,6 +176,17 @@ def explain_load_errors(folder: Path) -> Iterator[None]:
             f"transformers cannot build the model in {folder} from its config.json, "
             f"generation_config.json and weight index: {describe_cause(error)} Compare them with "
             "the model's own, or download them again."
+        ) from error
+
+
+def _refuse_device(error: Exception) -> None:
+    """Say of an error over a device that it is no fault of the checkpoint's."""
+    said = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    if any(words in said for words in _ABOUT_DEVICES):
+        raise ConfigError(
+            f"device_map names a device that there is not: {said.rstrip('.')}. Leave it out "
+            "for the one best device.",
+            parameter="device_map",
         ) from error
 
 
