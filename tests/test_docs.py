@@ -155,7 +155,7 @@ def known_keywords() -> set[str]:
 #: What pages say about other software: the classic script, dataclasses, make, the shell.
 FOREIGN = {
     "save_method", "repr", "PYTHON", "VENV", "NAME", "KEY", "save_embedding_layers", "HF_ENDPOINT",
-    "OFFLINE",
+    "HF_HUB_OFFLINE", "OFFLINE",
 }  # fmt: skip
 
 
