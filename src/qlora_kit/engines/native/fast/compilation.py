@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 
 #: Operations a second of a core in a step's products, for a rough idea of a run's length.
 _CORE_SPEED: Final = 1.5e11
-#: Seconds of steps without which compiling on a CPU takes longer than it saves: 25 to 60 seconds
-#: for a fifth of a step (docs/performance.md).
+#: Seconds of steps without which compiling on a CPU takes longer than it saves: half a minute of
+#: the processor for a fifth of a step (docs/performance.md).
 _WORTHWHILE_SECONDS: Final = 240.0
 
 
