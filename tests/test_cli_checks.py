@@ -189,7 +189,11 @@ def test_the_classic_script_s_training_names_are_flags(checked):
         assert plan == {"compile": False, "weights": "nf4"}
 
 
-def test_lists_are_given_by_comma(checked):
+def test_lists_are_given_by_comma(checked, monkeypatch):
+    from transformers.integrations import integration_utils
+
+    for name in ("tensorboard", "wandb"):
+        monkeypatch.setattr(integration_utils, f"is_{name}_available", lambda: True)
     asked = checked("--report-to", "tensorboard,wandb", "--export", "gguf, lora",
                     "--export-option", "quantization=q4_k_m,q8_0")  # fmt: skip
     assert asked.training["report_to"] == ["tensorboard", "wandb"]

@@ -132,7 +132,7 @@ def generate_batch(
         raise ConfigError(f"at_once must be at least 1, got {at_once!r}.")
     # A text is a sequence of texts too, each of one character.
     if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
-        raise invalid_value("prompts", "must be several prompts", prompts, "generate_stream")
+        raise ConfigError(f"prompts must be several prompts, got {prompts!r}.")
     config, stops = _read_settings(model, "generate_batch", seed=seed, **settings)
     ids = [_encode(model, prompt) for prompt in prompts]
     if ids:
