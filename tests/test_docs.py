@@ -126,7 +126,7 @@ def known_keywords() -> set[str]:
     from trl import SFTConfig
 
     from qlora_kit import data, plugins, testing
-    from qlora_kit.engines.native.fast.plan import FastPlan
+    from qlora_kit.engines.native.fast.plan_options import FastPlan
 
     values = [getattr(qlora_kit, name) for name in qlora_kit.__all__]
     values += [getattr(data, name) for name in data.__all__]

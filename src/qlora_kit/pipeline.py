@@ -231,7 +231,7 @@ def _check_exports(pipeline: Pipeline, model: AdaptedModel | None) -> None:
 
 def _loading_arguments(pipeline: Pipeline) -> dict[str, Any]:
     """What is loaded is what will be trained: in shards where those are asked for."""
-    from qlora_kit.engines.native.fast.plan import parse_plan
+    from qlora_kit.engines.native.fast.plan_options import parse_plan
 
     shard = parse_plan(pipeline.training.get("plan")).shard
     return {**({} if shard == "auto" else {"shard": shard}), **pipeline.loading}

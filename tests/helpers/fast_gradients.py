@@ -4,7 +4,8 @@ import torch
 
 from qlora_kit.engines.native.fast.fused_model import FusedModel
 from qlora_kit.engines.native.fast.layout import split_rows
-from qlora_kit.engines.native.fast.plan import FastPlan, resolve_plan
+from qlora_kit.engines.native.fast.plan import resolve_plan
+from qlora_kit.engines.native.fast.plan_options import FastPlan
 from qlora_kit.engines.native.fast.step_runner import StepRunner
 
 

@@ -6,13 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from qlora_kit.config import AdapterConfig
-from qlora_kit.engines.native.fast.plan import (
-    FastPlan,
-    MemoryModel,
-    ResolvedPlan,
-    count_state_bytes,
-    resolve_plan,
-)
+from qlora_kit.engines.native.fast.plan import ResolvedPlan, resolve_plan
+from qlora_kit.engines.native.fast.plan_options import FastPlan
+from qlora_kit.engines.native.fast.step_memory import MemoryModel, count_state_bytes
 from qlora_kit.forecast.shapes import ModelShape
 from qlora_kit.forecast.steps import StepShape
 

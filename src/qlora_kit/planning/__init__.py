@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.config import SCRIPT_TRAINING_DEFAULTS, AdapterConfig
-from qlora_kit.engines.native.fast.plan import FastPlan, parse_plan
+from qlora_kit.engines.native.fast.plan_options import FastPlan, parse_plan
 from qlora_kit.errors import invalid_value
 from qlora_kit.forecast import (
     MOST_MEASURED,

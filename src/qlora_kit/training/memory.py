@@ -6,7 +6,8 @@ import logging
 from typing import Any
 
 from qlora_kit.engines.base import Trainer
-from qlora_kit.engines.native.fast.plan import FastPlan, ResolvedPlan
+from qlora_kit.engines.native.fast.plan import ResolvedPlan
+from qlora_kit.engines.native.fast.plan_options import FastPlan
 from qlora_kit.forecast import forecast_memory, read_shape
 from qlora_kit.forecast.steps import RowTokens
 from qlora_kit.handles import AdaptedModel

@@ -374,7 +374,7 @@ def _released_afterwards(model: AdaptedModel) -> Iterator[list[Trainer]]:
 
 def _describe_first_step(trainer: Trainer, run: Run) -> str:
     """What the silent first step does."""
-    from qlora_kit.engines.native.fast.plan import parse_plan
+    from qlora_kit.engines.native.fast.plan_options import parse_plan
 
     if not trainer.uses_fast_step or parse_plan(run.job.plan).compile is False:
         return ""

@@ -12,7 +12,7 @@ from qlora_kit.engines.checkpointing import without_checkpointing
 from qlora_kit.engines.native.bitsandbytes_optimizers import without_waiting
 from qlora_kit.engines.native.fast.decoders import begin_training, end_training
 from qlora_kit.engines.native.fast.fast_step import FastStep
-from qlora_kit.engines.native.fast.plan import FastPlan, parse_plan
+from qlora_kit.engines.native.fast.plan_options import FastPlan, parse_plan
 from qlora_kit.engines.native.fast.shard_choice import refuse_without_fast_step
 from qlora_kit.engines.native.fast.support import find_obstacle
 from qlora_kit.engines.native.loss_scale import LossScaleLog, check_float16
@@ -30,7 +30,7 @@ class NativeTrainer(TrainerBase, LossScaleLog, FastStep, SFTTrainer):
     Args:
         model: A ``PeftModel``.
         args: The run's ``SFTConfig``.
-        plan: What :func:`~qlora_kit.engines.native.fast.plan.parse_plan` takes.
+        plan: What :func:`~qlora_kit.engines.native.fast.plan_options.parse_plan` takes.
         chooses_checkpointing: Whether ``args.gradient_checkpointing`` is a mere default, which the
             plan may overrule.
     """

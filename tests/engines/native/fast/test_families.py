@@ -13,7 +13,8 @@ from gguf_tiny import longrope_case, make_wrapper
 from qlora_kit.engines.native.fast.decoding_support import find_decoding_obstacle
 from qlora_kit.engines.native.fast.fused_model import FusedModel
 from qlora_kit.engines.native.fast.layout import split_rows
-from qlora_kit.engines.native.fast.plan import FastPlan, resolve_plan
+from qlora_kit.engines.native.fast.plan import resolve_plan
+from qlora_kit.engines.native.fast.plan_options import FastPlan
 from qlora_kit.engines.native.fast.step_runner import StepRunner
 from qlora_kit.engines.native.fast.support import find_obstacle
 

@@ -80,7 +80,7 @@ def test_what_no_plan_fits_ends_with_the_allocator_s_own_error(train):
 
 def test_plans_shrink_to_the_longest_example_and_then_by_what_is_left(make_adapted, token_rows):
     from qlora_kit.engines.native.fast.fused_model import FusedModel
-    from qlora_kit.engines.native.fast.plan import FastPlan
+    from qlora_kit.engines.native.fast.plan_options import FastPlan
 
     memory = FusedModel(make_adapted().model, FastPlan(compile=False)).memory_model()
     longest = max(len(example.input_ids) for example in split_rows(token_rows[:8]))

@@ -4,7 +4,9 @@ import dataclasses
 
 import pytest
 
-from qlora_kit.engines.native.fast.plan import FastPlan, MemoryModel, parse_plan, resolve_plan
+from qlora_kit.engines.native.fast.plan import resolve_plan
+from qlora_kit.engines.native.fast.plan_options import FastPlan, parse_plan
+from qlora_kit.engines.native.fast.step_memory import MemoryModel
 from qlora_kit.errors import ConfigError, UnknownOptionError
 
 GIB = 1024**3

@@ -8,7 +8,8 @@ from torch.profiler import ProfilerActivity, profile
 from qlora_kit import attach_lora, load_quantized
 from qlora_kit.engines.native.fast.fused_model import FusedModel
 from qlora_kit.engines.native.fast.layout import Example, lay_out
-from qlora_kit.engines.native.fast.plan import FastPlan, resolve_plan
+from qlora_kit.engines.native.fast.plan import resolve_plan
+from qlora_kit.engines.native.fast.plan_options import FastPlan
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts a CPU's allocations")
 

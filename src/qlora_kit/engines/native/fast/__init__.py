@@ -4,6 +4,6 @@ It reads peft's parameters and bitsandbytes' weights where they lie and changes 
 model nor any library, so the model generates, evaluates and saves as before at any moment.
 """
 
-from qlora_kit.engines.native.fast.plan import FastPlan
+from qlora_kit.engines.native.fast.plan_options import FastPlan
 
 __all__ = ["FastPlan"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit.engines.native.fast.compilation import find_compile_obstacle
-from qlora_kit.engines.native.fast.plan import CAPPED_QUERIES
+from qlora_kit.engines.native.fast.step_memory import CAPPED_QUERIES
 
 __all__ = ["attend_capped", "capped_backward", "capped_forward", "find_kernel_obstacle"]
 

@@ -51,7 +51,8 @@ from qlora_kit.engines.native.fast.loss import (
     softmax_step,
 )
 from qlora_kit.engines.native.fast.peft_layers import GroupReader, read_group
-from qlora_kit.engines.native.fast.plan import FastPlan, MemoryModel, ResolvedPlan
+from qlora_kit.engines.native.fast.plan import ResolvedPlan
+from qlora_kit.engines.native.fast.plan_options import FastPlan
 from qlora_kit.engines.native.fast.positions import Positions
 from qlora_kit.engines.native.fast.projection import (
     dequantize,
@@ -61,6 +62,7 @@ from qlora_kit.engines.native.fast.projection import (
 )
 from qlora_kit.engines.native.fast.rank_sum import RankSum
 from qlora_kit.engines.native.fast.shards import find_owner, give_up_layers, has_absent
+from qlora_kit.engines.native.fast.step_memory import MemoryModel
 from qlora_kit.engines.native.fast.vocabulary import Vocabulary
 from qlora_kit.weights.absent import make_absent
 

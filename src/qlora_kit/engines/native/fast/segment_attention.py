@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qlora_kit.engines.native.fast.capped_attention import capped_backward, capped_forward
-from qlora_kit.engines.native.fast.plan import CAPPED_QUERIES
+from qlora_kit.engines.native.fast.step_memory import CAPPED_QUERIES
 
 __all__ = ["attend_segments", "attend_segments_backward", "lse_dtype"]
 

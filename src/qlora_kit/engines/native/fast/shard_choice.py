@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from qlora_kit import ranks
-from qlora_kit.engines.native.fast.plan import FastPlan, ResolvedPlan
+from qlora_kit.engines.native.fast.plan import ResolvedPlan
+from qlora_kit.engines.native.fast.plan_options import FastPlan
 from qlora_kit.engines.native.fast.shards import has_absent
 from qlora_kit.errors import ConfigError, EngineError
 
