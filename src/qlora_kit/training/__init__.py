@@ -100,8 +100,8 @@ def train_sft(
             them out, ``"error"`` raises. Counted and reported in every case.
         plan: How the native engine computes steps; none of it changes the maths. ``None``
             chooses by memory and says what it chose; ``False`` trains through TRL and peft alone;
-            a dictionary or :class:`~qlora_kit.engines.native.fast.plan_options.FastPlan` pins choices,
-            for example ``{"checkpointing": "full", "weights": "nf4"}``.
+            a dictionary or a :class:`~qlora_kit.engines.native.fast.plan_options.FastPlan` pins
+            choices, for example ``{"checkpointing": "full", "weights": "nf4"}``.
         callbacks: ``TrainerCallback`` objects or classes.
         compute_metrics: transformers' function of an ``EvalPrediction`` (scores of the tokens,
             labels) to figures, which every evaluation logs. Evaluations then hold all scores, which
