@@ -263,6 +263,10 @@ def test_characters_of_several_tokens_come_whole(model):
         ({"num_return_sequences": 2}, ConfigError, "one answer"),
         ({"max_length": 50}, ConfigError, "max_new_tokens"),
         ({"eos_token_id": "x"}, ConfigError, "eos_token_id"),
+        ({"length_penalty": 0.5}, ConfigError, "change nothing. It belongs to beam search"),
+        ({"assistant_early_exit": 2}, ConfigError, "change nothing. It belongs to assisted"),
+        ({"output_scores": True}, ConfigError, "change nothing. Chunks"),
+        ({"cache_config": {"nbits": 4}}, ConfigError, "change nothing. It needs cache_impl"),
     ],
 )
 def test_what_cannot_work_is_refused_at_the_call(model, arguments, error, said):

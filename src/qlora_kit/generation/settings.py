@@ -35,6 +35,33 @@ _REFUSED: Final[Mapping[str, str]] = {
     "stop_strings": "Use stop=.",
 }
 
+_BEAMS: Final = "It belongs to beam search, which is not streamed."
+_ASSISTED: Final = "It belongs to assisted generation, which is not streamed."
+_CHUNKS: Final = "Chunks are what is returned, without it."
+_ENCODERS: Final = "It belongs to models with an encoder."
+#: Fields that would change nothing of an answer, and why.
+_WITHOUT_EFFECT: Final[Mapping[str, str]] = {
+    **dict.fromkeys(
+        ("early_stopping", "length_penalty", "num_beam_groups", "diversity_penalty", "low_memory"),
+        _BEAMS,
+    ),
+    **dict.fromkeys(
+        ("assistant_confidence_threshold", "assistant_early_exit", "assistant_lookbehind",
+         "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule",
+         "target_lookbehind"),
+        _ASSISTED,
+    ),
+    **dict.fromkeys(
+        ("output_scores", "output_logits", "output_attentions", "output_hidden_states"), _CHUNKS
+    ),
+    **dict.fromkeys(("decoder_start_token_id", "forced_bos_token_id"), _ENCODERS),
+}  # fmt: skip
+#: Fields that change nothing unless another one is given.
+_NEEDED: Final[Mapping[str, str]] = {
+    "cache_config": "cache_implementation",
+    "max_matching_ngram_size": "prompt_lookup_num_tokens",
+}
+
 
 def check_sampling(
     max_new_tokens: Any, filters: Mapping[str, Any], repetition_penalty: Any, seed: Any
@@ -157,6 +184,7 @@ def make_config(model: LoadedModel, fields: Mapping[str, Any]) -> GenerationConf
                 advice=advice,
             )
     check_fields(fields, model.model.get_input_embeddings().weight.shape[0])
+    _refuse_without_effect(fields, GenerationConfig())
     if not fields["do_sample"]:
         ignored = [name for name in _NEUTRAL if fields.get(name) is not None]
         if ignored:
@@ -181,6 +209,26 @@ def make_config(model: LoadedModel, fields: Mapping[str, Any]) -> GenerationConf
             f"transformers refuses these settings: {describe_cause(error)}"
         ) from error
     return config
+
+
+def _refuse_without_effect(fields: Mapping[str, Any], usual: GenerationConfig) -> None:
+    for name, value in fields.items():
+        if value is None or value is False or value == getattr(usual, name):
+            continue
+        needed = _NEEDED.get(name)
+        if needed is not None and fields.get(needed) is None:
+            why = f"It needs {needed}."
+        elif name in _WITHOUT_EFFECT:
+            why = _WITHOUT_EFFECT[name]
+        else:
+            continue
+        raise ConfigError(
+            Setting(name, value, "generate_stream"),
+            " would change nothing.",
+            parameter=name,
+            value=value,
+            advice=f"{why} Leave it out.",
+        )
 
 
 def _stop_token_ids(model: LoadedModel, given: Any) -> list[int]:
