@@ -57,7 +57,7 @@ def main() -> None:
     output, began = Path(args.output), time.perf_counter()
 
     base = Path(args.model or find_base_model())
-    print(f"1. Load {base.name} in 4 bits (half a minute the first time)")
+    print(f"1. Load {base.name} in 4 bits (a quarter of a minute the first time)")
     model = load_quantized(base, max_seq_length=512, load_in_4bit=True)
     print(f"   {model.base.quantization} weights, computing in {model.base.compute_dtype}, "
           f"engine {model.engine.name}, {time.perf_counter() - began:.0f} s")  # fmt: skip
