@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 __all__ = ["NativeEngine"]
+
+logger = logging.getLogger(__name__)
 
 
 class NativeEngine:
@@ -74,6 +77,8 @@ class NativeEngine:
         refuse_missing_tensors(folder, loading["missing_keys"])
         if node is not None:
             finish_loading(model, opened, node)
+        if opened.quantization is not None:
+            _say_what_stays_wide(model)
         if opened.quantization in ("nf4", "fp4"):
             keep_weights_unpacked(model)
         if stored:
@@ -205,3 +210,19 @@ def _make_lora_config(config: AdapterConfig, *, use_loftq: bool) -> Any:
         # LoftQ is computed here afterwards: peft's own needs a GPU and an unquantized base.
         arguments["init_lora_weights"] = True
     return LoraConfig(task_type="CAUSAL_LM", **arguments)
+
+
+def _say_what_stays_wide(model: Any) -> None:
+    """Experts that lie in stacks are no linear layers, which is what bitsandbytes quantizes."""
+    stacks = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3 and "experts" in name and parameter.is_floating_point()
+    ]
+    if stacks:
+        size = sum(one.numel() * one.element_size() for one in stacks)
+        logger.warning(
+            "The weights of the experts stay in %s, %.1f GiB in all: bitsandbytes quantizes linear "
+            "layers, and transformers holds experts in stacks.",
+            str(stacks[0].dtype).removeprefix("torch."), size / 1024**3,
+        )  # fmt: skip

@@ -136,6 +136,15 @@ def test_routers_are_balanced_as_transformers_does(make_moe, token_rows):
     assert_gradients_equal(gradients, reference, 1e-5)
 
 
+@pytest.mark.parametrize("load_in_4bit", [True, False])
+def test_experts_that_are_not_quantized_are_named_at_loading(tmp_path, caplog, load_in_4bit):
+    from qlora_kit import load_quantized
+
+    folder = make_checkpoint(tmp_path / "base", "qwen3_moe")
+    load_quantized(folder, 64, "float32", load_in_4bit, engine="native")
+    assert ("weights of the experts stay in float32" in caplog.text) is load_in_4bit
+
+
 def test_the_curve_is_plain_trls(tmp_path, make_trainer):
     """TRL adds the routers' balance to the loss of every model that has one."""
     from checkpoints import randomize
