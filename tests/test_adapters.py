@@ -4,7 +4,7 @@ import pytest
 
 from checkpoints import make_checkpoint
 from forward import logits_of
-from qlora_kit import attach_lora, load_quantized
+from qlora_kit import AlpacaFormatter, attach_lora, export_model, load_quantized, train_sft
 from qlora_kit.config import DEFAULT_TARGET_MODULES
 from qlora_kit.errors import ConfigError
 
@@ -242,3 +242,26 @@ def test_experts_that_no_module_holds_are_named_with_the_way_round_them(tmp_path
             attach_lora(loaded, **arguments)
     model = attach_lora(loaded, target_modules="attention")
     assert _adapted_names(model) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_a_base_that_carries_an_adapter_gets_no_second_one(tiny_llama, tmp_path):
+    """A notebook's cell run again, with two variable names: nothing of the first one changes."""
+    loaded = load_quantized(tiny_llama, 64, "float32", load_in_4bit=False)
+    adapted = attach_lora(loaded, r=4)
+    with pytest.raises(ConfigError, match="carries an adapter already"):
+        attach_lora(loaded, r=4)
+    assert export_model(adapted, "lora", tmp_path / "lora").verification.passed
+
+
+def test_adapted_embeddings_train(tiny_llama, tmp_path, alpaca_rows):
+    loaded = load_quantized(tiny_llama, 64, "float32", load_in_4bit=False)
+    model = attach_lora(loaded, r=4, target_modules=["q_proj", "embed_tokens"])
+    rows = AlpacaFormatter(model.tokenizer).load(alpaca_rows)
+    result = train_sft(
+        model, rows, output_dir=tmp_path, max_steps=2, learning_rate=1e-2, warmup_steps=0,
+        save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    assert "TRL" not in result.plan
+    trained = dict(model.model.named_parameters())
+    (up,) = [one for name, one in trained.items() if "lora_embedding_B" in name]
+    assert up.abs().sum() > 0

@@ -173,3 +173,8 @@ def test_what_cannot_score_is_named(adapted, settings, said):
     rows = [{"instruction": "Say one.", "output": "one"}]
     with pytest.raises(ConfigError, match=re.escape(said)):
         evaluate(adapted, rows, max_new_tokens=1, **settings)
+
+
+def test_a_pattern_without_answers_is_refused(adapted, alpaca_rows):
+    with pytest.raises(ConfigError, match="asks for none"):
+        evaluate(adapted, alpaca_rows, answers=False, regex="a")

@@ -247,6 +247,7 @@ def test_characters_of_several_tokens_come_whole(model):
         ({"prompt": ""}, ConfigError, "empty"),
         ({"prompt": []}, ConfigError, "prompt"),
         ({"prompt": 3}, ConfigError, "prompt"),
+        ({"prompt": "hi \udcff"}, ConfigError, "character 4 .*not UTF-8"),
         ({"prompt": [1, "a"]}, ConfigError, "whole numbers"),
         ({"prompt": [-1]}, ConfigError, "Token id -1"),
         ({"prompt": [384]}, ConfigError, "0 to 383"),

@@ -309,6 +309,8 @@ def test_unknown_fields_name_the_nearest(model, alpaca_rows, tmp_path):
         ({"output_dir": __file__}, "is a file"),
         ({"resume_from_checkpoint": 3}, "True or a path"),
         ({"lr_scheduler_type": "wavy"}, "wavy"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "needs lr_scheduler_kwargs.*num_decay"),
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 999}, "train nothing"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(model, alpaca_rows, tmp_path, arguments, advice):

@@ -109,6 +109,12 @@ def attach_lora(
             "rank_pattern": rank_pattern or None, "alpha_pattern": alpha_pattern or None,
         }  # fmt: skip
         return _keep_adapter(model, target_modules, given)
+    if any(hasattr(module, "lora_A") for module in model.model.modules()):
+        raise ConfigError(
+            "This base carries an adapter already, which attach_lora put on it. Go on with what "
+            "attach_lora returned (a cell that says model = attach_lora(model) may run again), or "
+            "load the base anew."
+        )
     if max_seq_length not in (None, model.max_seq_length):
         raise ConfigError(
             Setting("max_seq_length", max_seq_length, "load_quantized"),

@@ -18,6 +18,7 @@ from qlora_kit.errors import ConfigError, DataError, did_you_mean, invalid_value
 from qlora_kit.generation import generate_batch
 from qlora_kit.handles import LoadedModel
 from qlora_kit.html_tables import make_grid, make_table
+from qlora_kit.messages import Setting
 from qlora_kit.values import IGNORED_LABEL, is_whole_number
 
 if TYPE_CHECKING:
@@ -153,6 +154,15 @@ def evaluate(
     scorers = _read_metrics(metrics, regex)
     if not isinstance(answers, bool):
         raise invalid_value("answers", "must be True or False", answers, "evaluate")
+    if regex is not None and not answers:
+        raise ConfigError(
+            Setting("regex", regex, "evaluate"),
+            " is looked for in answers, and ",
+            Setting("answers", False, "evaluate"),
+            " asks for none. Drop one of the two.",
+            parameter="regex",
+            value=regex,
+        )
     for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if not is_whole_number(value, at_least=1):
             raise invalid_value(name, "must be a whole number of at least 1", value, "evaluate")

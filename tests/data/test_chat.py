@@ -358,3 +358,12 @@ def test_messages_of_a_csv_file_are_json_text(tokenizer: Any, tmp_path: Any) -> 
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([["messages"], [json.dumps(TALK)]])
     assert ChatFormatter(tokenizer).load(path)[0]["messages"] == TALK
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [("qwen33", "Did you mean 'qwen3'"), (__file__, "It is a file"), (3, "must be text or a name")],
+)
+def test_a_name_that_is_none_is_not_taken_for_a_template(template, said):
+    with pytest.raises(ConfigError, match=said):
+        ChatFormatter(make_tokenizer("bytes"), chat_template=template)

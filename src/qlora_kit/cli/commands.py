@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit import ranks
@@ -172,6 +173,11 @@ def _evaluate(options: argparse.Namespace, write: FlagWriter) -> None:
     from qlora_kit.data import formatter_from_spec, plan_formatter, read_source
     from qlora_kit.evaluation import METRICS, format_comparison
 
+    if (
+        options.compare is not None
+        and Path(options.compare).absolute() == Path(options.model).absolute()
+    ):
+        raise ConfigError(f"--compare {options.compare} is the model itself. Give another one.")
     raw = read_source(options.data, options.split or "train", local_files_only=not options.download)
     plan = None
     if options.template is not None or options.system is not None:

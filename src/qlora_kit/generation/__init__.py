@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from qlora_kit.boundaries import describe_cause
 from qlora_kit.data.formatters.loop_budget import LoopBudget
+from qlora_kit.data.tokens.text_tokenizer import refuse_half_characters
 from qlora_kit.engines.contract import ready_to_generate
 from qlora_kit.errors import ConfigError, invalid_value
 from qlora_kit.generation.batch import answer_all, put_in_order, show_progress
@@ -270,6 +271,7 @@ def _encode(model: LoadedModel, prompt: Any) -> list[int]:
         ids = [int(token) for token in exact]
     elif isinstance(prompt, str):
         _check_length(model, prompt)
+        refuse_half_characters(prompt)
         ids = list(tokenizer(prompt)["input_ids"])
     elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray) or not prompt:
         raise ConfigError(
@@ -286,6 +288,9 @@ def _encode(model: LoadedModel, prompt: Any) -> list[int]:
             raise ConfigError(
                 f"Chat messages are {{'role': ..., 'content': ...}} dictionaries, got {prompt!r}."
             )
+        for message in prompt:
+            if isinstance(message.get("content"), str):
+                refuse_half_characters(message["content"])
         try:
             ids = list(
                 tokenizer.apply_chat_template(

@@ -124,7 +124,7 @@ def prepare_examples(
             [row.value for row in rows.rows] if isinstance(rows, RawRows) else rows,
             max_length=options.max_length,
             truncation=options.truncation,
-            vocabulary_size=model.model.get_input_embeddings().num_embeddings,
+            vocabulary_size=int(model.model.get_input_embeddings().weight.shape[0]),
         )
         return _describe("tokenized", encoded, formatter, getattr(rows, "origin", None))
     is_chosen = formatter is None
@@ -168,7 +168,7 @@ def _check_vocabulary(model: AdaptedModel, encoded: EncodedExamples, formatter: 
     """
     import pyarrow.compute as pc
 
-    size = model.model.get_input_embeddings().num_embeddings
+    size = int(model.model.get_input_embeddings().weight.shape[0])
     table = encoded.dataset.data.table if len(encoded) else None
     ids = [] if table is None else [pc.max(pc.list_flatten(table["input_ids"])).as_py()]
     for index in (*ids, model.tokenizer.pad_token_id):

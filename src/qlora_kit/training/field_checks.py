@@ -127,8 +127,8 @@ def _check_compiling(fields: Mapping[str, Any]) -> None:
 
 def _check_schedule(fields: Mapping[str, Any]) -> None:
     """Make the schedule once for an optimizer of one number: its arguments are its own."""
-    options = fields.get("lr_scheduler_kwargs")
-    if not isinstance(options, Mapping) or not options:
+    options = fields.get("lr_scheduler_kwargs") or {}
+    if not isinstance(options, Mapping) or not (options or fields.get("lr_scheduler_type")):
         return
     import torch
     from transformers import get_scheduler
@@ -141,10 +141,20 @@ def _check_schedule(fields: Mapping[str, Any]) -> None:
             optimizer,
             num_warmup_steps=1,
             num_training_steps=10,
-            scheduler_specific_kwargs=dict(options),
+            scheduler_specific_kwargs=dict(options) or None,
         )
     # Each schedule is a function that takes, and trips over, arguments of its own.
     except Exception as error:
+        if not options:
+            if isinstance(error, TypeError):
+                raise ConfigError(
+                    Setting("lr_scheduler_type", getattr(asked, "value", asked)),
+                    f" needs lr_scheduler_kwargs: {describe_cause(error)}",
+                    parameter="lr_scheduler_type",
+                    value=asked,
+                ) from error
+            # A name that there is not is refused with all of those that there are.
+            return
         raise ConfigError(
             Setting("lr_scheduler_kwargs", options),
             f" does not go with the schedule {getattr(asked, 'value', asked)!r}: "

@@ -159,6 +159,7 @@ def _train(model: AdaptedModel, run: Run, interrupts: InterruptCallback) -> tupl
     )
     device_module.reset_peak_memory(run.device)
     memory_before = device_module.measure_memory_gib(run.device)
+    _refuse_dropped_rows(run.job)
     with _released_afterwards(model) as release:
         trainer = _make_trainer(model, _without_limit(run.job))
         release.append(trainer)
@@ -258,6 +259,20 @@ def _take_steps(
         # After a hard interrupt, unless no step was done yet.
         if trainer.save_checkpoint():
             saves.on_save(trainer.args, trainer.state, trainer.control)
+
+
+def _refuse_dropped_rows(job: TrainJob) -> None:
+    """Refuse a batch that all rows together do not fill where unfilled ones are dropped."""
+    rows = len(job.train_dataset)
+    batch = job.args.per_device_train_batch_size * ranks.find_place().world
+    if job.args.dataloader_drop_last and rows < batch:
+        raise ConfigError(
+            Setting("dataloader_drop_last", True),
+            f" would train nothing: {rows} rows do not fill a batch of {batch}. Leave it out, or "
+            "make per_device_train_batch_size smaller.",
+            parameter="dataloader_drop_last",
+            value=True,
+        )
 
 
 def _without_limit(job: TrainJob) -> TrainJob:

@@ -23,7 +23,11 @@ from qlora_kit.data.formatters.chat_rows import (
 from qlora_kit.data.formatters.chat_template import ChatTemplate, find_training_template
 from qlora_kit.data.formatters.content_check import find_lost, say_lost
 from qlora_kit.data.formatters.formatter_base import FormatterBase, SpecialTokens, check_tokenizer
-from qlora_kit.data.formatters.shipped_templates import check_markers, read_chat_template
+from qlora_kit.data.formatters.shipped_templates import (
+    check_markers,
+    read_chat_template,
+    refuse_template_name,
+)
 from qlora_kit.data.formatters.special_names import break_names, mend_names
 from qlora_kit.data.sources.row_problems import BadRowPolicy
 from qlora_kit.data.sources.rows import Rows, UnusedData
@@ -110,6 +114,8 @@ class ChatFormatter(FormatterBase):
         if self._is_training_template:
             chat_template = find_training_template(tokenizer)
         named = None if chat_template is None else read_chat_template(chat_template)
+        if named is None and chat_template is not None:
+            refuse_template_name(chat_template)
         self.template_kwargs = dict(template_kwargs or {})
         if named is not None:
             name, chat_template = chat_template, named

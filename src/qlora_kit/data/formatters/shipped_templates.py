@@ -8,9 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from qlora_kit.errors import ConfigError
+from qlora_kit.errors import ConfigError, did_you_mean, invalid_value
 
-__all__ = ["check_markers", "list_chat_templates", "read_chat_template"]
+__all__ = ["check_markers", "list_chat_templates", "read_chat_template", "refuse_template_name"]
 
 #: What most base models of the last years have tokens for.
 _CHATML: Final = (
@@ -47,6 +47,30 @@ def read_chat_template(name: str) -> str | None:
         return _CHATML
     path = _list_files().get(name)
     return None if path is None else path.read_text(encoding="utf-8")
+
+
+def refuse_template_name(template: object) -> None:
+    """Refuse what was meant to name a template, or a file, and is taken for its text.
+
+    Raises:
+        ConfigError: When it is no text with a place for a message.
+    """
+    if not isinstance(template, str):
+        raise invalid_value("chat_template", "must be text or a name", template)
+    if "{" in template:
+        return
+    if "\n" not in template and len(template) < 500 and Path(template).is_file():
+        advice = " It is a file: give Path(...).read_text()."
+    else:
+        advice = did_you_mean(template.lower(), list_chat_templates()) or (
+            " Names are listed by qlora-kit templates."
+        )
+    raise ConfigError(
+        f"There is no chat template {template[:80]!r}, and as a template's text it has no place "
+        f"for a message.{advice}",
+        parameter="chat_template",
+        value=template,
+    )
 
 
 def check_markers(name: str, rendered: str, tokenizer: Any) -> None:

@@ -19,7 +19,24 @@ from qlora_kit.errors import ConfigError, DataError, did_you_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TextTokenizer"]
+__all__ = ["TextTokenizer", "refuse_half_characters"]
+
+
+def refuse_half_characters(text: str, cause: Exception | None = None) -> None:
+    """Refuse a text that no tokenizer takes: bytes that are not UTF-8 become such.
+
+    Raises:
+        ConfigError: Where there is half of a surrogate pair; names the place.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"A text has half of a surrogate pair at character {error.start + 1:,} "
+            f"({text[error.start]!r}), which is not a character: was it read from bytes that are "
+            "not UTF-8?"
+        ) from cause or error
+
 
 #: Stands for the text before a text, when a tokenizer wants to know whether there is any.
 _ANCHOR = "\n"
@@ -196,6 +213,14 @@ class TextTokenizer:
         return encoded
 
     def _encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
+        try:
+            return self._encode_characters(texts)
+        except (TypeError, UnicodeEncodeError) as error:
+            for text in texts:
+                refuse_half_characters(text, error)
+            raise
+
+    def _encode_characters(self, texts: Sequence[str]) -> list[list[int]]:
         backend = self._backend
         if backend is not None:
             with _text_only(backend):
