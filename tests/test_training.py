@@ -753,3 +753,20 @@ def test_no_forward_is_left_on_the_model(tiny_llama, alpaca_rows, tmp_path, plan
     _train(model, alpaca_rows, tmp_path, plan=plan, max_steps=1)
     after = {name for name, part in model.model.named_modules() if "forward" in part.__dict__}
     assert after == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"learning_rate": 0.0}, "nothing will be learned"),
+        ({"warmup_steps": 5}, "it warms up for 5 steps"),
+        ({"fp16": True, "bf16": False}, "does nothing on a CPU"),
+    ],
+)
+def test_runs_that_learn_little_say_so(model, alpaca_rows, tmp_path, caplog, settings, said):
+    import torch
+
+    if "fp16" in settings and torch.cuda.is_available():
+        pytest.skip("a GPU has a loss scaler")
+    _train(model, alpaca_rows, tmp_path, **{"max_steps": 1, **settings})
+    assert said in caplog.text

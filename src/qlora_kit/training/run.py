@@ -235,12 +235,28 @@ def _say_what_is_idle(model: AdaptedModel, run: Run, trainer: Trainer) -> None:
         is_resuming=run.is_resuming,
         world=ranks.find_place().world,
     )
+    _say_what_is_not_learned(run.job.args)
     idle = find_idle_fields(run.asked, situation)
     if idle:
         logger.warning(
             "Without effect in this run: %s.",
             "; ".join(f"{name} ({reason})" for name, reason in idle.items()),
         )
+
+
+def _say_what_is_not_learned(args: Any) -> None:
+    """Name a learning rate that is zero, or on its way up, until the run ends."""
+    if args.learning_rate == 0:
+        logger.warning("learning_rate=0: nothing will be learned.")
+        return
+    warmup = args.get_warmup_steps(args.max_steps)
+    schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    if schedule != "constant" and 0 < args.max_steps <= warmup:
+        logger.warning(
+            "The learning rate still rises when this run of %d steps ends, and its first step is "
+            "taken at 0: it warms up for %d steps. warmup_steps=0 learns from the first one on.",
+            args.max_steps, warmup,
+        )  # fmt: skip
 
 
 def _take_steps(

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from qlora_kit.errors import ConfigError, did_you_mean, invalid_value
+from qlora_kit.errors import ConfigError, did_you_mean
 
 __all__ = ["check_markers", "list_chat_templates", "read_chat_template", "refuse_template_name"]
 
@@ -56,7 +56,7 @@ def refuse_template_name(template: object) -> None:
         ConfigError: When it is no text with a place for a message.
     """
     if not isinstance(template, str):
-        raise invalid_value("chat_template", "must be text or a name", template)
+        raise ConfigError(f"chat_template must be text or a name, got {template!r}.")
     if "{" in template:
         return
     if "\n" not in template and len(template) < 500 and Path(template).is_file():

@@ -42,6 +42,11 @@ def check_float16(model: Any, args: Any) -> None:
             "divides no gradients in float16. Load with dtype='bfloat16' or 'float32', or leave it "
             "out of modules_to_save."
         )
+    if args.fp16 and args.device.type == "cpu":
+        logger.warning(
+            "fp16=True does nothing on a CPU, which has no loss scaler; load with dtype='bfloat16' "
+            "to compute in 16 bits."
+        )
     base = model.get_base_model()
     if not args.fp16 and base.get_input_embeddings().weight.dtype == torch.float16:
         logger.warning(
