@@ -10,7 +10,6 @@ import copy
 import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -78,7 +77,7 @@ class OpenedCheckpoint:
         quantization: How it will be quantized in memory.
         model_config: transformers' configuration of the model.
         tokenizer: Its tokenizer, with padding settled.
-        reading: Its weights being read, for their :attr:`fingerprint`.
+        fingerprint: Of its weights' content.
         stamps: What tells whether its files changed since they were read, by name.
     """
 
@@ -89,17 +88,8 @@ class OpenedCheckpoint:
     quantization: QuantizationName | None
     model_config: Any
     tokenizer: PreTrainedTokenizerBase
-    reading: Future[str]
+    fingerprint: str
     stamps: Mapping[str, tuple[int, int]]
-
-    @property
-    def fingerprint(self) -> str:
-        """Of its weights' content; waits until they are read.
-
-        Raises:
-            UnsupportedModelError: When they hold numbers that are none.
-        """
-        return self.reading.result()
 
 
 def open_checkpoint(config: LoadConfig) -> OpenedCheckpoint:
@@ -135,17 +125,13 @@ def open_checkpoint(config: LoadConfig) -> OpenedCheckpoint:
         is_quantized=stored is not None,
         trust_remote_code=config.trust_remote_code,
     )
-    # While the engine loads them, which is other work on the same files.
-    pool = ThreadPoolExecutor(1, "qlora_kit-fingerprint")
-    reading = pool.submit(
-        once_a_machine,
+    fingerprint = once_a_machine(
         "the fingerprint of a base",
         (str(folder), stamps),
         lambda: fingerprint_weights(folder, is_quantized=stored is not None),
     )
-    pool.shutdown(wait=False)
     return OpenedCheckpoint(
-        folder, device, dtype, stored, quantization, model_config, tokenizer, reading, stamps
+        folder, device, dtype, stored, quantization, model_config, tokenizer, fingerprint, stamps
     )
 
 

@@ -73,7 +73,6 @@ class NativeEngine:
                 trust_remote_code=config.trust_remote_code,
                 attn_implementation=_choose_attention(opened.model_config),
             )
-        fingerprint = opened.fingerprint
         refuse_missing_tensors(folder, loading["missing_keys"])
         if node is not None:
             finish_loading(model, opened, node)
@@ -92,7 +91,7 @@ class NativeEngine:
             compute_dtype=dtype,
             is_prequantized=stored is not None,
             stop_token_ids=stop_token_ids,
-            fingerprint=fingerprint,
+            fingerprint=opened.fingerprint,
             stamps=opened.stamps,
         )
         return LoadedModel(model, opened.tokenizer, self, base, config)
