@@ -253,15 +253,23 @@ def test_a_base_that_carries_an_adapter_gets_no_second_one(tiny_llama, tmp_path)
     assert export_model(adapted, "lora", tmp_path / "lora").verification.passed
 
 
-def test_adapted_embeddings_train(tiny_llama, tmp_path, alpaca_rows):
+@pytest.mark.parametrize(
+    ("target", "parameter"), [("embed_tokens", "lora_embedding_B"), ("lm_head", "lora_B")]
+)
+def test_adapted_vocabularies_train(tiny_llama, tmp_path, alpaca_rows, target, parameter):
+    """Both in the fast step; TRL's own would leave the head as it is, and refuses it."""
     loaded = load_quantized(tiny_llama, 64, "float32", load_in_4bit=False)
-    model = attach_lora(loaded, r=4, target_modules=["q_proj", "embed_tokens"])
+    model = attach_lora(loaded, r=4, target_modules=["q_proj", target])
     rows = AlpacaFormatter(model.tokenizer).load(alpaca_rows)
-    result = train_sft(
-        model, rows, output_dir=tmp_path, max_steps=2, learning_rate=1e-2, warmup_steps=0,
-        save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
+    settings = {"output_dir": tmp_path / "run", "max_steps": 2, "learning_rate": 1e-2,
+                "warmup_steps": 0, "save_strategy": "no", "disable_tqdm": True}  # fmt: skip
+    if target == "lm_head":
+        with pytest.raises(ConfigError, match="adapter to `lm_head` is not supported"):
+            train_sft(model, rows, plan=False, **settings)
+    result = train_sft(model, rows, **settings)
     assert "TRL" not in result.plan
     trained = dict(model.model.named_parameters())
-    (up,) = [one for name, one in trained.items() if "lora_embedding_B" in name]
+    (up,) = [one for name, one in trained.items() if target in name and parameter in name]
     assert up.abs().sum() > 0
+    artifact = export_model(model, "merged_16bit", tmp_path / "merged", verify="full")
+    assert artifact.verification.passed

@@ -132,3 +132,16 @@ def test_a_conversation_is_remembered_reset_and_compared(
     assert f"Comparing is off.\n{second}\n" in said
     assert "There is no /resett. Did you mean '/reset'?" in said
     assert said.endswith("A new conversation.\nsystem: Be short.\n")
+
+
+def test_one_process_at_a_time_answers_into_a_file(answer, tmp_path, capsys):
+    from qlora_kit.file_locks import take_lock
+
+    lock = take_lock(tmp_path / ".answers.jsonl.lock")
+    status, output = answer()
+    assert status == 1
+    assert "Another process is answering into" in capsys.readouterr().err
+    assert not output.exists()
+    lock.release()
+    assert answer()[0] == 0
+    assert [path.name for path in tmp_path.glob(".*")] == []

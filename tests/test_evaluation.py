@@ -178,3 +178,9 @@ def test_what_cannot_score_is_named(adapted, settings, said):
 def test_a_pattern_without_answers_is_refused(adapted, alpaca_rows):
     with pytest.raises(ConfigError, match="asks for none"):
         evaluate(adapted, alpaca_rows, answers=False, regex="a")
+
+
+def test_a_model_is_not_compared_with_itself(tiny_llama, tmp_path, capsys):
+    command = ["evaluate", str(tiny_llama), "rows.json", "--compare", f"{tiny_llama}/"]
+    assert main(command) == 1
+    assert "is the model itself" in capsys.readouterr().err

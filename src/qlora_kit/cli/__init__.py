@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _is_news(record: logging.LogRecord) -> bool:
     """Whether a record says what the command does not print itself."""
-    printed = ("qlora_kit.training.run", "%s"), ("qlora_kit.export.job", "Exported ")
+    printed = ("qlora_kit.training.notices", "%s"), ("qlora_kit.export.job", "Exported ")
     return not any(
         record.name == name and str(record.msg).startswith(start) for name, start in printed
     )

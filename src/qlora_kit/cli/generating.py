@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from qlora_kit.cli.asking import AskingForm, read_form
+from qlora_kit.cli.asking import AskingForm, AskingPlan, read_form
 from qlora_kit.data.formatters.chat_messages import read_json
 from qlora_kit.data.formatters.chat_rows import read_conversation
 from qlora_kit.errors import ConfigError, DataError, QloraKitError
+from qlora_kit.file_locks import take_lock
 
 __all__ = ["Question", "add_file_flags", "answer_file", "read_questions"]
 
@@ -149,6 +151,43 @@ def answer_file(options: argparse.Namespace, load: Any, settings: dict[str, Any]
     asked = {"template": options.template, "system": options.system, **settings}
     by = {name: value for name, value in asked.items() if value is not None}
     head = {"model": str(options.model), "settings": by}
+    with _sole_writer(output):
+        return _answer(options, load, settings, questions, plan, head)
+
+
+@contextlib.contextmanager
+def _sole_writer(output: Path) -> Iterator[None]:
+    """Refuse an output that another process is at.
+
+    Raises:
+        ConfigError: When there is one.
+    """
+    lock = None
+    # Pipes and devices have many writers; where nothing can be locked, opening it says what is.
+    if not output.exists() or output.is_file():
+        with contextlib.suppress(OSError):
+            lock = take_lock(output.with_name(f".{output.name}.lock"))
+            if lock is None:
+                raise ConfigError(
+                    f"Another process is answering into {output}. Give another --output."
+                )
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _answer(
+    options: argparse.Namespace,
+    load: Any,
+    settings: dict[str, Any],
+    questions: Sequence[Question],
+    plan: AskingPlan,
+    head: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What no other process may do to the same file meanwhile."""
+    output: Path = options.output
     done = 0 if options.overwrite else _count_done(output, questions, head)
     left = questions[done:]
     if done:

@@ -73,7 +73,10 @@ def check_sampling(
     """
     if not is_whole_number(max_new_tokens, at_least=1):
         raise invalid_value(
-            "max_new_tokens", "must be at least 1", max_new_tokens, "generate_stream"
+            "max_new_tokens",
+            "must be a whole number of at least 1",
+            max_new_tokens,
+            "generate_stream",
         )
     if max_new_tokens >= _MOST_TOKENS:
         raise invalid_value(

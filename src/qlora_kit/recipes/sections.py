@@ -183,9 +183,11 @@ def _read_export(
         raise ConfigError(f"[export] formats is a list of names, got {formats!r}.")
     for name in tables:
         if name not in formats:
+            known = available_exporters()
+            advice = f" Add {name!r} to it." if name in known else did_you_mean(name, known)
             raise ConfigError(
                 f"[export.{name}] has options of a format that formats does not name: "
-                f"{', '.join(formats) or 'none'}.{did_you_mean(name, available_exporters())}"
+                f"{', '.join(formats) or 'none'}.{advice}"
             )
     if not tables:
         return list(formats), options

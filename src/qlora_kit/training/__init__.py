@@ -225,7 +225,7 @@ def _check_place(resumption: Resumption, folder: Path, max_steps: int) -> None:
         raise ConfigError(
             f"{resumed.path} has done {resumed.step} steps already, and ",
             Setting("max_steps", max_steps, "train_sft"),
-            ". Raise max_steps to go on.",
+            " asks for no more. Raise it to go on.",
         )
     others = [one.path.name for one in list_checkpoints(folder) if one.run_id != resumption.run_id]
     if others:

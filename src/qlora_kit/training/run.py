@@ -9,45 +9,33 @@ import contextlib
 import copy
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from qlora_kit import device as device_module
 from qlora_kit import ranks
 from qlora_kit.artifacts.provenance import write_checkpoint_manifest
-from qlora_kit.boundaries import (
-    describe_cause,
-    is_disk_full,
-    is_foreign,
-    is_out_of_memory,
-    shown_cause,
-    translate_errors,
-)
+from qlora_kit.boundaries import describe_cause, translate_errors
 from qlora_kit.engines.base import Trainer, TrainJob
 from qlora_kit.engines.checkpointing import disable_checkpointing, is_checkpointing
-from qlora_kit.engines.contract import make_trainer
-from qlora_kit.errors import (
-    ConfigError,
-    MissingDependencyError,
-    OfflineError,
-    QloraKitError,
-    TrainingError,
-)
 from qlora_kit.handles import AdaptedModel
 from qlora_kit.import_noise import without_noise
 from qlora_kit.manifest import write_manifest
-from qlora_kit.messages import Setting
 from qlora_kit.report import write_report
 from qlora_kit.results import TrainResult
 from qlora_kit.training.arguments import DataOptions, Optimizer
 from qlora_kit.training.checkpoint import Checkpoint
 from qlora_kit.training.examples import TrainingData
-from qlora_kit.training.field_effects import Situation, find_idle_fields
+from qlora_kit.training.failures import explain_failure, make_trainer_or_explain
 from qlora_kit.training.identity import RunIdentity
-from qlora_kit.training.memory import advise_on_memory
+from qlora_kit.training.notices import (
+    describe_first_step,
+    refuse_dropped_rows,
+    say_what_is_idle,
+    say_what_was_done,
+)
 from qlora_kit.training.outcome import Measured, describe_run, make_result
 from qlora_kit.training.resumption import Resumption
 
@@ -60,8 +48,6 @@ if TYPE_CHECKING:
 __all__ = ["Run", "run_training"]
 
 logger = logging.getLogger(__name__)
-
-_MISSING: Final = "This run needs a package that is not installed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +118,7 @@ def run_training(model: AdaptedModel, run: Run) -> TrainResult:
     with interrupts.listening(), without_noise():
         result, total_steps = _train(model, run, interrupts)
         model.record.training = result
-        _say_what_was_done(result, total_steps)
+        say_what_was_done(result, total_steps)
         if not result.was_interrupted:
             interrupts.came_too_late()
     return result
@@ -159,15 +145,15 @@ def _train(model: AdaptedModel, run: Run, interrupts: InterruptCallback) -> tupl
     )
     device_module.reset_peak_memory(run.device)
     memory_before = device_module.measure_memory_gib(run.device)
-    _refuse_dropped_rows(run.job)
+    refuse_dropped_rows(run.job)
     with _released_afterwards(model) as release:
-        trainer = _make_trainer(model, _without_limit(run.job))
+        trainer = make_trainer_or_explain(model, _without_limit(run.job))
         release.append(trainer)
-        _say_what_is_idle(model, run, trainer)
+        say_what_is_idle(model, run, trainer)
         trainer.while_saving = interrupts.holding
         is_alone = ranks.find_place().world == 1
         timeline = Timeline(run.device, (lambda: trainer.tokens_seen) if is_alone else None)
-        line = ProgressLine(timeline, _describe_first_step(trainer, run))
+        line = ProgressLine(timeline, describe_first_step(trainer, run))
         trainer.add_callback(timeline)
         replace_progress_callbacks(trainer, line)
         trainer.add_callback(interrupts)
@@ -188,7 +174,7 @@ def _train(model: AdaptedModel, run: Run, interrupts: InterruptCallback) -> tupl
         checkpoint = run.resumption.checkpoint
         try:
             with (
-                translate_errors(lambda error: _explain_failure(error, model, trainer, run.folder)),
+                translate_errors(lambda error: explain_failure(error, model, trainer, run.folder)),
                 cores.sharing(),
             ):
                 _take_steps(trainer, interrupts, saves, checkpoint)
@@ -223,42 +209,6 @@ def _train(model: AdaptedModel, run: Run, interrupts: InterruptCallback) -> tupl
     return result, trainer.state.max_steps
 
 
-def _say_what_is_idle(model: AdaptedModel, run: Run, trainer: Trainer) -> None:
-    """Name the settings that this run has no use for, and why."""
-    situation = Situation(
-        args=run.job.args,
-        has_fast_step=trainer.uses_fast_step,
-        has_eval=run.job.eval_dataset is not None,
-        has_metrics=run.job.compute_metrics is not None,
-        has_experts=hasattr(model.model.config.get_text_config(), "output_router_logits"),
-        is_packed=run.data.is_packed,
-        is_resuming=run.is_resuming,
-        world=ranks.find_place().world,
-    )
-    _say_what_is_not_learned(run.job.args)
-    idle = find_idle_fields(run.asked, situation)
-    if idle:
-        logger.warning(
-            "Without effect in this run: %s.",
-            "; ".join(f"{name} ({reason})" for name, reason in idle.items()),
-        )
-
-
-def _say_what_is_not_learned(args: Any) -> None:
-    """Name a learning rate that is zero, or on its way up, until the run ends."""
-    if args.learning_rate == 0:
-        logger.warning("learning_rate=0: nothing will be learned.")
-        return
-    warmup = args.get_warmup_steps(args.max_steps)
-    schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-    if schedule != "constant" and 0 < args.max_steps <= warmup:
-        logger.warning(
-            "The learning rate still rises when this run of %d steps ends, and its first step is "
-            "taken at 0: it warms up for %d steps. warmup_steps=0 learns from the first one on.",
-            args.max_steps, warmup,
-        )  # fmt: skip
-
-
 def _take_steps(
     trainer: Trainer,
     interrupts: InterruptCallback,
@@ -277,68 +227,11 @@ def _take_steps(
             saves.on_save(trainer.args, trainer.state, trainer.control)
 
 
-def _refuse_dropped_rows(job: TrainJob) -> None:
-    """Refuse a batch that all rows together do not fill where unfilled ones are dropped."""
-    rows = len(job.train_dataset)
-    batch = job.args.per_device_train_batch_size * ranks.find_place().world
-    if job.args.dataloader_drop_last and rows < batch:
-        raise ConfigError(
-            Setting("dataloader_drop_last", True),
-            f" would train nothing: {rows} rows do not fill a batch of {batch}. Leave it out, or "
-            "make per_device_train_batch_size smaller.",
-            parameter="dataloader_drop_last",
-            value=True,
-        )
-
-
 def _without_limit(job: TrainJob) -> TrainJob:
     """The job of a trainer that deletes no checkpoint; the keeper of checkpoints does."""
     args = copy.copy(job.args)
     args.save_total_limit = None
     return dataclasses.replace(job, args=args)
-
-
-def _say_what_was_done(result: TrainResult, total_steps: int) -> None:
-    # Once for all ranks.
-    if result.was_interrupted and ranks.is_main():
-        end = "%s goes on from there." if result.checkpoint else "Nothing was saved.%s"
-        resume = Setting("resume_from_checkpoint", str(result.checkpoint))
-        logger.warning(
-            f"Training was interrupted: %d of %d steps are done. {end}",
-            result.steps, total_steps, resume if result.checkpoint else "",
-        )  # fmt: skip
-    logger.info("%s", result)
-    if not all(math.isfinite(loss) for loss in result.losses):
-        logger.warning(
-            "The loss stopped being a number at step %d: training diverged. Lower learning_rate.",
-            result.steps - len(result.losses)
-            + next(i for i, loss in enumerate(result.losses, 1) if not math.isfinite(loss)),
-        )  # fmt: skip
-
-
-def _explain_failure(
-    error: Exception, model: AdaptedModel, trainer: Trainer, folder: Path
-) -> QloraKitError:
-    """What the libraries raised in mid-run, with what is left of the run."""
-    if isinstance(error, ImportError):
-        return MissingDependencyError(f"{_MISSING}: {error}")
-    if is_out_of_memory(error):
-        return TrainingError(
-            f"Out of memory: {_first_line(error)} The batch was not changed.",
-            advice=advise_on_memory(model, trainer),
-        )
-    step = trainer.state.global_step
-    is_full = is_disk_full(error)
-    what = f"the disk of {folder} is full" if is_full else describe_cause(error)
-    advice: tuple[str | Setting, ...] = (
-        f"({describe_cause(error)}) Free some of it, or save less often. "
-        if is_full
-        else "Look at the setting that it is about. ",
-        "Where a checkpoint was saved, ",
-        Setting("resume_from_checkpoint", True),
-        " goes on from it.",
-    )
-    return TrainingError(f"Training stopped after step {step}: {what.rstrip('.')}.", advice=advice)
 
 
 def _adopt_chat_template(model: AdaptedModel, formatter: Any) -> None:
@@ -348,35 +241,6 @@ def _adopt_chat_template(model: AdaptedModel, formatter: Any) -> None:
     if spec.get("name") == "custom" and isinstance(template, str):
         model.tokenizer.chat_template = template
         logger.info("The tokenizer's chat template is the formatter's from now on.")
-
-
-def _make_trainer(model: AdaptedModel, job: TrainJob) -> Trainer:
-    """The engine's trainer; what transformers and TRL refuse becomes an error of ours."""
-    try:
-        return make_trainer(model.engine, model, job)
-    except QloraKitError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise TrainingError(
-                f"Out of memory: {_first_line(error)}", advice=advise_on_memory(model, None)
-            ) from error
-        if isinstance(error, ImportError) or "to be installed" in str(error):
-            raise MissingDependencyError(f"{_MISSING}: {error}") from error
-        if isinstance(error, ConnectionError):
-            raise OfflineError(
-                f"The trainer wants the network, which is off: {describe_cause(error)} "
-                "Drop push_to_hub."
-            ) from shown_cause(error)
-        if not is_foreign(error):
-            raise
-        raise ConfigError(
-            f"The trainer refuses these settings: {describe_cause(error)}"
-        ) from shown_cause(error)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager
@@ -401,14 +265,3 @@ def _released_afterwards(model: AdaptedModel) -> Iterator[list[Trainer]]:
             del embeddings._forward_hooks[key]
         settings.use_cache = use_cache
         module.train(was_training)
-
-
-def _describe_first_step(trainer: Trainer, run: Run) -> str:
-    """What the silent first step does."""
-    from qlora_kit.engines.native.fast.plan_options import parse_plan
-
-    if not trainer.uses_fast_step or parse_plan(run.job.plan).compile is False:
-        return ""
-    if run.device.type == "cuda":
-        return "first step: compiling, once, about 20 s"
-    return "first step: compiling, once, 20 to 60 s, where the run is long enough for it"

@@ -113,7 +113,7 @@ def plan_packs(
     """
     if strategy not in _STRATEGIES:
         raise ConfigError(
-            f"strategy must be {' or '.join(map(repr, _STRATEGIES))}, got {strategy!r}."
+            f"packing_strategy must be {' or '.join(map(repr, _STRATEGIES))}, got {strategy!r}."
         )
     if not is_whole_number(max_length, at_least=1):
         raise invalid_value("max_length", "must be at least 1 token", max_length)

@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from qlora_kit.data.formatters.chat_messages import (
-    KNOWN_ROLES,
-    list_unread_keys,
-    parse_message,
-    use_key_of_template,
-)
-from qlora_kit.data.formatters.chat_rows import (
-    holds_messages,
-    read_conversation,
-    read_two_parts,
-)
+from qlora_kit.data.formatters.chat_columns import ChatColumns
+from qlora_kit.data.formatters.chat_messages import parse_message, use_key_of_template
+from qlora_kit.data.formatters.chat_review import review_keys, review_roles, review_wishes
 from qlora_kit.data.formatters.chat_template import ChatTemplate, find_training_template
 from qlora_kit.data.formatters.content_check import find_lost, say_lost
-from qlora_kit.data.formatters.formatter_base import FormatterBase, SpecialTokens, check_tokenizer
-from qlora_kit.data.formatters.shipped_templates import (
-    check_markers,
-    read_chat_template,
-    refuse_template_name,
-)
+from qlora_kit.data.formatters.formatter_base import SpecialTokens, check_tokenizer
+from qlora_kit.data.formatters.shipped_templates import take_chat_template
 from qlora_kit.data.formatters.special_names import break_names, mend_names
 from qlora_kit.data.sources.row_problems import BadRowPolicy
-from qlora_kit.data.sources.rows import Rows, UnusedData
+from qlora_kit.data.sources.rows import Rows
 from qlora_kit.data.tokens.segments import Prompt, Segment
 from qlora_kit.data.tokens.text_tokenizer import TextTokenizer
-from qlora_kit.errors import ConfigError, DataError, did_you_mean
+from qlora_kit.errors import DataError
 from qlora_kit.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -41,19 +27,13 @@ if TYPE_CHECKING:
 
 __all__ = ["ChatFormatter"]
 
-logger = logging.getLogger(__name__)
-
-#: Columns that hold a conversation, tried in this order when none is named.
-_COLUMNS: Final = ("messages", "conversations")
 #: How a template's source says that it looks for a name in a message.
 _PARSES: Final = (
     r"""(?:split|startswith|endswith|replace|find)\(\s*['"]{0}['"]|['"]{0}['"]\s+in\b"""
 )
-#: What may stand beside it.
-_BESIDE: Final = ("tools", "functions", "system", "chat_template_kwargs")
 
 
-class ChatFormatter(FormatterBase):
+class ChatFormatter(ChatColumns):
     """Formats conversations with the model's chat template.
 
     Reads ``messages`` (``role``, ``content``), ShareGPT's ``conversations`` (``from``, ``value``)
@@ -90,8 +70,6 @@ class ChatFormatter(FormatterBase):
     """
 
     name = "chat"
-    roles = ("messages",)
-    optional_roles = ("prompt", "completion")
     adds_bos = False
     adds_eos = False
 
@@ -113,21 +91,9 @@ class ChatFormatter(FormatterBase):
         self._is_training_template = chat_template == "training"
         if self._is_training_template:
             chat_template = find_training_template(tokenizer)
-        named = None if chat_template is None else read_chat_template(chat_template)
-        if named is None and chat_template is not None:
-            refuse_template_name(chat_template)
         self.template_kwargs = dict(template_kwargs or {})
-        if named is not None:
-            name, chat_template = chat_template, named
-            short = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-            try:
-                rendered = tokenizer.apply_chat_template(
-                    short, chat_template=named, tokenize=False, **self.template_kwargs
-                )
-            # What the template lacks in this tokenizer, such as a beginning token.
-            except Exception:  # noqa: BLE001
-                rendered = named
-            check_markers(str(name), str(rendered), tokenizer)
+        if chat_template is not None:
+            chat_template = take_chat_template(chat_template, tokenizer, self.template_kwargs)
         self.system = system
         self.template = ChatTemplate(TextTokenizer(tokenizer), chat_template, self.template_kwargs)
         super().__init__(
@@ -157,64 +123,6 @@ class ChatFormatter(FormatterBase):
 
     def _check_eos(self, eos_token: str | None) -> str:
         return super()._check_eos(eos_token or self.template.turn_end)
-
-    @classmethod
-    def find_missing(
-        cls, present: Sequence[str], columns: Mapping[str, str] | None = None
-    ) -> dict[str, str]:
-        """Any of the usual columns will do, unless one was named."""
-        parts = {role: cls.map_columns(columns)[role] for role in cls.optional_roles}
-        if columns and not set(columns) & set(parts):
-            return super().find_missing(present, columns)
-        missing = {role: column for role, column in parts.items() if column not in present}
-        if columns or not missing:
-            return missing
-        if any(name in present for name in _COLUMNS):
-            return {}
-        return super().find_missing(present, columns)
-
-    @classmethod
-    def map_columns(cls, columns: Mapping[str, str] | None) -> dict[str, str]:
-        """The column of every role; a conversation is in one column or in two."""
-        mapped = super().map_columns(columns)
-        if columns and "messages" in columns and set(columns) & set(cls.optional_roles):
-            raise ConfigError(
-                "columns names 'messages' and a part of a conversation in two parts; a "
-                "conversation is read from the one or from 'prompt' and 'completion'."
-            )
-        return mapped
-
-    @classmethod
-    def read_row(
-        cls, row: Mapping[str, Any], columns: Mapping[str, str] | None = None
-    ) -> tuple[dict[str, Any], list[str]]:
-        """The messages of a raw row in one form, and what is wrong with them."""
-        mapped = cls.map_columns(columns)
-        prompt, completion = (mapped[role] for role in cls.optional_roles)
-        if columns:
-            in_parts, column = "messages" not in columns, mapped["messages"]
-        else:
-            filled = [name for name in _COLUMNS if row.get(name) is not None]
-            column = next(iter(filled), mapped["messages"])
-            in_parts = not filled and (
-                row.get(completion) is not None or holds_messages(row.get(prompt))
-            )
-        if in_parts:
-            return read_two_parts(row, prompt, completion)
-        return read_conversation(row, column)
-
-    @classmethod
-    def list_used(
-        cls, present: Sequence[str], columns: Mapping[str, str] | None = None
-    ) -> set[str] | None:
-        """The conversation, and what is read beside it."""
-        mapped = cls.map_columns(columns)
-        own = {mapped["messages"]}
-        if set(columns or ()) & set(cls.optional_roles):
-            own = {mapped[role] for role in cls.optional_roles}
-        elif not columns and not own & set(present):
-            own = {name for name in _COLUMNS if name in present} or set(cls.optional_roles)
-        return {*own, *_BESIDE} if cls._reads_as_known() else None
 
     def segments(self, row: Mapping[str, Any]) -> Sequence[Segment]:
         """The rendered conversation, cut where the assistant's turns begin and end."""
@@ -323,52 +231,10 @@ class ChatFormatter(FormatterBase):
 
     def review_rows(self, rows: Rows) -> None:
         """Say which roles no template knows, what was replaced, and which keys nothing reads."""
-        roles = Counter(message["role"] for row in rows for message in row["messages"])
-        for role, count in roles.items():
-            if role not in KNOWN_ROLES:
-                logger.warning(
-                    "%s messages of %s have the role %r, which carries no loss.%s",
-                    f"{count:,}",
-                    rows.source,
-                    role,
-                    did_you_mean(role, KNOWN_ROLES),
-                )
-        if roles["developer"] and not self._knows_developers:
-            logger.warning(
-                "%s messages of %s have the role 'developer', for which the template has no place; "
-                "they are given as 'system'.",
-                f"{roles['developer']:,}",
-                rows.source,
-            )
-        asking = sum(
-            message.get("train") is True
-            and (message["role"] != "assistant" or number < row.get("prompt_length", 0))
-            for row in rows
-            for number, message in enumerate(row["messages"])
-        )
-        if asking and self.response_only:
-            logger.warning(
-                "%s messages of %s ask to be learned (weight 1, or train) and are of a prompt or "
-                "not the assistant's; only what the assistant answers is learned. "
-                "response_only=False learns all.",
-                f"{asking:,}",
-                rows.source,
-            )
-        self._review_keys(rows)
-
-    def _review_keys(self, rows: Rows) -> None:
-        """Name what stands in messages, and in rows' template variables, and is read by nothing."""
-        source = self.template.source
-        found: dict[str, list[Any]] = {}
-        for row in rows:
-            for message in row["messages"]:
-                for key in list_unread_keys(message, source):
-                    found.setdefault(f"the key {key!r} of messages", []).append(message[key])
-            for key, value in row.get("chat_template_kwargs", {}).items():
-                if not re.search(rf"\b{re.escape(key)}\b", source):
-                    found.setdefault(f"chat_template_kwargs[{key!r}]", []).append(value)
-        for what, values in found.items():
-            rows.note_unused(UnusedData(what, len(values), values[0]))
+        review_roles(rows, knows_developers=self._knows_developers)
+        if self.response_only:
+            review_wishes(rows)
+        review_keys(rows, self.template.source)
 
     @property
     def _knows_developers(self) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
 from qlora_kit.errors import ConfigError, did_you_mean
 
-__all__ = ["check_markers", "list_chat_templates", "read_chat_template", "refuse_template_name"]
+__all__ = ["list_chat_templates", "read_chat_template", "take_chat_template"]
 
 #: What most base models of the last years have tokens for.
 _CHATML: Final = (
@@ -49,14 +50,37 @@ def read_chat_template(name: str) -> str | None:
     return None if path is None else path.read_text(encoding="utf-8")
 
 
-def refuse_template_name(template: object) -> None:
-    """Refuse what was meant to name a template, or a file, and is taken for its text.
+def take_chat_template(template: object, tokenizer: Any, variables: Mapping[str, Any]) -> str:
+    """A template's text, of one that was named or given.
+
+    Args:
+        template: Text, or a name of :func:`list_chat_templates`.
+        tokenizer: The model's tokenizer.
+        variables: What the template is given beside the messages.
 
     Raises:
-        ConfigError: When it is no text with a place for a message.
+        ConfigError: When it is neither, or writes marks that the model has no tokens for.
     """
     if not isinstance(template, str):
         raise ConfigError(f"chat_template must be text or a name, got {template!r}.")
+    named = read_chat_template(template)
+    if named is None:
+        _refuse_name(template)
+        return template
+    short = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        rendered = tokenizer.apply_chat_template(
+            short, chat_template=named, tokenize=False, **variables
+        )
+    # What the template lacks in this tokenizer, such as a beginning token.
+    except Exception:  # noqa: BLE001
+        rendered = named
+    _check_markers(template, str(rendered), tokenizer)
+    return named
+
+
+def _refuse_name(template: str) -> None:
+    """Refuse what was meant to name a template, or a file, and would be taken for its text."""
     if "{" in template:
         return
     if "\n" not in template and len(template) < 500 and Path(template).is_file():
@@ -73,7 +97,7 @@ def refuse_template_name(template: object) -> None:
     )
 
 
-def check_markers(name: str, rendered: str, tokenizer: Any) -> None:
+def _check_markers(name: str, rendered: str, tokenizer: Any) -> None:
     """Refuse a template whose marks are no tokens of the model: no answer could end with one.
 
     Args:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 from trl import SFTTrainer
@@ -56,7 +58,9 @@ class NativeTrainer(TrainerBase, LossScaleLog, FastStep, SFTTrainer):
             # The fast path recomputes layers itself and filters losses without waiting for them.
             args = without_checkpointing(args)
             args.logging_nan_inf_filter = False
-        super().__init__(model=model, args=args, **kwargs)
+        trains_head = is_fast and kwargs.get("compute_metrics") is None
+        with _head_unseen(model) if trains_head else contextlib.nullcontext():
+            super().__init__(model=model, args=args, **kwargs)
         self._decoded_model = model
         begin_training(model)
         if is_fast:
@@ -75,6 +79,16 @@ class NativeTrainer(TrainerBase, LossScaleLog, FastStep, SFTTrainer):
         self.stop_fast()
         end_training(self._decoded_model)
         super().release()
+
+
+@contextlib.contextmanager
+def _head_unseen(model: Any) -> Iterator[None]:
+    """Past TRL, which refuses adapters of the head: its loss leaves them out, this one does not."""
+    model.get_output_embeddings = lambda: None
+    try:
+        yield
+    finally:
+        del model.get_output_embeddings
 
 
 def _decide(model: Any, args: Any, asked: FastPlan) -> bool:
