@@ -61,7 +61,7 @@ def _train(options: argparse.Namespace) -> None:
     from transformers import TrainerCallback
 
     from qlora_kit import attach_lora, export_model, load_quantized, train_sft
-    from qlora_kit.engines.native.fast.shards import held_bytes
+    from qlora_kit.engines.native.sharding.shards import held_bytes
 
     ends: list[float] = []
     held: list[int] = []

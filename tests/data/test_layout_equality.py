@@ -132,7 +132,7 @@ def test_changing_one_example_leaves_the_others_logits_bit_equal(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_variable_length_attention_keeps_examples_apart(dtype: torch.dtype, device: str) -> None:
     """The kernels of the native engine's training step, against attention of each example alone."""
-    from qlora_kit.engines.native.fast.attention import attend, choose_attention, make_block_mask
+    from qlora_kit.engines.native.layers.attention import attend, choose_attention, make_block_mask
 
     sizes = [5, 1, 40, 17]
     rows = [{"input_ids": [1] * size, "labels": [1] * size} for size in sizes]

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from qlora_kit.engines.native.fast.architectures import find_architecture_obstacle
+from qlora_kit.engines.native.layers.architectures import find_architecture_obstacle
 from qlora_kit.engines.selection import _choose
 
 COVERED = {

@@ -18,8 +18,8 @@ from transformers import TrainerCallback
 
 from checkpoints import randomize
 from qlora_kit import AlpacaFormatter, attach_lora, export_model, load_quantized, train_sft
-from qlora_kit.engines.native.fast.shards import held_bytes
 from qlora_kit.engines.native.fast.step_runner import StepRunner
+from qlora_kit.engines.native.sharding.shards import held_bytes
 from qlora_kit.ranks import find_place
 
 ROWS = [

@@ -103,7 +103,7 @@ def _choose(folder: Path | None) -> tuple[str, str]:
 def _find_obstacle(folder: Path | None) -> str | None:
     if folder is None:
         return "the architecture is not known"
-    from qlora_kit.engines.native.fast.architectures import find_architecture_obstacle
+    from qlora_kit.engines.native.layers.architectures import find_architecture_obstacle
 
     return find_architecture_obstacle(
         json.loads((folder / "config.json").read_text(encoding="utf-8"))

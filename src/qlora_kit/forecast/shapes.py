@@ -13,8 +13,8 @@ from qlora_kit.config import (
     MLP_ALIASES,
     AdapterConfig,
 )
-from qlora_kit.engines.native.fast.architectures import find_architecture_obstacle
-from qlora_kit.engines.native.fast.families import FAMILIES
+from qlora_kit.engines.native.layers.architectures import find_architecture_obstacle
+from qlora_kit.engines.native.layers.families import FAMILIES
 
 __all__ = ["ModelShape", "read_shape"]
 

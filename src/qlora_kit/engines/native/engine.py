@@ -49,7 +49,7 @@ class NativeEngine:
         """Put the checkpoint in ``config.model_name``, a local folder, into memory."""
         from transformers import AutoModelForCausalLM
 
-        from qlora_kit.engines.native.fast.sharded_loading import (
+        from qlora_kit.engines.native.sharding.loading import (
             choose_node,
             finish_loading,
             make_device_map,
@@ -101,8 +101,8 @@ class NativeEngine:
         import torch
         from peft import get_peft_model
 
-        from qlora_kit.engines.native.fast.decoders import release_decoder
-        from qlora_kit.engines.native.fast.shards import refuse_reading_start
+        from qlora_kit.engines.native.decoding.decoders import release_decoder
+        from qlora_kit.engines.native.sharding.shards import refuse_reading_start
 
         release_decoder(loaded.model)
         use_loftq = loftq.is_requested(config)
@@ -160,8 +160,8 @@ class NativeEngine:
 
         The last of several readers puts all of it back.
         """
-        from qlora_kit.engines.native.fast.rounding import rounding_once
-        from qlora_kit.engines.native.fast.shards import whole_while_read
+        from qlora_kit.engines.native.layers.rounding import rounding_once
+        from qlora_kit.engines.native.sharding.shards import whole_while_read
 
         with (
             whole_while_read(model.model),
@@ -181,7 +181,7 @@ class NativeEngine:
         at_once: int,
     ) -> Iterator[DecodingSession | str]:
         """The decoder beside the training step, for the models that step computes."""
-        from qlora_kit.engines.native.fast.decoders import open_session
+        from qlora_kit.engines.native.decoding.decoders import open_session
 
         with open_session(
             model.model, config, seed=seed, most_tokens=most_tokens, at_once=at_once

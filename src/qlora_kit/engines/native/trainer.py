@@ -12,7 +12,7 @@ from trl import SFTTrainer
 
 from qlora_kit.engines.checkpointing import without_checkpointing
 from qlora_kit.engines.native.bitsandbytes_optimizers import without_waiting
-from qlora_kit.engines.native.fast.decoders import begin_training, end_training
+from qlora_kit.engines.native.decoding.decoders import begin_training, end_training
 from qlora_kit.engines.native.fast.fast_step import FastStep
 from qlora_kit.engines.native.fast.plan_options import FastPlan, parse_plan
 from qlora_kit.engines.native.fast.shard_choice import refuse_without_fast_step

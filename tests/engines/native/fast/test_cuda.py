@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from qlora_kit.engines.native.fast.attention import attend, make_block_mask
 from qlora_kit.engines.native.fast.fused_model import FusedModel
 from qlora_kit.engines.native.fast.layout import split_rows
 from qlora_kit.engines.native.fast.plan import resolve_plan
 from qlora_kit.engines.native.fast.plan_options import FastPlan
 from qlora_kit.engines.native.fast.step_runner import StepRunner
+from qlora_kit.engines.native.layers.attention import attend, make_block_mask
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -58,7 +58,7 @@ def test_replayed_graphs_give_the_plain_steps(make_adapted, token_rows, kind, we
 
 @pytest.mark.parametrize("width", [64, 128, 256])
 def test_kernels_for_capped_scores_can_be_used(width):
-    from qlora_kit.engines.native.fast.capped_attention import find_kernel_obstacle
+    from qlora_kit.engines.native.layers.capped_attention import find_kernel_obstacle
 
     device = torch.device("cuda")
     assert find_kernel_obstacle(device, torch.bfloat16, 8, 4, width) is None
@@ -112,8 +112,8 @@ def test_a_changed_example_leaves_its_neighbours_bit_equal(make_adapted, token_r
 @pytest.mark.parametrize("columns", [30, 4096, 9001, 151936])
 @pytest.mark.parametrize("softcap", [0.0, 6.0])
 def test_fused_softmax_equals_the_plain_one(columns, dtype, tolerance, softcap):
-    from qlora_kit.engines.native.fast.loss import plain_softmax_step
-    from qlora_kit.engines.native.fast.softmax import fused_softmax_step
+    from qlora_kit.engines.native.layers.loss import plain_softmax_step
+    from qlora_kit.engines.native.layers.softmax import fused_softmax_step
 
     generator = torch.Generator().manual_seed(0)
     logits = (4 * torch.randn((64, columns), generator=generator)).to("cuda", dtype)
@@ -129,7 +129,7 @@ def test_fused_softmax_equals_the_plain_one(columns, dtype, tolerance, softcap):
 
 @pytest.mark.parametrize("columns", [128, 1000, 9728])
 def test_fused_gating_equals_the_plain_expression(columns):
-    from qlora_kit.engines.native.fast.swiglu import swiglu
+    from qlora_kit.engines.native.layers.swiglu import swiglu
 
     generator = torch.Generator().manual_seed(0)
     gate_up = torch.randn((37, 2 * columns), generator=generator).cuda().requires_grad_()

@@ -162,7 +162,7 @@ def test_statistics_equal_the_logits(make_adapted, token_rows):
 
 def test_compiled_equals_eager(make_adapted, token_rows):
     pytest.importorskip("torch._inductor")
-    from qlora_kit.engines.native.fast.compilation import find_compile_obstacle
+    from qlora_kit.engines.native.layers.compilation import find_compile_obstacle
 
     model = make_adapted("qwen3").model
     obstacle = find_compile_obstacle(model.device)
@@ -187,7 +187,7 @@ def test_without_a_compiler_it_runs_plainly_and_says_why(
 
     from torch._inductor import cpp_builder, exc
 
-    from qlora_kit.engines.native.fast import compilation
+    from qlora_kit.engines.native.layers import compilation
 
     def refuse(*args, **kwargs):
         raise exc.InvalidCxxCompiler

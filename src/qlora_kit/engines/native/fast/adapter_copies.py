@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qlora_kit.engines.native.fast.peft_layers import AdapterPart, GroupReader
+from qlora_kit.engines.native.layers.peft_layers import AdapterPart, GroupReader
 
 __all__ = ["AdapterCopies", "Gathered", "make_adapter_copies"]
 

@@ -7,9 +7,9 @@ from typing import Literal
 
 import torch
 
-from qlora_kit.engines.native.fast.attention import AttentionKind, choose_attention
-from qlora_kit.engines.native.fast.capped_attention import find_kernel_obstacle
-from qlora_kit.engines.native.fast.layer import LayerShape
+from qlora_kit.engines.native.layers.attention import AttentionKind, choose_attention
+from qlora_kit.engines.native.layers.capped_attention import find_kernel_obstacle
+from qlora_kit.engines.native.layers.layer import LayerShape
 from qlora_kit.errors import EngineError
 
 __all__ = ["resolve_attention"]

@@ -22,15 +22,15 @@ from accelerate.utils.memory import clear_device_cache
 
 from qlora_kit import ranks
 from qlora_kit.device import measure_free_bytes, reserve_memory
-from qlora_kit.engines.native.fast.compilation import find_too_short
 from qlora_kit.engines.native.fast.fused_model import FusedModel
 from qlora_kit.engines.native.fast.layout import Example, keep_rows, split_rows
 from qlora_kit.engines.native.fast.plan import resolve_plan
 from qlora_kit.engines.native.fast.plan_options import FastPlan
 from qlora_kit.engines.native.fast.shard_choice import check_shards, resolve_with_shards
-from qlora_kit.engines.native.fast.shards import make_whole
 from qlora_kit.engines.native.fast.step_memory import count_state_bytes
 from qlora_kit.engines.native.fast.step_runner import StepRunner
+from qlora_kit.engines.native.layers.compilation import find_too_short
+from qlora_kit.engines.native.sharding.shards import make_whole
 from qlora_kit.engines.trainer_mixins import TrlSteps
 from qlora_kit.values import IGNORED_LABEL
 

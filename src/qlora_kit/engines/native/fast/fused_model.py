@@ -11,17 +11,24 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from qlora_kit import ranks
-from qlora_kit.engines.native.fast.attention import AttentionKind
 from qlora_kit.engines.native.fast.attention_choice import resolve_attention
-from qlora_kit.engines.native.fast.compilation import Compiled
-from qlora_kit.engines.native.fast.expert_layers import (
+from qlora_kit.engines.native.fast.layout import MicroBatch
+from qlora_kit.engines.native.fast.plan import ResolvedPlan
+from qlora_kit.engines.native.fast.plan_options import FastPlan
+from qlora_kit.engines.native.fast.positions import Positions
+from qlora_kit.engines.native.fast.rank_sum import RankSum
+from qlora_kit.engines.native.fast.read_model import ReadModel
+from qlora_kit.engines.native.fast.step_memory import MemoryModel
+from qlora_kit.engines.native.layers.attention import AttentionKind
+from qlora_kit.engines.native.layers.compilation import Compiled
+from qlora_kit.engines.native.layers.expert_layers import (
     ExpertBlock,
     RouterBalance,
     balance_experts,
     read_balance,
 )
-from qlora_kit.engines.native.fast.family_reader import GROUPS, read_norms
-from qlora_kit.engines.native.fast.layer import (
+from qlora_kit.engines.native.layers.family_reader import GROUPS, read_norms
+from qlora_kit.engines.native.layers.layer import (
     LayerShape,
     LayerTensors,
     Modules,
@@ -30,22 +37,15 @@ from qlora_kit.engines.native.fast.layer import (
     attention_block,
     decoder_layer,
 )
-from qlora_kit.engines.native.fast.layer_gathers import LayerGathers
-from qlora_kit.engines.native.fast.layout import MicroBatch
-from qlora_kit.engines.native.fast.loss import SoftmaxStep, plain_softmax_step, softmax_step
-from qlora_kit.engines.native.fast.peft_layers import GroupReader
-from qlora_kit.engines.native.fast.plan import ResolvedPlan
-from qlora_kit.engines.native.fast.plan_options import FastPlan
-from qlora_kit.engines.native.fast.positions import Positions
-from qlora_kit.engines.native.fast.projection import (
+from qlora_kit.engines.native.layers.loss import SoftmaxStep, plain_softmax_step, softmax_step
+from qlora_kit.engines.native.layers.peft_layers import GroupReader
+from qlora_kit.engines.native.layers.projection import (
     dequantize,
     fill_joined,
     join,
     rounds_before_adding,
 )
-from qlora_kit.engines.native.fast.rank_sum import RankSum
-from qlora_kit.engines.native.fast.read_model import ReadModel
-from qlora_kit.engines.native.fast.step_memory import MemoryModel
+from qlora_kit.engines.native.sharding.layer_gathers import LayerGathers
 
 __all__ = ["FusedModel"]
 
@@ -241,7 +241,7 @@ class FusedModel(ReadModel):
     def _choose_gated(self, shape: LayerShape) -> Callable[[Tensor], Tensor] | None:
         if not (self._has_triton and shape.is_gated and shape.activation == "silu"):
             return None
-        from qlora_kit.engines.native.fast.swiglu import swiglu
+        from qlora_kit.engines.native.layers.swiglu import swiglu
 
         return swiglu
 
@@ -253,7 +253,7 @@ class FusedModel(ReadModel):
 
     def _choose_softmax(self, asked: FastPlan) -> SoftmaxStep:
         if self._has_triton:
-            from qlora_kit.engines.native.fast.softmax import fused_softmax_step
+            from qlora_kit.engines.native.layers.softmax import fused_softmax_step
 
             return fused_softmax_step
         return Compiled(

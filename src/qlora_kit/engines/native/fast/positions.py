@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qlora_kit.engines.native.fast.attention import make_block_mask
-from qlora_kit.engines.native.fast.families import Family
-from qlora_kit.engines.native.fast.family_reader import read_windows
-from qlora_kit.engines.native.fast.layer import Placement
 from qlora_kit.engines.native.fast.layout import MicroBatch
+from qlora_kit.engines.native.layers.attention import make_block_mask
+from qlora_kit.engines.native.layers.families import Family
+from qlora_kit.engines.native.layers.family_reader import read_windows
+from qlora_kit.engines.native.layers.layer import Placement
 
 __all__ = ["Positions", "Rotation"]
 

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from qlora_kit import ranks
 from qlora_kit.engines.native.fast.adapter_copies import Gathered, make_adapter_copies
-from qlora_kit.engines.native.fast.architectures import find_decoder
-from qlora_kit.engines.native.fast.expert_layers import ExpertBlock, find_block
-from qlora_kit.engines.native.fast.family_reader import list_projections, read_shape
-from qlora_kit.engines.native.fast.layer import LayerShape
-from qlora_kit.engines.native.fast.layer_gathers import measure_buffers
-from qlora_kit.engines.native.fast.peft_layers import GroupReader, read_group
-from qlora_kit.engines.native.fast.shards import find_owner, give_up_layers, has_absent
 from qlora_kit.engines.native.fast.step_memory import MemoryModel
-from qlora_kit.engines.native.fast.vocabulary import Vocabulary
+from qlora_kit.engines.native.layers.architectures import find_decoder
+from qlora_kit.engines.native.layers.expert_layers import ExpertBlock, find_block
+from qlora_kit.engines.native.layers.family_reader import list_projections, read_shape
+from qlora_kit.engines.native.layers.layer import LayerShape
+from qlora_kit.engines.native.layers.peft_layers import GroupReader, read_group
+from qlora_kit.engines.native.layers.vocabulary import Vocabulary
+from qlora_kit.engines.native.sharding.layer_gathers import measure_buffers
+from qlora_kit.engines.native.sharding.shards import find_owner, give_up_layers, has_absent
 from qlora_kit.weights.absent import make_absent
 
 __all__ = ["ReadModel"]

@@ -9,7 +9,7 @@ from typing import Any
 from qlora_kit import ranks
 from qlora_kit.engines.native.fast.plan import ResolvedPlan
 from qlora_kit.engines.native.fast.plan_options import FastPlan
-from qlora_kit.engines.native.fast.shards import has_absent
+from qlora_kit.engines.native.sharding.shards import has_absent
 from qlora_kit.errors import ConfigError, EngineError
 
 __all__ = ["check_shards", "refuse_without_fast_step", "resolve_with_shards"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["CAPPED_QUERIES", "MemoryModel", "count_state_bytes"]
+from qlora_kit.engines.native.layers import CAPPED_QUERIES
 
-#: Queries whose soft-capped attention scores exist at the same time.
-CAPPED_QUERIES: Final = 512
+__all__ = ["MemoryModel", "count_state_bytes"]
+
 
 #: What tensors' bytes leave out: gaps between blocks of many sizes (an H200 reserved 3 to 5% more
 #: than was allocated, ``benchmarks/plan_memory.py``), and products' workspaces on a GPU.

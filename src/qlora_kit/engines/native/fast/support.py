@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from qlora_kit.engines.native.fast.architectures import find_decoder, find_model_obstacle
-from qlora_kit.engines.native.fast.expert_layers import find_block, find_expert_obstacle
-from qlora_kit.engines.native.fast.family_reader import find_norms, list_projections
+from qlora_kit.engines.native.layers.architectures import find_decoder, find_model_obstacle
+from qlora_kit.engines.native.layers.expert_layers import find_block, find_expert_obstacle
+from qlora_kit.engines.native.layers.family_reader import find_norms, list_projections
 
 __all__ = ["find_obstacle"]
 
