@@ -15,7 +15,6 @@ from qlora_kit.engines.native.fast.attention_choice import resolve_attention
 from qlora_kit.engines.native.fast.layout import MicroBatch
 from qlora_kit.engines.native.fast.plan import ResolvedPlan
 from qlora_kit.engines.native.fast.plan_options import FastPlan
-from qlora_kit.engines.native.fast.positions import Positions
 from qlora_kit.engines.native.fast.rank_sum import RankSum
 from qlora_kit.engines.native.fast.read_model import ReadModel
 from qlora_kit.engines.native.fast.step_memory import MemoryModel
@@ -39,6 +38,7 @@ from qlora_kit.engines.native.layers.layer import (
 )
 from qlora_kit.engines.native.layers.loss import SoftmaxStep, plain_softmax_step, softmax_step
 from qlora_kit.engines.native.layers.peft_layers import GroupReader
+from qlora_kit.engines.native.layers.positions import Positions
 from qlora_kit.engines.native.layers.projection import (
     dequantize,
     fill_joined,
@@ -210,7 +210,10 @@ class FusedModel(ReadModel):
         counted = batch.tokens if balances is not None and self._balance else None
         grad = torch.is_grad_enabled()
         hidden = self._vocabulary.look_up(batch.input_ids)
-        places = self._positions.place(hidden.detach(), batch, has_mask=self.attention == "mask")
+        places = self._positions.place(
+            hidden.detach(), batch.position_ids, batch.bounds, batch.longest,
+            has_mask=self.attention == "mask",
+        )  # fmt: skip
         for index, (place, layer, block) in enumerate(
             zip(places, self._layers, self._experts, strict=True)
         ):

@@ -29,7 +29,7 @@ ACTIVATIONS: Final = {
     "relu2": "relu2",
 }
 
-#: Rotary embeddings by which the length of an example matters, see ``fast/positions.py``.
+#: Rotary embeddings by which the length of an example matters, see :mod:`positions`.
 _BY_LENGTH: Final = ("longrope", "dynamic")
 
 #: What is computed; the others depend on nothing but the position.

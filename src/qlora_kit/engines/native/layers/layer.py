@@ -8,7 +8,7 @@ differs between families; :mod:`families` lists those, :mod:`family_reader` read
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from qlora_kit.engines.native.layers.dropped_projection import project_dropped
 from qlora_kit.engines.native.layers.projection import project
 
 __all__ = [
+    "Attention",
+    "Group",
     "LayerShape",
     "LayerTensors",
     "Modules",
@@ -26,6 +28,7 @@ __all__ = [
     "Projections",
     "add_fed",
     "apply_norm",
+    "attend_placed",
     "attention_block",
     "decoder_layer",
     "rms_norm",
@@ -63,6 +66,10 @@ class Modules(NamedTuple):
     modules: Sequence[Any]
 
 
+#: A group of projections; as a function, it computes them itself.
+Group: TypeAlias = Projections | Modules | Callable[[Tensor], Tensor]
+
+
 class Norm(NamedTuple):
     """A normalization's weight and bias, over its input's last dimension."""
 
@@ -83,11 +90,11 @@ class LayerTensors(NamedTuple):
     after_mlp: Norm | None
     q_norm: Norm | None
     k_norm: Norm | None
-    qkv: Projections | Modules
-    out: Projections | Modules
+    qkv: Group
+    out: Group
     #: ``None`` where experts follow the attention.
-    gate_up: Projections | Modules | None
-    down: Projections | Modules | None
+    gate_up: Group | None
+    down: Group | None
 
 
 class Placement(NamedTuple):
@@ -150,8 +157,24 @@ class LayerShape(NamedTuple):
     gated: Callable[[Tensor], Tensor] | None = None
 
 
+#: Attention of queries, keys and values, ``(T, heads, D)`` each, to ``(T, H, D)``.
+Attention: TypeAlias = Callable[[Tensor, Tensor, Tensor, "Placement", "LayerShape"], Tensor]
+
+
+def attend_placed(q: Tensor, k: Tensor, v: Tensor, place: Placement, shape: LayerShape) -> Tensor:
+    """Causal attention among the tokens that are computed."""
+    return attend(
+        q, k, v, place.bounds, place.longest, place.mask,
+        window=place.window, scale=shape.scale, softcap=shape.softcap,
+    )  # fmt: skip
+
+
 def decoder_layer(
-    hidden: Tensor, place: Placement, layer: LayerTensors, shape: LayerShape
+    hidden: Tensor,
+    place: Placement,
+    layer: LayerTensors,
+    shape: LayerShape,
+    attention: Attention = attend_placed,
 ) -> Tensor:
     """Attention and feed-forward block with their residuals.
 
@@ -160,19 +183,24 @@ def decoder_layer(
         place: Where the tokens stand.
         layer: The layer's tensors.
         shape: The model's numbers.
+        attention: What the tokens look at.
 
     Returns:
         Shape ``(T, H)``.
     """
     x = apply_norm(hidden, layer.before_attention, shape)
-    hidden = _add_attention(hidden, x, place, layer, shape)
+    hidden = _add_attention(hidden, x, place, layer, shape, attention)
     if not shape.is_parallel:
         x = apply_norm(hidden, layer.before_mlp, shape)
     return add_fed(hidden, _feed(x, layer, shape), layer, shape)
 
 
 def attention_block(
-    hidden: Tensor, place: Placement, layer: LayerTensors, shape: LayerShape
+    hidden: Tensor,
+    place: Placement,
+    layer: LayerTensors,
+    shape: LayerShape,
+    attention: Attention = attend_placed,
 ) -> tuple[Tensor, Tensor]:
     """The first half of :func:`decoder_layer`, where experts follow; arguments as there.
 
@@ -180,7 +208,7 @@ def attention_block(
         The sum so far, and what the experts read; both ``(T, H)``.
     """
     x = apply_norm(hidden, layer.before_attention, shape)
-    hidden = _add_attention(hidden, x, place, layer, shape)
+    hidden = _add_attention(hidden, x, place, layer, shape, attention)
     return hidden, apply_norm(hidden, layer.before_mlp, shape)
 
 
@@ -190,13 +218,22 @@ def add_fed(hidden: Tensor, fed: Tensor, layer: LayerTensors, shape: LayerShape)
 
 
 def _add_attention(
-    hidden: Tensor, x: Tensor, place: Placement, layer: LayerTensors, shape: LayerShape
+    hidden: Tensor,
+    x: Tensor,
+    place: Placement,
+    layer: LayerTensors,
+    shape: LayerShape,
+    attention: Attention,
 ) -> Tensor:
-    attended = apply_norm(_attend(x, place, layer, shape), layer.after_attention, shape)
+    q, k, v = _project_heads(x, place, layer, shape)
+    attended = _apply(attention(q, k, v, place, shape).reshape(x.shape[0], -1), layer.out)
+    attended = apply_norm(attended, layer.after_attention, shape)
     return hidden + _scale(attended, shape)
 
 
-def _attend(x: Tensor, place: Placement, layer: LayerTensors, shape: LayerShape) -> Tensor:
+def _project_heads(
+    x: Tensor, place: Placement, layer: LayerTensors, shape: LayerShape
+) -> tuple[Tensor, Tensor, Tensor]:
     tokens = x.shape[0]
     q_size, kv_size = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     q, k, v = _apply(x, layer.qkv).split([q_size, kv_size, kv_size], dim=1)
@@ -215,11 +252,7 @@ def _attend(x: Tensor, place: Placement, layer: LayerTensors, shape: LayerShape)
         q, k = apply_norm(q, layer.q_norm, shape), apply_norm(k, layer.k_norm, shape)
     if place.stretch is not None:
         q = q * place.stretch
-    attended = attend(
-        q, k, v, place.bounds, place.longest, place.mask,
-        window=place.window, scale=shape.scale, softcap=shape.softcap,
-    )  # fmt: skip
-    return _apply(attended.reshape(tokens, q_size), layer.out)
+    return q, k, v
 
 
 def _feed(x: Tensor, layer: LayerTensors, shape: LayerShape) -> Tensor:
@@ -239,9 +272,11 @@ def _scale(x: Tensor, shape: LayerShape) -> Tensor:
     return x if shape.residual == 1.0 else x * shape.residual
 
 
-def _apply(x: Tensor, group: Projections | Modules) -> Tensor:
+def _apply(x: Tensor, group: Group) -> Tensor:
     if isinstance(group, Modules):
         return torch.cat([module(x[None])[0] for module in group.modules], dim=1)
+    if not isinstance(group, Projections):
+        return group(x)
     down, up, dropouts = group.down, group.up, group.dropouts
     # Under no_grad a model is evaluated, and nothing is dropped.
     if dropouts is None or down is None or up is None or not torch.is_grad_enabled():

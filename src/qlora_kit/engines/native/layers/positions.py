@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qlora_kit.engines.native.fast.layout import MicroBatch
 from qlora_kit.engines.native.layers.attention import make_block_mask
 from qlora_kit.engines.native.layers.families import Family
 from qlora_kit.engines.native.layers.family_reader import read_windows
@@ -58,41 +57,50 @@ class Positions:
         ]
         self._by_length = _choose_frequencies(self._rotary, config)
 
-    def place(self, hidden: Tensor, batch: MicroBatch, *, has_mask: bool) -> list[Placement]:
-        """Where the tokens of a micro-batch stand, for every layer.
-
-        Args:
-            hidden: Embeddings, shape ``(T, H)``, for their dtype and device.
-            batch: On the same device.
-            has_mask: Whether attention takes a mask.
-        """
-        rotations = self.compute(hidden, batch.position_ids, batch.bounds)
-        stretch = self.stretch(batch.position_ids, hidden.dtype)
-        masks: dict[int, Tensor | None] = dict.fromkeys(map(int, self.windows))
-        if has_mask:
-            masks = {
-                window: make_block_mask(batch.bounds, hidden.shape[0], window) for window in masks
-            }
-        return [
-            Placement(
-                *rotations[key], stretch, batch.bounds, batch.longest, window, masks[int(window)]
-            )
-            for key, window in zip(self.keys, self.windows, strict=True)
-        ]
-
-    def compute(
-        self, hidden: Tensor, position_ids: Tensor, bounds: Tensor
-    ) -> dict[str | None, Rotation]:
-        """The rotations of a micro-batch, by key; ``None`` is the one that does not turn.
+    def place(
+        self,
+        hidden: Tensor,
+        position_ids: Tensor,
+        bounds: Tensor,
+        longest: Tensor,
+        *,
+        has_mask: bool,
+    ) -> list[Placement]:
+        """Where tokens of examples laid end to end stand, for every layer.
 
         Args:
             hidden: Embeddings, shape ``(T, H)``, for their dtype and device.
             position_ids: Shape ``(T,)``.
-            bounds: Cumulative lengths of examples.
+            bounds: Cumulative lengths of examples, int32, shape ``(examples + 1,)``.
+            longest: At least the longest length, int32, in host memory.
+            has_mask: Whether attention takes a mask.
+        """
+        lengths = None
+        if self._by_length is not None:
+            lengths = _measure_examples(position_ids, bounds)
+        rotations = self.compute(hidden, position_ids, lengths)
+        stretch = self.stretch(position_ids, hidden.dtype)
+        masks: dict[int, Tensor | None] = dict.fromkeys(map(int, self.windows))
+        if has_mask:
+            masks = {window: make_block_mask(bounds, hidden.shape[0], window) for window in masks}
+        return [
+            Placement(*rotations[key], stretch, bounds, longest, window, masks[int(window)])
+            for key, window in zip(self.keys, self.windows, strict=True)
+        ]
+
+    def compute(
+        self, hidden: Tensor, position_ids: Tensor, lengths: Tensor | None
+    ) -> dict[str | None, Rotation]:
+        """The rotations of tokens, by key; ``None`` is the one that does not turn.
+
+        Args:
+            hidden: Shape ``(any, H)``, for its dtype and device.
+            position_ids: Shape ``(T,)``.
+            lengths: Of the example that each token is in, shape ``(T,)``; read where that matters.
         """
         found: dict[str | None, Rotation] = {}
         for key in dict.fromkeys(key for key in self.keys if key is not None):
-            cos, sin = self._turn(hidden, position_ids, bounds, key)
+            cos, sin = self._turn(hidden, position_ids, lengths, key)
             if self._family.pairs and not self._family.laid_in_pairs:
                 half = cos.shape[1] // 2
                 cos, sin = (one[:, :half].repeat_interleave(2, dim=1) for one in (cos, sin))
@@ -101,7 +109,8 @@ class Positions:
             found[key] = Rotation(cos, sin)
         if None in self.keys:
             # Turned by nothing, so that all layers remain calls of one function.
-            like = next(iter(found.values())).cos if found else hidden[:, : self._head_dim]
+            shape = (len(position_ids), self._head_dim)
+            like = next(iter(found.values())).cos if found else hidden.new_empty(shape)
             found[None] = Rotation(torch.ones_like(like), torch.zeros_like(like))
         return found
 
@@ -123,10 +132,11 @@ class Positions:
         )
 
     def _turn(
-        self, hidden: Tensor, position_ids: Tensor, bounds: Tensor, key: str
+        self, hidden: Tensor, position_ids: Tensor, lengths: Tensor | None, key: str
     ) -> tuple[Tensor, Tensor]:
         if self._by_length is not None:
-            frequencies = self._by_length(_measure_examples(position_ids, bounds)[:, None])
+            assert lengths is not None
+            frequencies = self._by_length(lengths[:, None])
             angles = position_ids[:, None].float() * frequencies
             angles = torch.cat((angles, angles), dim=-1)
             scaling = self._rotary.attention_scaling
