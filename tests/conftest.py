@@ -15,6 +15,8 @@ from checkpoints import make_checkpoint, randomize
 # Before any test imports them: nothing here may depend on a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# torchrun leaves a folder of logs among the temporary files at every start.
+os.environ.setdefault("PET_LOG_DIR", os.devnull)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

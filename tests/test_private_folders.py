@@ -6,16 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from qlora_kit import private_folders
+from qlora_kit import diagnosis, private_folders
 from qlora_kit.artifacts import staging
 from qlora_kit.errors import DestinationExistsError
 from qlora_kit.file_locks import is_locked, take_lock
 from qlora_kit.manifest import MANIFEST_NAME
-from qlora_kit.private_folders import find_left, locked_folder, remove_abandoned
+from qlora_kit.private_folders import find_left, locked_folder, remove_abandoned, scratch_folder
 
 HOLD = (
     "import sys, time\n"
@@ -128,6 +129,27 @@ def test_what_a_living_process_writes_stays_and_a_dead_ones_goes(tmp_path, held)
     remove_abandoned(tmp_path, "other")
     assert folder.is_dir()
     remove_abandoned(tmp_path, "out")
+    assert names(tmp_path) == []
+
+
+def test_what_killed_processes_left_among_temporary_files_is_told_and_removed_by_the_next(
+    tmp_path, held, monkeypatch
+):
+    folder, process = held
+    (folder / "file").write_bytes(bytes(1000))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    # Where else it looks, others may be writing.
+    monkeypatch.setenv("QLORA_KIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    assert list(diagnosis._look_at_leftovers()) == []
+    process.send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
+    process.wait()
+    (found,) = diagnosis._look_at_leftovers()
+    assert str(folder) in found.detail
+    with scratch_folder("other") as scratch:
+        assert [path for path in tmp_path.iterdir() if path.is_dir()] == [scratch]
+        if os.name == "posix":
+            assert scratch.stat().st_mode & 0o777 == 0o700
     assert names(tmp_path) == []
 
 

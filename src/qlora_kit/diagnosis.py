@@ -5,9 +5,11 @@ Everything is tried rather than looked up where trying takes no more than a mome
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata, util
@@ -16,6 +18,7 @@ from typing import Final, Literal
 
 from qlora_kit.errors import QloraKitError
 from qlora_kit.paths import get_cache_folder
+from qlora_kit.private_folders import PARTIAL, find_left, is_abandoned
 from qlora_kit.versions import read_tested
 
 __all__ = ["Finding", "diagnose"]
@@ -23,6 +26,9 @@ __all__ = ["Finding", "diagnose"]
 State = Literal["ok", "note", "problem"]
 
 _GIB: Final = 1024**3
+
+#: Leftovers that are named one by one.
+_SHOWN: Final = 3
 
 #: Libraries whose version is told beside the tested one.
 _LIBRARIES: Final = (
@@ -63,7 +69,7 @@ def diagnose(*, network: bool = False) -> list[Finding]:
     """
     checks: list[Callable[[], Iterator[Finding]]] = [
         _look_at_python, _look_at_versions, _look_at_device, _look_at_quantization,
-        _look_at_compiler, _look_at_exports, _look_at_folders,
+        _look_at_compiler, _look_at_exports, _look_at_folders, _look_at_leftovers,
     ]  # fmt: skip
     if network:
         checks.append(_look_at_hub)
@@ -188,6 +194,39 @@ def _look_at_folders() -> Iterator[Finding]:
             yield Finding(name, "note", f"{folder}, {free:.1f} GiB free", "Free some of the disk.")
         else:
             yield Finding(name, "ok", f"{folder}, {free:.0f} GiB free")
+
+
+def _look_at_leftovers() -> Iterator[Finding]:
+    """What killed processes left where exports, caches and temporary files are written."""
+    cache = get_cache_folder()
+    with contextlib.suppress(OSError):
+        places = {Path(tempfile.gettempdir()), Path.cwd(), cache, *_list_folders(cache)}
+        left = [
+            folder
+            for place in sorted(places)
+            for folder in find_left(place, None, PARTIAL)
+            if is_abandoned(folder)
+        ]
+        if left:
+            size = sum(map(_measure, left)) / _GIB
+            shown = ", ".join(map(str, left[:_SHOWN]))
+            more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
+            yield Finding(
+                "leftovers", "note", f"{size:.1f} GiB left by killed processes: {shown}{more}",
+                "The next run that writes there removes them; removing them by hand is safe.",
+            )  # fmt: skip
+
+
+def _list_folders(parent: Path) -> list[Path]:
+    return [path for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+
+
+def _measure(folder: Path) -> int:
+    size = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            size += path.lstat().st_size
+    return size
 
 
 def _look_at_hub() -> Iterator[Finding]:

@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -27,6 +28,7 @@ __all__ = [
     "is_abandoned",
     "locked_folder",
     "remove_abandoned",
+    "scratch_folder",
 ]
 
 logger = logging.getLogger(__name__)
@@ -66,6 +68,22 @@ def locked_folder(parent: Path, name: str, mode: int = 0o777) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             lock.release()
+
+
+@contextlib.contextmanager
+def scratch_folder(name: str) -> Iterator[Path]:
+    """A new folder among the system's temporary ones, which only this user may read.
+
+    What dead processes left there, whatever for, is removed first: Python's own temporary folders
+    stay for ever where a process is killed, and whole models among them fill a disk.
+
+    Args:
+        name: What for.
+    """
+    parent = Path(tempfile.gettempdir())
+    remove_abandoned(parent)
+    with locked_folder(parent, name, 0o700) as folder:
+        yield folder
 
 
 def remove_abandoned(parent: Path, name: str | None = None) -> None:

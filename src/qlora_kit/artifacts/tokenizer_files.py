@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,6 +17,7 @@ from qlora_kit.engines.tokenizer import load_tokenizer
 from qlora_kit.engines.tokenizer_file import find_differing_text
 from qlora_kit.errors import QloraKitError
 from qlora_kit.handles import LoadedModel
+from qlora_kit.private_folders import scratch_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,10 +74,10 @@ def _keep_what_is_unchanged(
     except QloraKitError as error:
         logger.warning("The tokenizer in %s cannot be read any more: %s", source, error)
         return config
-    with tempfile.TemporaryDirectory(prefix="qlora_kit-") as scratch:
-        original.save_pretrained(scratch)
-        before = _read_config(Path(scratch))
-        is_same = _read(folder / _JSON) == _read(Path(scratch) / _JSON)
+    with scratch_folder("tokenizer") as scratch:
+        original.save_pretrained(str(scratch))
+        before = _read_config(scratch)
+        is_same = _read(folder / _JSON) == _read(scratch / _JSON)
     kept = {key: value for key, value in _read_config(source).items() if key not in _LOADING}
     changed = {key: value for key, value in config.items() if before.get(key) != value}
     # Chosen on loading where the base names none; other tools have to be told.

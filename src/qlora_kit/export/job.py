@@ -33,7 +33,7 @@ from qlora_kit.export.request import check_request
 from qlora_kit.handles import LoadedModel
 from qlora_kit.hookspecs import Exporter, ExportEstimate, ExportRequest
 from qlora_kit.manifest import MANIFEST_NAME, describe_model, read_manifest, write_manifest
-from qlora_kit.private_folders import locked_folder, remove_abandoned
+from qlora_kit.private_folders import scratch_folder
 from qlora_kit.results import Artifact, ArtifactFile, Verification
 from qlora_kit.verification.idle_adapter import mention_idle_adapter
 from qlora_kit.weights.merge_base import find_changed_file
@@ -224,13 +224,9 @@ class ExportJob:
     @contextmanager
     def _folder(self) -> Iterator[tuple[Path, Callable[[], None]]]:
         if self.request.destination is None:
-            parent = Path(tempfile.gettempdir())
             with ExitStack() as stack:
                 with self._explained_errors("found no place to write to"):
-                    # Left by runs that were killed, whole models would fill the disk.
-                    remove_abandoned(parent, _TEMPORARY)
-                    # Temporary folders are everybody's.
-                    folder = stack.enter_context(locked_folder(parent, _TEMPORARY, 0o700))
+                    folder = stack.enter_context(scratch_folder(_TEMPORARY))
                 yield folder, lambda: None
             return
         with ExitStack() as stack:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from qlora_kit.handles import AdaptedModel
 from qlora_kit.hookspecs import Exporter
+from qlora_kit.private_folders import scratch_folder
 from qlora_kit.testing.contract import Contract, hold_to
 from qlora_kit.testing.formatter_promises import FORMATTER_PROMISES, FormatterContract
 from qlora_kit.testing.promises import PROMISES
@@ -132,9 +133,9 @@ def check_formatter(
 def _scratch_folder() -> Iterator[Path]:
     """A folder that is also the working directory and holds the temporary files."""
     before, temporary = Path.cwd(), tempfile.tempdir
-    with tempfile.TemporaryDirectory(prefix="qlora_kit-contract-") as name:
+    with scratch_folder("contract") as made:
         # What the system calls it, so that paths compare equal (macOS links /var).
-        folder = Path(name).resolve()
+        folder = made.resolve()
         for part in ("cwd", "tmp"):
             (folder / part).mkdir()
         os.chdir(folder / "cwd")

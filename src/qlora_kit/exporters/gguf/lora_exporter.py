@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from qlora_kit.exporters.gguf.verification.run_checks import check_run
 from qlora_kit.handles import LoadedModel
 from qlora_kit.hookspecs import ExportEstimate, ExportRequest
 from qlora_kit.messages import Setting
+from qlora_kit.private_folders import scratch_folder
 from qlora_kit.results import Check, Verification
 from qlora_kit.verification.levels import compare_by_level
 from qlora_kit.weights.adapter import CHANGES_BASE, find_active_adapter, is_vocabulary_resized
@@ -153,14 +153,14 @@ def _run_on_base(request: ExportRequest, lora: Path) -> list[Check]:
     """The base in 16 bits with the adapter file on it, in llama.cpp beside the live model."""
     model = request.model
     with (
-        tempfile.TemporaryDirectory(prefix="qlora_kit-gguf-") as scratch,
+        scratch_folder("gguf-lora") as scratch,
         SafetensorsSource(_check_base(request)) as source,
     ):
         done = convert(
             source,
             model.model.config.to_dict(),
             model.tokenizer,
-            Path(scratch),
+            scratch,
             quantization="f16",
             stop_token_ids=model.stop_token_ids,
         )
