@@ -1,6 +1,7 @@
 """The command line: what is printed where, exit statuses, and Ctrl-C in a real process."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -165,10 +166,16 @@ def test_ctrl_c_saves_states_the_part_done_and_resumes(tiny_llama, data, tmp_pat
     assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
 
 
-def test_what_a_command_prints_is_not_logged_beside_it(tiny_llama, data, tmp_path, capsys):
+def test_what_a_command_prints_is_not_logged_beside_it(
+    tiny_llama, data, tmp_path, capsys, monkeypatch
+):
     output = ["--output", str(tmp_path / "run"), "--max-steps", "1", "--plan", "false"]
-    assert main(["train", str(tiny_llama), data, *QUICK, *output, "-v"]) == 0
+    with monkeypatch.context() as context:
+        # As in a process of its own: where pytest listens, the command adds no handler.
+        context.setattr(logging.getLogger(), "handlers", [])
+        assert main(["train", str(tiny_llama), data, *QUICK, *output, "-v"]) == 0
     printed = capsys.readouterr()
+    assert "Engine 'native'" in printed.err
     assert (printed.out + printed.err).count("trained 1 steps in") == 1
     assert "Exported lora" not in printed.err
     assert "lora: " in printed.out

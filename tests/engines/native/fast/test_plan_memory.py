@@ -10,6 +10,7 @@ from qlora_kit.engines.native.fast.fused_model import FusedModel
 from qlora_kit.engines.native.fast.layout import Example, lay_out
 from qlora_kit.engines.native.fast.plan import resolve_plan
 from qlora_kit.engines.native.fast.plan_options import FastPlan
+from qlora_kit.engines.native.fast.step_memory import count_state_bytes
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts a CPU's allocations")
 
@@ -72,3 +73,29 @@ def test_a_micro_batch_takes_what_was_predicted(wide, dtype, recomputed):
     taken = _measure_peak(compute)
     assert plan.predicted_bytes == plan.step_bytes + memory.hold(caches=False)
     assert 0.8 * plan.step_bytes < taken <= plan.step_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("adamw_torch", torch.optim.AdamW),
+        ("rmsprop", torch.optim.RMSprop),
+        ("sgd", torch.optim.SGD),
+    ],
+)
+def test_gradients_and_states_take_what_was_predicted(wide, name, make):
+    model = wide("float32").model
+    fused_model = FusedModel(model, FastPlan(compile=False))
+    fused_model.state_bytes = count_state_bytes(name)
+    memory = fused_model.memory_model()
+    trained = [one for one in model.parameters() if one.requires_grad]
+    optimizer = make(trained, lr=1e-3)
+    for one in trained:
+        one.grad = torch.ones_like(one)
+    optimizer.step()
+    states = [one for kept in optimizer.state.values() for one in kept.values() if one.dim()]
+    taken = sum(one.grad.nbytes for one in trained) + sum(one.nbytes for one in states)
+    assert memory.optimizer == taken
+    step = memory.predict_step(64, 0, caches=False, loss_chunk=64)
+    predicted = memory.predict(64, 0, caches=False, loss_chunk=64)
+    assert predicted == step + memory.standing + taken
