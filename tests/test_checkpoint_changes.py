@@ -100,6 +100,26 @@ def test_the_fingerprint_is_of_the_content(tiny_llama, base):
     assert fingerprint_weights(base, is_quantized=False) != changed
 
 
+@pytest.mark.parametrize(
+    "dtype", ["float64", "float32", "bfloat16", "float16", "float8_e5m2", "float8_e4m3fn"]
+)
+def test_numbers_that_are_none_are_found_in_every_dtype(dtype, tmp_path):
+    size = getattr(torch, dtype).itemsize
+    tops = range(256) if size == 1 else (0x00, 0x3F, 0x7B, 0x7C, 0x7F, 0x80, 0xFB, 0xFC, 0xFF)
+    lower = [()] if size == 1 else [(0x00,), (0x7F,), (0x80,), (0xEF,), (0xF0,), (0xFF,)]
+    words = [bytes([0] * (size - 1 - len(low)) + [*low, top]) for top in tops for low in lower]
+    numbers = torch.frombuffer(bytearray(b"".join(words)), dtype=getattr(torch, dtype))
+    is_finite = torch.isfinite(numbers.double())
+    assert 0 < int((~is_finite).sum()) < len(numbers) / 2
+    for number, finite in zip(numbers, is_finite, strict=True):
+        save_file({"w": torch.stack([numbers[0], number])}, tmp_path / "model.safetensors")
+        if finite:
+            fingerprint_weights(tmp_path, is_quantized=False)
+        else:
+            with pytest.raises(UnsupportedModelError, match="infinite or not a number"):
+                fingerprint_weights(tmp_path, is_quantized=False)
+
+
 @pytest.mark.parametrize("is_prequantized", [False, True])
 def test_a_base_that_changed_since_it_was_loaded_is_noticed(
     base, is_prequantized, tmp_path, caplog

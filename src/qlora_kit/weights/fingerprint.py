@@ -8,17 +8,18 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+import numpy as np
 
 from qlora_kit.errors import UnsupportedModelError
 from qlora_kit.weights.mapped_file import TORCH_DTYPES
 from qlora_kit.weights.source import SafetensorsSource
 
 if TYPE_CHECKING:
-    import torch
+    import numpy.typing as npt
 
 __all__ = ["fingerprint_weights", "stamp_files"]
 
@@ -26,6 +27,16 @@ _WHOLE_NUMBERS: Final = ("int64", "int32", "int16", "int8", "uint8", "bool")
 #: Bytes of a tensor that are looked at together, few enough to stay in a processor's cache.
 _BLOCK_BYTES: Final = 1 << 20
 _MOST_THREADS: Final = 8
+
+#: The bits that are all set in infinite numbers and NaN alone, and the words that hold them.
+_EXPONENTS: Final = {
+    "float64": (np.uint64(0x7FF0_0000_0000_0000), "<u8"),
+    "float32": (np.uint32(0x7F80_0000), "<u4"),
+    "bfloat16": (np.uint16(0x7F80), "<u2"),
+    "float16": (np.uint16(0x7C00), "<u2"),
+    "float8_e5m2": (np.uint8(0x7C), "u1"),
+    "float8_e4m3fn": (np.uint8(0x7F), "u1"),
+}
 
 
 def fingerprint_weights(folder: Path, *, is_quantized: bool) -> str:
@@ -84,12 +95,18 @@ def _refuse_whole_numbers(source: SafetensorsSource, names: list[str]) -> None:
 
 def _read(source: SafetensorsSource, name: str) -> str:
     """One tensor's part of the fingerprint, after a look at its numbers."""
+    import torch
+
     tensor = source.load(name)
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    # numpy: torch's own threads cannot be begun by several at once in a process that was forked.
+    raw = tensor.reshape(-1).view(torch.uint8).numpy()
     total = 0
-    for number, block in enumerate(_split(tensor)):
+    for number, start in enumerate(range(0, len(raw), _BLOCK_BYTES)):
+        block = raw[start : start + _BLOCK_BYTES]
         # Odd factors, so that blocks that changed places change the sum.
         total += (2 * number + 1) * _sum_words(block)
-        if tensor.is_floating_point() and not _is_finite(block):
+        if dtype in _EXPONENTS and not _is_finite(block, dtype):
             raise UnsupportedModelError(
                 f"{source.folder} is damaged: {name} holds numbers that are infinite or not a "
                 "number (NaN). Download the model again."
@@ -97,32 +114,13 @@ def _read(source: SafetensorsSource, name: str) -> str:
     return f"{name} {tensor.dtype} {tuple(tensor.shape)} {total % 2**64}\n"
 
 
-def _split(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    flat = tensor.reshape(-1)
-    step = max(1, _BLOCK_BYTES // flat.element_size())
-    for start in range(0, len(flat), step):
-        yield flat[start : start + step]
+def _sum_words(block: npt.NDArray[np.uint8]) -> int:
+    """The block's bytes as little-endian 64-bit words, summed: exact, in any order."""
+    whole = len(block) // 8 * 8
+    rest = int.from_bytes(block[whole:].tobytes(), "little")
+    return int(block[:whole].view("<u8").sum(dtype="u8")) + rest
 
 
-def _sum_words(block: torch.Tensor) -> int:
-    """The block's bytes as 64-bit words, summed modulo 2**64: exact, in any order."""
-    import torch
-
-    raw = block.view(torch.uint8)
-    whole = len(raw) // 8 * 8
-    words = raw[:whole]
-    # A view has to begin at a whole word of its storage.
-    aligned = words if words.storage_offset() % 8 == 0 else words.clone()
-    rest = int.from_bytes(bytes(raw[whole:].tolist()), "little")
-    total: int = int(aligned.view(torch.int64).sum()) + rest
-    return total
-
-
-def _is_finite(block: torch.Tensor) -> bool:
-    import torch
-
-    numbers = block.to(torch.float32) if block.element_size() == 1 else block
-    # One number that is none makes the sum none; a sum can also overflow, which a look decides.
-    if bool(torch.isfinite(numbers.sum(dtype=torch.float32))):
-        return True
-    return bool(torch.isfinite(block.to(torch.float32)).all())
+def _is_finite(block: npt.NDArray[np.uint8], dtype: str) -> bool:
+    exponent, word = _EXPONENTS[dtype]
+    return bool(((block.view(word) & exponent) != exponent).all())
