@@ -93,11 +93,11 @@ def test_another_runs_checkpoint_is_refused_with_the_way_to_insist(
         assert part in str(caught.value)
     with pytest.raises(ConfigError, match="other rows"):
         train(folder, resume_from_checkpoint=folder / "checkpoint-2", **other)
-    # A new run in the same folder says whose checkpoints lie there.
+    # A new run in the same folder keeps apart what lies there.
     started = train(folder, resume_from_checkpoint="auto", **{**other, "save_strategy": "no"})
     assert started.steps == len(started.losses) == 6
     assert "passed over, being another run's" in caplog.text
-    assert "holds other runs' checkpoints" in caplog.text
+    assert f"held the checkpoints of another run, {whole.run_id}" in caplog.text
     insisted = train(folder, resume_from_checkpoint=True, resume_with_changes=True, **other)
     assert insisted.steps == 6
     assert insisted.run_id != whole.run_id
@@ -141,6 +141,42 @@ def test_auto_starts_where_there_is_nothing_and_goes_on_where_there_is(train, tm
     assert first.steps == len(first.losses) == 2
     rest = train(tmp_path, resume_from_checkpoint="auto")
     assert (rest.steps, len(rest.losses), rest.run_id) == (4, 2, first.run_id)
+
+
+def test_a_new_run_keeps_an_earlier_ones_checkpoints_apart(copied, train, caplog):
+    """Neither writes over the other, and each goes on from its own."""
+    folder, first = copied
+    before = {path.name: path.read_bytes() for path in (folder / "checkpoint-4").iterdir()}
+    # Killed while it was written: nobody's.
+    (folder / "checkpoint-8").mkdir()
+    (folder / "checkpoint-8" / "optimizer.pt").write_text("half")
+    second = train(folder, seed=1, max_steps=2)
+    assert [Checkpoint(path).run_id for path in folder.glob("checkpoint-2")] == [second.run_id]
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-8"}
+    apart = folder / f"earlier-{first.run_id}"
+    assert f"They are in {apart} now." in caplog.text
+    assert {path.name: path.read_bytes() for path in (apart / "checkpoint-4").iterdir()} == before
+    assert json.loads((apart / "qlora_kit_manifest.json").read_text())["run"]["id"] == first.run_id
+    assert (apart / "report.html").is_file()
+    rest = train(folder, resume_from_checkpoint="auto", max_steps=6)
+    assert (rest.run_id, len(rest.losses)) == (first.run_id, 2)
+    assert (folder / f"earlier-{second.run_id}" / "checkpoint-2").is_dir()
+    # The same once more, anew: its steps are others' too.
+    caplog.clear()
+    again = train(folder, max_steps=6)
+    assert again.run_id != first.run_id
+    assert "'auto' goes on where it ended" in caplog.text
+    assert (folder / f"earlier-{first.run_id}" / "checkpoint-6").is_dir()
+
+
+def test_insisting_goes_on_from_where_the_checkpoint_was_moved_to(copied, train):
+    folder, first = copied
+    insisted = train(folder, resume_from_checkpoint=folder / "checkpoint-2", seed=1,
+                     resume_with_changes=True)  # fmt: skip
+    moved = folder / f"earlier-{first.run_id}" / "checkpoint-2"
+    resumed = json.loads(insisted.manifest_path.read_text())["run"]["resumed_from"]
+    assert (Path(resumed["path"]), len(insisted.losses)) == (moved, 2)
+    assert Checkpoint(folder / "checkpoint-4").run_id == insisted.run_id
 
 
 def test_insisting_needs_something_to_insist_on(train, tmp_path):

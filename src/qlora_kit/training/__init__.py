@@ -9,7 +9,6 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit import device as device_module
@@ -26,7 +25,6 @@ from qlora_kit.training.arguments import (
     choose_optimizer,
     read_settings,
 )
-from qlora_kit.training.checkpoint import list_checkpoints
 from qlora_kit.training.examples import (
     TrainingData,
     make_collator,
@@ -204,7 +202,7 @@ def train_sft(
         resumption = choose_checkpoint(
             found, resume_from_checkpoint, identity, new_id, takes_changes=resume_with_changes
         )
-        _check_place(resumption, folder, args.max_steps)
+        _refuse_what_is_over(resumption, args.max_steps)
         asked = {
             **fields, "truncation": truncation, "plan": plan, "callbacks": callbacks or None,
             "sample_prompts": list(prompts) or None, "sample_steps": sample_steps,
@@ -218,8 +216,7 @@ def train_sft(
         )  # fmt: skip
 
 
-def _check_place(resumption: Resumption, folder: Path, max_steps: int) -> None:
-    """Refuse a run that is over, and say of other runs' checkpoints in the way of a new one."""
+def _refuse_what_is_over(resumption: Resumption, max_steps: int) -> None:
     resumed = resumption.checkpoint
     if resumed is not None and 0 < max_steps <= resumed.step:
         raise ConfigError(
@@ -227,13 +224,6 @@ def _check_place(resumption: Resumption, folder: Path, max_steps: int) -> None:
             Setting("max_steps", max_steps, "train_sft"),
             " asks for no more. Raise it to go on.",
         )
-    others = [one.path.name for one in list_checkpoints(folder) if one.run_id != resumption.run_id]
-    if others:
-        logger.warning(
-            "%s holds other runs' checkpoints (%s). They stay, but for those of steps that this "
-            "run saves as well: give another output_dir to keep them.",
-            folder, ", ".join(others[:5]),
-        )  # fmt: skip
 
 
 def check_training(

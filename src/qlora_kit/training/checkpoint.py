@@ -19,9 +19,17 @@ from qlora_kit.boundaries import describe_cause
 from qlora_kit.manifest import read_manifest
 from qlora_kit.training.identity import RunIdentity, read_identity
 
-__all__ = ["CHECKPOINT_PREFIX", "Checkpoint", "list_checkpoints"]
+__all__ = [
+    "CHECKPOINT_PREFIX",
+    "EARLIER_PREFIX",
+    "Checkpoint",
+    "list_checkpoints",
+    "list_set_apart",
+]
 
 CHECKPOINT_PREFIX = "checkpoint-"
+#: Folders in an output folder with the checkpoints of earlier runs.
+EARLIER_PREFIX: Final = "earlier-"
 
 # The last file that the trainer itself writes.
 _STATE: Final = "trainer_state.json"
@@ -76,6 +84,11 @@ class Checkpoint:
             and bool(self.manifest["files"])
         )
 
+    @property
+    def has_been_written(self) -> bool:
+        """Whether the trainer came to its own last file; looks at no content."""
+        return self.run_id is not None or (self.path / _STATE).is_file()
+
     @functools.cached_property
     def damage(self) -> str | None:
         """What keeps anything from going on from it; every file is read to find out."""
@@ -119,6 +132,13 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
     ]
     paths.sort(key=lambda path: int(path.name.removeprefix(CHECKPOINT_PREFIX)), reverse=True)
     return [Checkpoint(path) for path in paths]
+
+
+def list_set_apart(folder: Path) -> list[Checkpoint]:
+    """Checkpoints of earlier runs, which were moved away from an output folder's own."""
+    apart = [path for path in folder.glob(f"{EARLIER_PREFIX}*") if path.is_dir()]
+    apart.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    return [checkpoint for one in apart for checkpoint in list_checkpoints(one)]
 
 
 def _find_unreadable(path: Path) -> str | None:

@@ -16,7 +16,12 @@ from qlora_kit.handles import AdaptedModel
 from qlora_kit.manifest import MANIFEST_NAME
 from qlora_kit.messages import Setting
 from qlora_kit.paths import expand_path
-from qlora_kit.training.checkpoint import CHECKPOINT_PREFIX, Checkpoint, list_checkpoints
+from qlora_kit.training.checkpoint import (
+    CHECKPOINT_PREFIX,
+    Checkpoint,
+    list_checkpoints,
+    list_set_apart,
+)
 from qlora_kit.training.identity import RunIdentity
 
 __all__ = [
@@ -51,7 +56,7 @@ def find_checkpoints(
     Args:
         asked: ``None`` or ``False`` for none, ``True`` for the last whole one in ``folder``,
             ``"auto"`` for the same where there is one, or a path.
-        folder: The run's output folder.
+        folder: The run's output folder; earlier runs' that were set apart in it come last.
         model: What is to train on; the checkpoint's adapter must be of its shape. ``None``
             before it is loaded.
 
@@ -64,7 +69,7 @@ def find_checkpoints(
         raise invalid_value("resume_from_checkpoint", "must be True or a path, or 'auto'", asked)
     if asked is not True and asked != "auto":
         return [_take_one(expand_path(asked), folder, model)]
-    found = list_checkpoints(folder)
+    found = [*list_checkpoints(folder), *list_set_apart(folder)]
     whole = _pass_over_damaged(found)
     if not whole and asked is True:
         raise ConfigError(

@@ -27,6 +27,7 @@ from qlora_kit.report import write_report
 from qlora_kit.results import TrainResult
 from qlora_kit.training.arguments import DataOptions, Optimizer
 from qlora_kit.training.checkpoint import Checkpoint
+from qlora_kit.training.earlier_runs import set_apart
 from qlora_kit.training.examples import TrainingData
 from qlora_kit.training.failures import explain_failure, make_trainer_or_explain
 from qlora_kit.training.identity import RunIdentity
@@ -150,6 +151,9 @@ def _train(model: AdaptedModel, run: Run, interrupts: InterruptCallback) -> tupl
         trainer = make_trainer_or_explain(model, _without_limit(run.job))
         release.append(trainer)
         say_what_is_idle(model, run, trainer)
+        run = dataclasses.replace(
+            run, resumption=set_apart(run.folder, run.resumption, run.identity)
+        )
         trainer.while_saving = interrupts.holding
         is_alone = ranks.find_place().world == 1
         timeline = Timeline(run.device, (lambda: trainer.tokens_seen) if is_alone else None)
