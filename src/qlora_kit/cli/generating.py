@@ -202,7 +202,7 @@ def _answer(
             settings = {**settings, "seed": settings["seed"] + done}
         answers = generate_batch(
             model, [_ask(form, question) for question in left], at_once=options.at_once,
-            progress=sys.stderr.isatty(), **settings,
+            progress=True, **settings,
         )  # fmt: skip
         _write(output, done, _describe(left, answers, head))
     return {"output": str(output), "answers": len(questions), "found_there": done}

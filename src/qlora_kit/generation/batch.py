@@ -12,6 +12,7 @@ from qlora_kit.generation.settings import Stops
 from qlora_kit.generation.tokens import open_tokens
 from qlora_kit.generation.worker import translate_error
 from qlora_kit.handles import LoadedModel
+from qlora_kit.progress import open_progress
 from qlora_kit.results import Answer, FinishReason
 
 if TYPE_CHECKING:
@@ -117,7 +118,11 @@ def show_progress(answers: Iterator[Answer], total: int, wanted: bool) -> Iterat
     """The same answers, counted by a bar if one is wanted."""
     if not wanted:
         return answers
-    from tqdm.auto import tqdm
+    return _count(answers, total)
 
-    bar: Iterator[Answer] = iter(tqdm(answers, total=total, unit="answers"))
-    return bar
+
+def _count(answers: Iterator[Answer], total: int) -> Iterator[Answer]:
+    with open_progress(total, "answering", "answers") as progress:
+        for answer in answers:
+            progress.update()
+            yield answer

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from qlora_kit.device import measure_memory_gib
 from qlora_kit.engines.base import Trainer
 from qlora_kit.manifest import MANIFEST_NAME
+from qlora_kit.progress import open_progress
 from qlora_kit.results import Moment
 from qlora_kit.training.checkpoint import CHECKPOINT_PREFIX, list_checkpoints
 
@@ -116,28 +117,30 @@ class Timeline(TrainerCallback):
 
 
 class ProgressLine(TrainerCallback):
-    """One calm tqdm line: steps, loss, tokens a second, memory, time left.
+    """One calm line: steps, loss, tokens a second, memory, time left.
 
     Args:
         timeline: What knows speed and memory; it is called before the line.
-        first: What the first step does besides, in a few words.
+        describe_first: What the first step of so many does besides, in a few words.
     """
 
-    def __init__(self, timeline: Timeline | None = None, first: str = "") -> None:
+    def __init__(
+        self,
+        timeline: Timeline | None = None,
+        describe_first: Callable[[int], str] | None = None,
+    ) -> None:
         self._bar: Any = None
         self._shown: dict[str, str] = {}
-        self._timeline, self._first = timeline, first
+        self._timeline, self._describe_first = timeline, describe_first
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        from tqdm.auto import tqdm
-
         if state.is_world_process_zero:
-            self._bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc="training", unit="step",
-                bar_format="{desc} {n_fmt}/{total_fmt} steps |{bar:16}| {remaining} left{postfix}",
+            self._bar = open_progress(
+                state.max_steps, "training", "steps", done=state.global_step,
+                bar="{desc} {n_fmt}/{total_fmt} {unit} |{bar:16}| {remaining} left{postfix}",
             )  # fmt: skip
-            if self._first:
-                self._bar.set_postfix_str(self._first)
+            if self._describe_first and (first := self._describe_first(state.max_steps)):
+                self._bar.set_postfix_str(first)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._bar is None:

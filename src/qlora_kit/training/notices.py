@@ -51,6 +51,13 @@ def say_what_is_idle(model: AdaptedModel, run: Run, trainer: Trainer) -> None:
         world=ranks.find_place().world,
     )
     _say_what_is_not_learned(run.job.args)
+    if run.job.args.torch_compile:
+        logger.warning(
+            "torch_compile=True compiles the whole model in the first step, which takes minutes%s. "
+            "The fast training step is off then, which compiles its layers by itself where that "
+            "pays. Leave it out to have that.",
+            ", and more on a CPU than most runs win back" if run.device.type == "cpu" else "",
+        )  # fmt: skip
     idle = find_idle_fields(run.asked, situation)
     if idle:
         logger.warning(
@@ -74,15 +81,25 @@ def _say_what_is_not_learned(args: Any) -> None:
         )  # fmt: skip
 
 
-def describe_first_step(trainer: Trainer, run: Run) -> str:
+def describe_first_step(trainer: Trainer, run: Run, model: AdaptedModel, steps: int) -> str:
     """What the silent first step does."""
     from qlora_kit.engines.native.fast.plan_options import parse_plan
+    from qlora_kit.engines.native.layers.compilation import find_compile_obstacle, find_too_short
 
-    if not trainer.uses_fast_step or parse_plan(run.job.plan).compile is False:
+    if run.job.args.torch_compile:
+        return "first step: compiling the model, once, minutes"
+    asked = parse_plan(run.job.plan).compile
+    if not trainer.uses_fast_step or asked is False or find_compile_obstacle(run.device):
         return ""
     if run.device.type == "cuda":
         return "first step: compiling, once, about 20 s"
-    return "first step: compiling, once, 20 to 60 s, where the run is long enough for it"
+    # About: the step counts its rows and weights more exactly when it begins.
+    args, tokens = run.job.args, int((run.data.summary.get("report") or {}).get("tokens", 0))
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    usual = tokens * rows // max(1, len(run.data.dataset))
+    if asked == "auto" and find_too_short(run.device, steps, usual, model.total_parameters):
+        return ""
+    return "first step: compiling, once, 20 to 60 s"
 
 
 def say_what_was_done(result: TrainResult, total_steps: int) -> None:

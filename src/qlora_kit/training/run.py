@@ -157,7 +157,7 @@ def _train(model: AdaptedModel, run: Run, interrupts: InterruptCallback) -> tupl
         trainer.while_saving = interrupts.holding
         is_alone = ranks.find_place().world == 1
         timeline = Timeline(run.device, (lambda: trainer.tokens_seen) if is_alone else None)
-        line = ProgressLine(timeline, describe_first_step(trainer, run))
+        line = ProgressLine(timeline, lambda steps: describe_first_step(trainer, run, model, steps))
         trainer.add_callback(timeline)
         replace_progress_callbacks(trainer, line)
         trainer.add_callback(interrupts)

@@ -24,6 +24,7 @@ from qlora_kit.data.tokens.segment_ids import (
 from qlora_kit.data.tokens.segments import Segment
 from qlora_kit.data.tokens.truncation import SHORTEN_ADVICE, check_limits, fit_examples
 from qlora_kit.errors import ConfigError, DataError
+from qlora_kit.progress import open_progress
 from qlora_kit.values import IGNORED_LABEL
 
 if TYPE_CHECKING:
@@ -116,15 +117,13 @@ def _encode(
 def _encode_all(
     encoding: RowEncoding, rows: Rows, max_length: int, truncation: str, num_proc: int | None
 ) -> Iterator[_Batch]:
-    from tqdm.auto import tqdm
-
     work = (encoding, rows, max_length, truncation)
     starts = range(0, len(rows), _BATCH)
     processes = min(_choose_processes(encoding, len(rows), num_proc), len(starts))
     if processes > 1 and not _can_be_sent(encoding):
         processes = 1
     # What takes a moment only needs no progress bar.
-    with tqdm(total=len(rows), desc="Tokenizing", unit="row", disable=len(starts) == 1) as progress:
+    with open_progress(len(rows), "Tokenizing", "rows", hidden=len(starts) == 1) as progress:
         if processes == 1:
             for start in starts:
                 yield (batch := _encode_batch(*work, start))
