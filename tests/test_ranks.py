@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +230,23 @@ def test_one_card_per_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "eight")
     with pytest.raises(ConfigError, match="WORLD_SIZE='eight'"):
         ranks.find_place()
+
+
+def test_who_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(ranks, "_UNTIL_SAID", 0.05)
+    first, second = (ranks.Node((4, 5), position, None) for position in (0, 1))
+    with first.naming_missing("Reading it"):
+        time.sleep(0.3)
+    (said,) = [record.message for record in caplog.records]
+    assert said.startswith("Reading it takes every rank of this machine. Rank 4 waits")
+    assert "have not come to it: 5." in said
+    caplog.clear()
+    monkeypatch.setattr(ranks._Group, "calls", Counter())
+    with second.naming_missing("Reading it"):
+        time.sleep(0.3)
+    assert not caplog.records
 
 
 def test_errors_travel_with_their_kind() -> None:

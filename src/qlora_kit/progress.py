@@ -52,13 +52,12 @@ def _make_lines() -> Any:
 
         _written = ""
 
-        def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        def display(self, msg: str | None = None, pos: int | None = None) -> None:
             text = str(self)
             if text != self._written:
                 self.fp.write(f"{text}\n")
                 self.fp.flush()
                 self._written = text
-            return True
 
         def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
             # Lines come at their own pace.
@@ -68,7 +67,7 @@ def _make_lines() -> Any:
             if self.disable:
                 return
             self.disable = True
-            self._decr_instances(self)
+            self._decr_instances(self)  # type: ignore[attr-defined]
             self.display()
 
     return Lines

@@ -13,6 +13,7 @@ import itertools
 import logging
 import os
 import pickle
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,8 @@ Value = TypeVar("Value")
 #: A rank may wait for another one's export or tokenizing; the launcher ends the ranks of one that
 #: died, and its closed connection wakes whoever waits for it.
 _PATIENCE: Final = timedelta(hours=24)
+#: Seconds that a rank waits for others before it says so.
+_UNTIL_SAID: Final = 10.0
 _TOLD: Final = "Raised on the main rank."
 _TORCHRUN: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 # SLURM_NTASKS is also set in a batch script, which is one process; this one only under srun.
@@ -69,6 +72,38 @@ class Node(NamedTuple):
         with _naming_the_gone():
             distributed.all_reduce(number, distributed.ReduceOp.MAX, group=self.group)
         return int(number)
+
+    @contextlib.contextmanager
+    def naming_missing(self, what: str) -> Iterator[None]:
+        """Say which of them have not come to what all of them must do, while this one waits there.
+
+        Args:
+            what: What it is, at the beginning of a sentence.
+        """
+        from torch.distributed import distributed_c10d
+
+        store = distributed_c10d._get_default_store()
+        _Group.calls[what] += 1
+        key = f"qlora_kit/{what}/{_Group.calls[what]}"
+        mine = self.members[self.position]
+        store.set(f"{key}/{mine}", b"here")
+
+        def say() -> None:
+            missing = [rank for rank in self.members if not store.check([f"{key}/{rank}"])]
+            if missing:
+                logger.warning(
+                    "%s takes every rank of this machine. Rank %d waits, and these have not come "
+                    "to it: %s. Let all of them make the same call.",
+                    what, mine, ", ".join(map(str, missing)),
+                )  # fmt: skip
+
+        timer = threading.Timer(_UNTIL_SAID, say)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 class _Group:

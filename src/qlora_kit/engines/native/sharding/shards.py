@@ -122,7 +122,8 @@ def whole_while_read(model: Any) -> Iterator[None]:
         )
     if is_sharded:
         logger.info("The base is sharded: reading it takes every rank of the machine.")
-        make_whole(model)
+        with ranks.join_node().naming_missing("Reading a sharded base, as every answer does,"):
+            make_whole(model)
     devices = {one.device for one in model.parameters()}
     if has_absent(model) or (len(devices) > 1 and not hasattr(model, "hf_device_map")):
         raise EngineError(
