@@ -12,13 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
-
 from qlora_kit.errors import UnsupportedModelError
 from qlora_kit.weights.mapped_file import TORCH_DTYPES
 from qlora_kit.weights.source import SafetensorsSource
 
 if TYPE_CHECKING:
+    import numpy as np
     import numpy.typing as npt
 
 __all__ = ["fingerprint_weights", "stamp_files"]
@@ -30,12 +29,12 @@ _MOST_THREADS: Final = 8
 
 #: The bits that are all set in infinite numbers and NaN alone, and the words that hold them.
 _EXPONENTS: Final = {
-    "float64": (np.uint64(0x7FF0_0000_0000_0000), "<u8"),
-    "float32": (np.uint32(0x7F80_0000), "<u4"),
-    "bfloat16": (np.uint16(0x7F80), "<u2"),
-    "float16": (np.uint16(0x7C00), "<u2"),
-    "float8_e5m2": (np.uint8(0x7C), "u1"),
-    "float8_e4m3fn": (np.uint8(0x7F), "u1"),
+    "float64": (0x7FF0_0000_0000_0000, "<u8"),
+    "float32": (0x7F80_0000, "<u4"),
+    "bfloat16": (0x7F80, "<u2"),
+    "float16": (0x7C00, "<u2"),
+    "float8_e5m2": (0x7C, "u1"),
+    "float8_e4m3fn": (0x7F, "u1"),
 }
 
 
