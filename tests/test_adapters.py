@@ -92,7 +92,9 @@ def test_near_names_are_suggested(base):
         {"lora_dropout": None}, {"random_state": "x"}, {"init_lora_weights": "pisa"},
         {"init_lora_weights": "eva"}, {"layers_to_transform": [0, 99]},
         {"layers_to_transform": 2}, {"rank_pattern": {"nope": 3}}, {"rank_pattern": {"q_proj": 0}},
-        {"alpha_pattern": {"nope": 3}}, {"loftq_config": "x"},
+        {"alpha_pattern": {"nope": 3}}, {"loftq_config": "x"}, {"target_parameters": "experts"},
+        {"target_parameters": []}, {"target_parameters": 5},
+        {"target_parameters": ["q_proj.weight"]},
     ],
 )  # fmt: skip
 def test_impossible_values_are_refused(base, arguments):
@@ -238,10 +240,45 @@ def test_experts_that_no_module_holds_are_named_with_the_way_round_them(tmp_path
     folder = make_checkpoint(tmp_path / "moe", "qwen3_moe")
     loaded = load_quantized(folder, dtype="float32", load_in_4bit=False)
     for arguments in ({}, {"target_modules": "mlp"}):
-        with pytest.raises(ConfigError, match="experts lie together in parameters such as model"):
+        with pytest.raises(ConfigError, match=r"lie together in .*target_parameters='experts'"):
             attach_lora(loaded, **arguments)
     model = attach_lora(loaded, target_modules="attention")
     assert _adapted_names(model) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+@pytest.mark.filterwarnings("error:The following rank_pattern")
+def test_experts_take_adapters_by_the_names_of_their_parameters(tmp_path):
+    folder = make_checkpoint(tmp_path / "moe", "qwen3_moe")
+    loaded = load_quantized(folder, dtype="float32", load_in_4bit=False)
+    for arguments, told in (
+        ({"target_parameters": ["mlp.experts.gate_up_prj"]}, "Did you mean 'mlp.experts.gate_up"),
+        ({"lora_dropout": 0.1}, "lora_dropout=0.1 does not go with"),
+        ({"use_dora": True}, "use_dora=True does not go with"),
+        ({"init_lora_weights": "orthogonal"}, "True or 'gaussian'"),
+        ({"loftq_config": {"loftq_bits": 4}}, "loftq_config=.* does not go with"),
+        ({"layers_to_transform": 1}, r"layers\.1\.mlp\.experts\.gate_up_proj"),
+        ({"rank_pattern": {"nope": 2}}, "mlp.experts.down_proj"),
+        ({"r": 65, "target_modules": []}, "largest adapted matrix"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            attach_lora(loaded, **{"target_parameters": "experts", **arguments})
+    asked = {"r": 4, "target_parameters": "experts", "rank_pattern": {"down_proj": 2}}
+    model = attach_lora(loaded, **asked)
+    assert attach_lora(model, **asked) is model
+    with pytest.raises(ConfigError, match="target_parameters=None"):
+        attach_lora(model, **{**asked, "target_parameters": None})
+    shapes = {
+        name.removeprefix("base_model.model.model.layers.1."): tuple(parameter.shape)
+        for name, parameter in model.model.named_parameters()
+        if parameter.requires_grad and "layers.1.mlp" in name
+    }
+    # Four experts of ranks 4 and 2.
+    assert shapes == {
+        "mlp.experts.base_layer.lora_A.default.weight": (16, 64),
+        "mlp.experts.base_layer.lora_B.default.weight": (64, 16),
+        "mlp.experts.lora_A.default.weight": (8, 32),
+        "mlp.experts.lora_B.default.weight": (64, 8),
+    }
 
 
 def test_a_base_that_carries_an_adapter_gets_no_second_one(tiny_llama, tmp_path):

@@ -155,7 +155,11 @@ def test_every_argument_of_attach_lora_has_a_flag(checked):
         "alpha_pattern": {"v_proj": 8},
     }  # fmt: skip
     names = set(inspect.signature(attach_lora).parameters) - {"model", "max_seq_length", "classic"}
-    assert names == set(given)
+    # Which goes with no dropout.
+    parameters = ["mlp.experts.down_proj", "gate"]
+    assert names == {*given, "target_parameters"}
+    found = checked("--target-parameters", ",".join(parameters)).adapter
+    assert found == {"target_parameters": parameters}
     arguments = []
     for name, value in given.items():
         flag = "--" + name.replace("_", "-")

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from checkpoints import make_checkpoint
 from qlora_kit import Pipeline, attach_lora, load_quantized, plan_training, train_sft
 from qlora_kit.cli import main
 from qlora_kit.errors import ConfigError, ModelNotFoundError, OfflineError
@@ -143,6 +144,14 @@ def test_fused_projections_are_adapted_as_attach_lora_does(tmp_path):
     a_layer = 4 * ((64 + 192) + (64 + 64) + (64 + 256) + (128 + 64))
     assert made.trainable_parameters == 2 * a_layer
     assert "estimated coarsely" not in str(made)
+
+
+def test_adapted_experts_are_counted_as_attach_lora_attaches_them(tmp_path):
+    folder = make_checkpoint(tmp_path / "moe", "qwen3_moe")
+    asked = {"r": 4, "target_parameters": "experts", "rank_pattern": {"down_proj": 2}}
+    made = plan(folder, "RTX 4090", row_tokens=64, adapter=asked)
+    model = attach_lora(load_quantized(folder, dtype="float32", load_in_4bit=False), **asked)
+    assert made.trainable_parameters == model.trainable_parameters
 
 
 def test_what_cannot_be_planned_is_said(big, tmp_path, capsys):

@@ -19,6 +19,11 @@ from qlora_kit.config import (
     AdapterConfig,
 )
 from qlora_kit.engines.contract import check_handle
+from qlora_kit.engines.target_parameters import (
+    find_parameters,
+    list_expert_stacks,
+    resolve_parameters,
+)
 from qlora_kit.errors import (
     ConfigError,
     EngineError,
@@ -53,6 +58,7 @@ def attach_lora(
     layers_to_transform: Sequence[int] | int | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, int] | None = None,
+    target_parameters: str | Sequence[str] | None = None,
     max_seq_length: int | None = None,
     **classic: Any,
 ) -> AdaptedModel:
@@ -81,6 +87,9 @@ def attach_lora(
         layers_to_transform: Indices of the layers to adapt; all by default.
         rank_pattern: Ranks by module name where they differ from ``r``.
         alpha_pattern: Alphas by module name where they differ from ``lora_alpha``.
+        target_parameters: Parameters to adapt besides, such as experts that lie together:
+            ``["mlp.experts.gate_up_proj"]``, or ``"experts"`` for all of them. With
+            ``target_modules=[]`` nothing else is adapted.
         max_seq_length: The model's own, which the classic script gives again; no other.
         **classic: Further arguments of the classic script, where they ask for what happens anyway.
 
@@ -107,6 +116,7 @@ def attach_lora(
             "init_lora_weights": init_lora_weights, "loftq_config": loftq_config or None,
             "modules_to_save": modules_to_save, "layers_to_transform": layers_to_transform,
             "rank_pattern": rank_pattern or None, "alpha_pattern": alpha_pattern or None,
+            "target_parameters": resolve_parameters(target_parameters, model.model),
         }  # fmt: skip
         return _keep_adapter(model, target_modules, given)
     if any(hasattr(module, "lora_A") for module in model.model.modules()):
@@ -123,7 +133,8 @@ def attach_lora(
             parameter="max_seq_length",
             value=max_seq_length,
         )
-    targets = _resolve_targets(target_modules, model.model)
+    parameters = resolve_parameters(target_parameters, model.model)
+    targets = _resolve_targets(target_modules, model.model, are_alone=parameters is None)
     if isinstance(modules_to_save, str):
         modules_to_save = (modules_to_save,)
     if modules_to_save is not None and (
@@ -145,12 +156,24 @@ def attach_lora(
         )
     _check_names(modules_to_save or (), "modules_to_save", model.model)
     _check_layers(layers_to_transform, model.model)
+    if parameters is not None and layers_to_transform is not None:
+        raise ConfigError(
+            Setting("layers_to_transform", layers_to_transform, "attach_lora"),
+            " says nothing of parameters, which would be adapted in every layer.",
+            parameter="layers_to_transform",
+            value=layers_to_transform,
+            advice=(
+                "Name those of some layers in ",
+                Setting("target_parameters", of="attach_lora"),
+                f", such as {f'layers.1.{parameters[0]}'!r}.",
+            ),
+        )
     for pattern, parameter in ((rank_pattern, "rank_pattern"), (alpha_pattern, "alpha_pattern")):
         if pattern is not None and not isinstance(pattern, Mapping):
             raise invalid_value(
                 parameter, "must be a mapping of module names to numbers", pattern, "attach_lora"
             )
-        _check_pattern(pattern, parameter, targets)
+        _check_pattern(pattern, parameter, (*targets, *(parameters or ())))
     if loftq_config is not None and not isinstance(loftq_config, Mapping):
         raise invalid_value(
             "loftq_config",
@@ -174,6 +197,7 @@ def attach_lora(
         layers_to_transform=layers_to_transform,
         rank_pattern=dict(rank_pattern) if rank_pattern else None,
         alpha_pattern=dict(alpha_pattern) if alpha_pattern else None,
+        target_parameters=parameters,
     )
     _check_ranks(config, targets, model.model)
     with translate_errors(lambda error: _explain_attaching(error, config)):
@@ -184,7 +208,7 @@ def attach_lora(
         f"{adapted.trainable_parameters:,}",
         f"{adapted.total_parameters:,}",
         100 * adapted.trainable_parameters / max(1, adapted.total_parameters),
-        ", ".join(targets),
+        ", ".join((*targets, *(parameters or ()))),
     )
     return adapted
 
@@ -209,6 +233,8 @@ def _keep_adapter(
         is_same = has <= set(presets[target_modules])
     elif target_modules == "all-linear":
         is_same = has >= set(DEFAULT_TARGET_MODULES)
+    elif target_modules is DEFAULT_TARGET_MODULES and own.target_parameters:
+        is_same = has <= set(DEFAULT_TARGET_MODULES)
     else:
         is_same = has == set(_as_tuple(target_modules) or ())
     if not is_same:
@@ -230,7 +256,8 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value)
 
 
-def _resolve_targets(asked: str | Sequence[str], model: Any) -> tuple[str, ...]:
+def _resolve_targets(asked: str | Sequence[str], model: Any, *, are_alone: bool) -> tuple[str, ...]:
+    """Names of modules; ``are_alone`` where no parameters are adapted besides."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
@@ -239,6 +266,13 @@ def _resolve_targets(asked: str | Sequence[str], model: Any) -> tuple[str, ...]:
     # The default itself, not its names: whoever types them means them. Experts are no modules, and
     # what trains around them is for the user to choose.
     is_default = asked is DEFAULT_TARGET_MODULES
+    if is_default and not are_alone:
+        return tuple(name for name in asked if name in available)
+    if is_default and set(asked) <= set(available) and list_expert_stacks(model):
+        logger.warning(
+            "Shared experts and layers without experts get adapters, the experts that tokens are "
+            "routed to do not: target_parameters='experts' adapts those."
+        )
     if is_default and not set(asked) <= set(available) and not _advise_on_experts(model):
         asked = "all-linear"
         logger.warning(
@@ -272,7 +306,7 @@ def _resolve_targets(asked: str | Sequence[str], model: Any) -> tuple[str, ...]:
             value=asked,
         )
     names = tuple(dict.fromkeys(asked))
-    if not names:
+    if not names and are_alone:
         raise ConfigError(f"target_modules is empty. This model has: {', '.join(available)}.")
     _check_names(names, "target_modules", model, kinds=(*linear, torch.nn.Embedding))
     return names
@@ -304,15 +338,14 @@ def _check_names(
 
 def _advise_on_experts(model: Any) -> str:
     """What to do about experts that transformers holds in one parameter for all of them."""
-    for name, module in model.named_modules():
-        for own, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() == 3 and "expert" in f"{name}.{own}":
-                return (
-                    f" This model's experts lie together in parameters such as {name}.{own}, "
-                    "which adapters of modules do not reach; target_modules='attention' trains "
-                    "around them."
-                )
-    return ""
+    stacks = list_expert_stacks(model)
+    if not stacks:
+        return ""
+    return (
+        f" This model's experts lie together in {' and '.join(stacks)}, which adapters of modules "
+        "do not reach: target_parameters='experts' adapts them, target_modules='attention' trains "
+        "around them."
+    )
 
 
 def _check_layers(layers: Sequence[int] | int | None, model: Any) -> None:
@@ -329,7 +362,13 @@ def _check_layers(layers: Sequence[int] | int | None, model: Any) -> None:
 
 def _check_ranks(config: AdapterConfig, targets: Sequence[str], model: Any) -> None:
     """Refuse ranks beyond every adapted matrix: they would fill memory with nothing."""
-    largest = max(
+    parameters = config.target_parameters or ()
+    stacks = [
+        max(one.shape[-2:])
+        for name, one in find_parameters(model).items()
+        if f".{name}".endswith(tuple(f".{own}" for own in parameters))
+    ]
+    modules = (
         getattr(module, name, 0)
         for path, module in model.named_modules()
         if path.endswith(tuple(targets))
@@ -338,6 +377,7 @@ def _check_ranks(config: AdapterConfig, targets: Sequence[str], model: Any) -> N
             "in_features", "out_features", "num_embeddings", "embedding_dim", "nx", "nf",
         )
     )  # fmt: skip
+    largest = max([*stacks, *modules])
     for rank in (config.r, *(config.rank_pattern or {}).values()):
         if rank > largest:
             raise invalid_value(

@@ -150,6 +150,7 @@ class AdapterConfig:
     layers_to_transform: Sequence[int] | int | None = None
     rank_pattern: Mapping[str, int] | None = None
     alpha_pattern: Mapping[str, int] | None = None
+    target_parameters: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if not is_whole_number(self.r) or self.r < 1:
@@ -217,6 +218,34 @@ class AdapterConfig:
                     or (name == "rank" and not is_whole_number(value))
                 ):
                     raise ConfigError(f"{name}_pattern[{key!r}] must be above 0, got {value!r}.")
+        if self.target_parameters:
+            self._check_parameters()
+
+    def _check_parameters(self) -> None:
+        """Refuse what peft's adapters of parameters do not have."""
+        wrong: dict[str, str] = {}
+        if self.lora_dropout:
+            wrong["lora_dropout"] = "their product is added to the weight, which sees no input"
+        if self.use_dora:
+            wrong["use_dora"] = "peft has no DoRA of parameters"
+        if self.loftq_config or self.init_lora_weights == "loftq":
+            wrong["loftq_config" if self.loftq_config else "init_lora_weights"] = (
+                "LoftQ starts adapters of linear layers"
+            )
+        elif self.init_lora_weights not in (True, False, "gaussian"):
+            wrong["init_lora_weights"] = "they start by True or 'gaussian'"
+        for name, why in wrong.items():
+            raise ConfigError(
+                Setting(name, getattr(self, name), "attach_lora"),
+                f" does not go with adapters of parameters (target_parameters): {why}.",
+                parameter=name,
+                value=getattr(self, name),
+                advice=(
+                    "Leave it at its default, or adapt modules alone, without ",
+                    Setting("target_parameters", of="attach_lora"),
+                    ".",
+                ),
+            )
 
 
 # Those of peft's starts that need nothing but the weights; the others look at data first.

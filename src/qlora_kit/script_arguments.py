@@ -41,7 +41,6 @@ ADAPTER_ARGUMENTS: Final[Mapping[str, ScriptArgument]] = {
     "task_type": ScriptArgument("Adapters are for causal language models.", (None, "CAUSAL_LM")),
     "temporary_location": ScriptArgument("Nothing is moved to disk.", None),
     "qat_scheme": ScriptArgument("Quantization-aware training is not offered."),
-    "target_parameters": ScriptArgument("Experts held in one parameter cannot be adapted here."),
     "ensure_weight_tying": ScriptArgument("Give modules_to_save what is to be trained in full."),
     "offload_layers": ScriptArgument("Activations stay on the device.", (None, False, 0)),
     "checkpoint_skip_layers": ScriptArgument(

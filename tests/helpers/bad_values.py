@@ -97,6 +97,7 @@ ATTACH = {
     "layers_to_transform": [[], "x", [99], -1, 1.5, [1.5], ["x"], [-1]],
     "rank_pattern": ["x", {"q_proj": 0}, {"q_proj": "x"}, {5: 4}, {"nope": 4}, {"(": 4}],
     "alpha_pattern": [{"q_proj": INFINITE}, "x", {"q_proj": None}],
+    "target_parameters": ["", "x", [], [5], 5, {"a": 1}, "experts", ["q_proj.weight"], True],
 }  # fmt: skip
 LOAD = {
     "max_seq_length": [True, 0, -1, "x", NAN, HUGE], "dtype": ["x", 5, [], "int8"],

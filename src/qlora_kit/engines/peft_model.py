@@ -104,6 +104,9 @@ def attach_saved_adapter(loaded: LoadedModel, folder: Path, *, is_trainable: boo
         with warnings.catch_warnings():
             # refuse_misplaced says it in fewer words.
             warnings.filterwarnings("ignore", message=".*missing adapter keys")
+            if config.target_parameters:
+                # Patterns for parameters do match; peft looks for modules when it says so.
+                warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not")
             with repeat_start(start):
                 model = PeftModel.from_pretrained(
                     loaded.model,
@@ -166,6 +169,7 @@ def _read_adapter_config(model: Any, folder: Path) -> AdapterConfig:
     values["init_lora_weights"] = written.get("init_lora_weights", True)
     targets = saved.target_modules
     values["target_modules"] = targets if isinstance(targets, str) else sorted(targets or ())
+    values["target_parameters"] = tuple(sorted(saved.target_parameters or ())) or None
     # peft writes an empty dictionary where there is none.
     for name in ("loftq_config", "rank_pattern", "alpha_pattern"):
         values[name] = values[name] or None

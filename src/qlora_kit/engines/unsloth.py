@@ -153,6 +153,7 @@ class UnslothEngine:
             "use_dora": config.use_dora,
             "rank_pattern": config.rank_pattern,
             "alpha_pattern": config.alpha_pattern,
+            "target_parameters": config.target_parameters,
         }
         for name, value in refused.items():
             if value:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -15,6 +16,7 @@ from qlora_kit.config import (
 )
 from qlora_kit.engines.native.layers.architectures import find_architecture_obstacle
 from qlora_kit.engines.native.layers.families import FAMILIES
+from qlora_kit.engines.target_parameters import EXPERTS, find_parameters
 
 __all__ = ["ModelShape", "read_shape"]
 
@@ -37,11 +39,25 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """A parameter outside of linear layers that can take an adapter: experts, or one matrix."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    def count_adapter(self, rank: int) -> int:
+        """Numbers of an adapter of this rank."""
+        *experts, rows, columns = self.shape
+        return math.prod(experts) * rank * (rows + columns)
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """What a model is made of.
 
     Attributes:
         linears: Its linear layers but the language-model head.
+        stacks: Parameters that ``target_parameters`` may name.
         other_parameters: Everything else, the head included where it is not the embedding.
         layers: Number of decoder layers.
         hidden: Width of a token's state.
@@ -57,6 +73,7 @@ class ModelShape:
     """
 
     linears: tuple[Linear, ...]
+    stacks: tuple[Stack, ...]
     other_parameters: int
     layers: int
     hidden: int
@@ -99,10 +116,11 @@ class ModelShape:
         """The linear layers that get an adapter."""
         targets = adapter.target_modules
         names: Sequence[str] | None = (targets,) if isinstance(targets, str) else targets
+        is_default = targets is DEFAULT_TARGET_MODULES and not adapter.target_parameters
         has = {linear.name.split(".")[-1] for linear in self.linears}
         if targets == "all-linear" or (
             # As attach_lora does where a model has other projections than Llama's.
-            targets is DEFAULT_TARGET_MODULES and not has >= set(targets)
+            is_default and not has >= set(targets)
         ):
             names = None
         elif targets in ("attention", "mlp"):
@@ -116,12 +134,27 @@ class ModelShape:
             and (layers is None or any(f".{layer}." in linear.name for layer in layers))
         ]
 
+    def find_adapted_stacks(self, adapter: AdapterConfig) -> list[Stack]:
+        """The parameters that get an adapter of their own."""
+        asked = adapter.target_parameters or ()
+        names = (asked,) if isinstance(asked, str) else asked
+        return [
+            stack
+            for stack in self.stacks
+            if (EXPERTS in names and len(stack.shape) == 3 and "expert" in stack.name)
+            or any(f".{stack.name}".endswith(f".{name}") for name in names)
+        ]
+
     def count_adapter(self, adapter: AdapterConfig) -> int:
         """Parameters that train: adapters, and modules that are trained in full."""
         ranks = adapter.rank_pattern or {}
         count = sum(
             (linear.inputs + linear.outputs) * ranks.get(linear.name.split(".")[-1], adapter.r)
             for linear in self.find_adapted(adapter)
+        )
+        count += sum(
+            stack.count_adapter(ranks.get(stack.name.split(".")[-1], adapter.r))
+            for stack in self.find_adapted_stacks(adapter)
         )
         whole = set(adapter.modules_to_save or ())
         heads = {"lm_head", "embed_tokens"} & whole
@@ -163,6 +196,7 @@ def read_shape(model_config: Any) -> ModelShape:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module is not head
     )
+    stacks = tuple(Stack(name, tuple(one.shape)) for name, one in find_parameters(model).items())
     counted = sum(linear.size for linear in linears)
     total = sum(parameter.numel() for parameter in model.parameters())
     heads = int(text.num_attention_heads)
@@ -173,6 +207,7 @@ def read_shape(model_config: Any) -> ModelShape:
         intermediate = routed * int(getattr(text, "moe_intermediate_size", None) or intermediate)
     return ModelShape(
         linears=linears,
+        stacks=stacks,
         other_parameters=total - counted,
         layers=int(text.num_hidden_layers),
         hidden=int(text.hidden_size),

@@ -129,6 +129,7 @@ def _describe_adapter(model: AdaptedModel) -> dict[str, Any]:
     names = (
         "r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "use_dora",
         "modules_to_save", "layers_to_transform", "rank_pattern", "alpha_pattern",
+        "target_parameters",
     )  # fmt: skip
     described: dict[str, Any] = _normalize(
         {name: getattr(config, name, None) or None for name in names}

@@ -229,6 +229,7 @@ def _check_adapter(path: Path, model: AdaptedModel) -> None:
         ("r", live.r),
         ("lora_alpha", live.lora_alpha),
         ("target_modules", live.target_modules),
+        ("target_parameters", live.target_parameters or []),
         ("use_dora", live.use_dora),
         ("use_rslora", live.use_rslora),
     ):

@@ -335,6 +335,7 @@ def _check_adapter_config(folder: Path, tensors: AdapterTensors) -> Check:
         "r",
         "lora_alpha",
         "target_modules",
+        "target_parameters",
         "use_rslora",
         "use_dora",
         "bias",

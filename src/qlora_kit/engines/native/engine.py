@@ -111,7 +111,10 @@ class NativeEngine:
         check_start(loaded, config)
         refuse_reading_start(loaded.model, config)
         # peft draws the initial weights from the global generators; they are put back after.
-        with fork_generators():
+        with fork_generators(), warnings.catch_warnings():
+            if config.target_parameters:
+                # Patterns for parameters do match; peft looks for modules when it says so.
+                warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not")
             torch.manual_seed(config.random_state)
             try:
                 model = get_peft_model(
@@ -128,6 +131,7 @@ class NativeEngine:
                     "loftq_bits": 4,
                     **(config.loftq_config or {}),
                 }
+        _say_what_peft_reads(model.peft_config["default"], config)
         model.config.get_text_config().use_cache = True
         return make_adapted(loaded, model, config, capture_start(model, config.random_state))
 
@@ -209,6 +213,18 @@ def _make_lora_config(config: AdapterConfig, *, use_loftq: bool) -> Any:
         # LoftQ is computed here afterwards: peft's own needs a GPU and an unquantized base.
         arguments["init_lora_weights"] = True
     return LoraConfig(task_type="CAUSAL_LM", **arguments)
+
+
+def _say_what_peft_reads(made: Any, config: AdapterConfig) -> None:
+    """Where a family's linear experts became stacks, peft takes their names for the stacks'."""
+    added = sorted(set(made.target_parameters or ()) - set(config.target_parameters or ()))
+    if added:
+        ranks = {name: made.rank_pattern.get(rf".*\.{name}", made.r) for name in added}
+        logger.warning(
+            "peft adapts the experts' %s instead of modules of the same names: shared experts and "
+            "layers without experts get no adapter.",
+            ", ".join(f"{name} (rank {rank})" for name, rank in ranks.items()),
+        )
 
 
 def _say_what_stays_wide(model: Any) -> None:

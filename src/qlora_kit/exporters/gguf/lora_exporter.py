@@ -269,6 +269,11 @@ def _peft_config(request: ExportRequest) -> tuple[str, Any]:
             bool(started) or bool(model.adapter.loftq_config)
         ),
     }
+    if getattr(config, "target_parameters", None):
+        raise UnsupportedModelError(
+            "Adapters of experts (target_parameters) are not written as an adapter in GGUF. "
+            + _MERGE_INSTEAD
+        )
     found = [what for what, is_there in faults.items() if is_there]
     if found:
         raise UnsupportedModelError(

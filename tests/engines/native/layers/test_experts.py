@@ -103,8 +103,9 @@ def make_moe(tmp_path):
         ("qwen2_moe", {"target_modules": "all-linear"}, {}),
         ("olmoe", {"target_parameters": _STACKS[:1]}, {}),
         ("granitemoe", {}, {}),
+        ("qwen3_moe", {"target_modules": [], "target_parameters": ["gate.weight"]}, {}),
     ],
-    ids=["stacks", "one stack", "mixtral", "shared", "olmoe", "granite"],
+    ids=["stacks", "one stack", "mixtral", "shared", "olmoe", "granite", "router"],
 )
 def test_gradients_equal_pefts(make_moe, token_rows, kind, adapter, options):
     model = make_moe(kind, adapter=adapter)
@@ -164,6 +165,45 @@ def test_the_curve_is_plain_trls(tmp_path, make_trainer):
     (expected, evaluated), (found, found_evaluated) = losses
     assert found == pytest.approx(expected, abs=2e-5)
     assert found_evaluated == pytest.approx(evaluated, rel=1e-2)
+
+
+def test_adapted_experts_are_trained_resumed_merged_and_loaded_again(tmp_path, alpaca_rows, caplog):
+    from exported import load_plain
+    from forward import logits_of
+    from qlora_kit import attach_lora, export_model, load_quantized, train_sft
+    from qlora_kit.errors import ConfigError, UnsupportedModelError
+
+    caplog.set_level("INFO")
+    folder = make_checkpoint(tmp_path / "base", "qwen3_moe", norm_topk_prob=True)
+
+    def load():
+        return load_quantized(folder, 256, "float32", load_in_4bit=False, engine="native")
+
+    def train(model, name, **settings):
+        settings = {"max_steps": 2, "save_steps": 1, "warmup_steps": 0, **settings}
+        return train_sft(model, alpaca_rows, output_dir=tmp_path / name, learning_rate=1e-2,
+                         per_device_train_batch_size=2, report_to="none", **settings)  # fmt: skip
+
+    model = attach_lora(load(), r=4, target_parameters="experts")
+    train(model, "whole")
+    assert "Training step: micro-batches" in caplog.text
+    resumed = attach_lora(load(), r=4, target_parameters="experts")
+    train(resumed, "resumed", max_steps=1)
+    other = attach_lora(load(), r=4, target_modules="attention")
+    with pytest.raises(ConfigError, match="target_parameters"):
+        train(other, "resumed", resume_from_checkpoint=True)
+    train(resumed, "resumed", resume_from_checkpoint=True)
+    right = logits_of(model.model)
+    torch.testing.assert_close(logits_of(resumed.model), right)
+    made = export_model(model, ["merged_16bit", "lora", "gguf"], tmp_path / "out")
+    again = load_plain(made["merged_16bit"].path, dtype=torch.float32)
+    torch.testing.assert_close(logits_of(again), right, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(
+        logits_of(load_quantized(made["lora"].path, 256, "float32", False, engine="native").model),
+        right,
+    )
+    with pytest.raises(UnsupportedModelError, match=r"Adapters of experts \(target_parameters\)"):
+        export_model(model, "gguf-lora", tmp_path / "alone")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -209,7 +209,8 @@ class ExpertBlock:
         self.copies = list(self._of.values())
         self.experts, wide, self.hidden = self._module.gate_up_proj.shape
         self.intermediate = int(wide) // 2
-        self.chosen = int(self._router.top_k)
+        # An adapter of the router's own parameter wraps it.
+        self.chosen = int(getattr(self._router, "base_layer", self._router).top_k)
         is_silu = type(self._module.act_fn).__name__ in ("SiLU", "SiLUActivation")
         self._activate = gated if gated is not None and is_silu else self._module._apply_gate
 
