@@ -160,13 +160,14 @@ def test_16_bit_answers_are_near_float32s(make_adapted, load_in_4bit):
     """Logits of a step: one rounding per projection, on every device."""
     import math
 
-    from qlora_kit.engines.native.decoding.decoder import Decoder, read_model
+    from qlora_kit.engines.native.decoding.decoder import Decoder
+    from qlora_kit.engines.native.decoding.model_layers import read_model
 
     logits = {}
     for dtype in ("float32", "bfloat16"):
         model = make_adapted("qwen3", dtype=dtype, load_in_4bit=load_in_4bit).model
         decoder = Decoder(model, read_model(model))
-        cache, rotation = decoder.make_cache(2, 64), decoder.make_rotation(64)
+        cache, rotation = decoder.make_cache(2, 64), decoder.make_rotations(64)
         with torch.no_grad():
             decoder.read_prompts(cache, [0], [PROMPTS[2]])
             token = torch.tensor([7], device=decoder.device)
@@ -179,7 +180,7 @@ def test_16_bit_answers_are_near_float32s(make_adapted, load_in_4bit):
 
 def _step_row(decoder, positions=range(30, 36)):
     """Logits of single tokens after a prompt, and the cache they leave."""
-    cache, rotation = decoder.make_cache(1, 64), decoder.make_rotation(64)
+    cache, rotation = decoder.make_cache(1, 64), decoder.make_rotations(64)
     with torch.no_grad():
         decoder.read_prompts(cache, [0], [PROMPTS[2]])
         found = [
@@ -191,7 +192,8 @@ def _step_row(decoder, positions=range(30, 36)):
 
 def _check_kernel(model):
     """The compiled step against torch's operations, on any number of threads."""
-    from qlora_kit.engines.native.decoding.decoder import Decoder, read_model
+    from qlora_kit.engines.native.decoding.decoder import Decoder
+    from qlora_kit.engines.native.decoding.model_layers import read_model
 
     decoder = Decoder(model, read_model(model))
     assert decoder._row_step is not None
@@ -227,7 +229,8 @@ class TestKernelOfTheCpu:
 
     @pytest.mark.parametrize("load_in_4bit", [True, False])
     def test_it_is_nearer_to_float32_than_torchs_operations(self, make_adapted, load_in_4bit):
-        from qlora_kit.engines.native.decoding.decoder import Decoder, read_model
+        from qlora_kit.engines.native.decoding.decoder import Decoder
+        from qlora_kit.engines.native.decoding.model_layers import read_model
 
         def far(decoder):
             return (_step_row(decoder)[0] - exact).norm() / exact.norm()
@@ -247,7 +250,8 @@ class TestKernelOfTheCpu:
         _check_kernel(family.model)
 
     def test_what_it_does_not_read_goes_through_torch(self, make_adapted, caplog):
-        from qlora_kit.engines.native.decoding.decoder import Decoder, read_model
+        from qlora_kit.engines.native.decoding.decoder import Decoder
+        from qlora_kit.engines.native.decoding.model_layers import read_model
 
         model = make_adapted(load_in_4bit=False).model
         model.get_base_model().model.norm.double()

@@ -10,7 +10,12 @@ from fast_gradients import (
     compute_reference,
     take_gradients,
 )
-from qlora_kit.engines.native.layers.experts import ExpertStack, apply_experts, route
+from qlora_kit.engines.native.layers.experts import (
+    ExpertStack,
+    apply_experts,
+    gather_experts,
+    route,
+)
 
 _STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
@@ -56,6 +61,8 @@ def test_experts_are_what_each_token_chose(is_adapted):
         for token, row in enumerate(chosen.tolist())
     ])  # fmt: skip
     torch.testing.assert_close(out, expected)
+    gathered = gather_experts(x, weights, chosen, first, second, _activate)
+    torch.testing.assert_close(gathered, expected)
     leaves = [x, weights, *(one for pair in adapters for one in pair if one is not None)]
     grad = draw(tokens, hidden)
     for found, right in zip(

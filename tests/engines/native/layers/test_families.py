@@ -9,122 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gguf_tiny import longrope_case, make_wrapper
-from qlora_kit.engines.native.decoding.support import find_decoding_obstacle
+from family_cases import CASES, TWO_KINDS, adapt, make_base, make_config
+from gguf_tiny import make_wrapper
 from qlora_kit.engines.native.fast.fused_model import FusedModel
 from qlora_kit.engines.native.fast.layout import split_rows
 from qlora_kit.engines.native.fast.plan import resolve_plan
 from qlora_kit.engines.native.fast.plan_options import FastPlan
 from qlora_kit.engines.native.fast.step_runner import StepRunner
 from qlora_kit.engines.native.fast.support import find_obstacle
-
-TWO_KINDS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
-CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
-MULTIPLIERS = {"embedding_multiplier": 3.0, "residual_multiplier": 0.4,
-               "attention_multiplier": 0.2}  # fmt: skip
-LONGROPE = {**longrope_case(16), "head_dim": 16, "original_max_position_embeddings": 20}
-LONGROPE["rope_parameters"]["original_max_position_embeddings"] = 20
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
-        "original_max_position_embeddings": 64}  # fmt: skip
-STRETCHED = {**YARN, "original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.1}
-
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-
-#: Configuration class, and what makes every part of the family matter.
-CASES = {
-    "arcee": ("ArceeConfig", {}),
-    "cohere": ("CohereConfig", {"logit_scale": 0.2, "use_qk_norm": True}),
-    "cohere2": ("Cohere2Config", {"logit_scale": 0.2, **TWO_KINDS}),
-    "cwm": ("CwmConfig", {"rope_parameters": YARN, **TWO_KINDS}),
-    "ernie4_5": ("Ernie4_5Config", {"use_bias": True}),
-    "exaone4": ("Exaone4Config", TWO_KINDS),
-    "gemma": ("GemmaConfig", {}),
-    "gemma2": ("Gemma2Config", {"sliding_window": 8, "query_pre_attn_scalar": 24, **CAPS}),
-    "gemma3": (
-        "Gemma3TextConfig",
-        {
-            **TWO_KINDS,
-            "final_logit_softcapping": 3.0,
-            "rope_parameters": {
-                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-            },
-        },
-    ),
-    "glm": ("GlmConfig", {"attention_bias": True}),
-    "glm4": ("Glm4Config", {}),
-    "granite": ("GraniteConfig", {**MULTIPLIERS, "logits_scaling": 3.0, "attention_bias": True}),
-    "helium": ("HeliumConfig", {}),
-    "hunyuan": ("HunYuanDenseV1Config", {}),
-    "hunyuan-dynamic": (
-        "HunYuanDenseV1Config",
-        {"max_position_embeddings": 20, "rope_parameters": {**DYNAMIC, "alpha": 50.0}},
-    ),
-    "hyperclovax": (
-        "HyperCLOVAXConfig",
-        {**MULTIPLIERS, "logits_scaling": 0.3, "use_post_norm": True},
-    ),
-    "jais2": ("Jais2Config", {}),
-    "llama-dynamic": (
-        "LlamaConfig",
-        {"max_position_embeddings": 20, "rope_parameters": DYNAMIC},
-    ),
-    "ministral": ("MinistralConfig", TWO_KINDS),
-    "ministral3": ("Ministral3Config", {"sliding_window": 8, "rope_parameters": STRETCHED}),
-    "mistral": ("MistralConfig", {"sliding_window": 8}),
-    "nemotron": ("NemotronConfig", {"partial_rotary_factor": 0.5}),
-    "olmo2": ("Olmo2Config", {}),
-    "olmo3": ("Olmo3Config", TWO_KINDS),
-    "phi3": ("Phi3Config", {"sliding_window": 8, "partial_rotary_factor": 0.5}),
-    "phi3-longrope": ("Phi3Config", LONGROPE),
-    "qwen2": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 8,
-                              "max_window_layers": 1}),
-    "qwen3": ("Qwen3Config", {"use_sliding_window": True, "sliding_window": 8,
-                              "max_window_layers": 1}),
-    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0]}),
-    "stablelm": ("StableLmConfig", {"use_qkv_bias": True}),
-    "stablelm-parallel": ("StableLmConfig", {"use_parallel_residual": True, "qk_layernorm": True}),
-    "starcoder2": ("Starcoder2Config", {"sliding_window": 8}),
-    "vaultgemma": ("VaultGemmaConfig", {"sliding_window": 8, **CAPS}),
-}  # fmt: skip
-
-
-def _make_config(case, **changes):
-    import transformers
-
-    class_name, own = CASES[case]
-    return getattr(transformers, class_name)(
-        **{
-            "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-            "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2,
-            "pad_token_id": 0, **own, **changes,
-        }
-    )  # fmt: skip
-
-
-def _make_base(config):
-    from transformers import AutoModelForCausalLM
-
-    # Eager: transformers' other ways to attend leave soft caps out.
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
-    for name, parameter in model.named_parameters():
-        if "norm" in name or name.endswith("bias"):
-            parameter.data.add_(torch.randn_like(parameter) * 0.1)
-        else:
-            parameter.data.copy_(torch.randn_like(parameter) * 0.7 / parameter.shape[-1] ** 0.5)
-    return model
-
-
-def _adapt(base, targets="all-linear", **fields):
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=2, lora_alpha=3, target_modules=targets, **fields)
-    model = get_peft_model(base, config)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.05)
-    return model.train()
 
 
 @pytest.fixture(autouse=True)
@@ -196,7 +88,7 @@ SETTINGS = SimpleNamespace(
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_equal_pefts(case):
-    model = _adapt(_make_base(_make_config(case)))
+    model = adapt(make_base(make_config(case)))
     assert find_obstacle(model, SETTINGS) is None
     loss, reference = _reference(model)
     fused_model = _make_fused(model)
@@ -211,7 +103,7 @@ def test_gradients_equal_pefts(case):
     "options", [{"attention": "mask"}, {"checkpointing": "full", "micro_batch_tokens": 35}]
 )
 def test_other_plans_compute_the_same(case, options):
-    model = _adapt(_make_base(_make_config(case)))
+    model = adapt(make_base(make_config(case)))
     loss, reference = _reference(model)
     fast_loss, gradients = _run(model, _make_fused(model, **options))
     assert fast_loss == pytest.approx(loss, rel=1e-6)
@@ -275,7 +167,7 @@ def _all_short(fused_model):
 )
 def test_the_comparison_notices_what_a_family_adds(case, change):
     """Each part changes the loss of these rows by far more than the comparison allows."""
-    model = _adapt(_make_base(_make_config(case)))
+    model = adapt(make_base(make_config(case)))
     fused_model = _make_fused(model)
     loss, _ = _run(model, fused_model)
     change(fused_model)
@@ -284,8 +176,8 @@ def test_the_comparison_notices_what_a_family_adds(case, change):
 
 @pytest.mark.parametrize("case", ["gemma3", "granite"])
 def test_bfloat16_is_as_close_as_rounding_allows(case):
-    base = _make_base(_make_config(case))
-    model = _adapt(base.bfloat16())
+    base = make_base(make_config(case))
+    model = adapt(base.bfloat16())
     loss, reference = _reference(model)
     fast_loss, gradients = _run(model, _make_fused(model))
     assert fast_loss == pytest.approx(loss, rel=4e-3)
@@ -297,7 +189,7 @@ def test_the_text_part_of_a_model_that_also_sees():
     text = config.text_config
     text.hidden_size, text.intermediate_size, text.num_hidden_layers = 64, 96, 2
     text.layer_types, text.sliding_window = TWO_KINDS["layer_types"], 8
-    model = _adapt(_make_base(config), targets=r".*language_model.*_proj")
+    model = adapt(make_base(config), targets=r".*language_model.*_proj")
     assert find_obstacle(model, SETTINGS) is None
     loss, reference = _reference(model)
     fast_loss, gradients = _run(model, _make_fused(model))
@@ -315,7 +207,7 @@ def test_the_text_part_of_a_model_that_also_sees():
     ],
 )
 def test_what_is_not_computed_is_said(case, changes, said):
-    model = _adapt(_make_base(_make_config(case, **changes)))
+    model = adapt(make_base(make_config(case, **changes)))
     assert said in find_obstacle(model, SETTINGS)
 
 
@@ -330,8 +222,8 @@ def test_what_is_not_computed_is_said(case, changes, said):
 )
 def test_what_trains_besides_adapters(case, trained):
     """Norms whose weight is stored less one, scaled embeddings, scaled and capped heads."""
-    base = _make_base(_make_config(case, tie_word_embeddings=False))
-    model = _adapt(base, targets=["q_proj", "down_proj"], modules_to_save=trained)
+    base = make_base(make_config(case, tie_word_embeddings=False))
+    model = adapt(base, targets=["q_proj", "down_proj"], modules_to_save=trained)
     assert find_obstacle(model, SETTINGS) is None
     loss, reference = _reference(model)
     fused_model = _make_fused(model)
@@ -349,22 +241,9 @@ def test_what_trains_besides_adapters(case, trained):
 
 
 def test_a_trained_norm_per_head_is_left_to_trl():
-    model = _adapt(_make_base(_make_config("stablelm-parallel")))
+    model = adapt(make_base(make_config("stablelm-parallel")))
     next(p for n, p in model.named_parameters() if "q_layernorm" in n).requires_grad_()
     assert "q_layernorm.norms.0.weight is trained" in find_obstacle(model, SETTINGS)
-
-
-@pytest.mark.parametrize(
-    ("case", "said"),
-    [
-        ("gemma2", "does not compute gemma2"),
-        ("mistral", "sliding window"),
-        ("qwen2", "sliding window"),
-        ("llama-dynamic", "'dynamic'"),
-    ],
-)
-def test_the_decoder_leaves_what_it_does_not_compute_to_transformers(case, said):
-    assert said in find_decoding_obstacle(_make_base(_make_config(case)))
 
 
 @pytest.mark.parametrize("case", ["gemma2", "phi3", "granite"])
@@ -375,7 +254,7 @@ def test_the_curve_is_plain_trls(case, tmp_path, make_trainer, token_rows):
 
     folder = tmp_path / case
     make_tokenizer(folder)
-    _make_base(_make_config(case, vocab_size=384)).bfloat16().save_pretrained(folder)
+    make_base(make_config(case, vocab_size=384)).bfloat16().save_pretrained(folder)
     losses = []
     for plan in ({"compile": False, "enabled": True}, False):
         loaded = load_quantized(folder, 256, "float32", engine="native")

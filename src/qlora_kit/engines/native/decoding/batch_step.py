@@ -5,6 +5,7 @@ Imported only where Triton runs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from qlora_kit.engines.native.decoding import batch_kernels as kernels
 from qlora_kit.engines.native.decoding import row_step as row
 from qlora_kit.engines.native.decoding.kv_cache import KeyValueCache
 from qlora_kit.engines.native.decoding.weights import DecodingWeights
+from qlora_kit.engines.native.layers.layer import Placement, attend_placed
 
-__all__ = ["gate", "norm", "rotate_prompts", "row", "run_layers"]
+__all__ = ["norm", "read_prompts", "row", "run_layers"]
 
 #: Keys that a program of the attention kernel takes at once.
 _KEYS = 64
@@ -31,19 +33,12 @@ def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return out
 
 
-def gate(both: Tensor) -> Tensor:
-    """``silu(gate) * up`` of gate and up side by side, shape ``(T, 2 * I)``."""
-    out = both.new_empty((both.shape[0], both.shape[1] // 2))
-    _launch_gate(both, out)
-    return out
-
-
 def run_layers(
     decoder: Any,
     cache: KeyValueCache,
     hidden: Tensor,
     positions: Tensor,
-    rotation: tuple[Tensor, Tensor],
+    rotations: Any,
 ) -> Tensor:
     """All layers for one token of each of the first slots.
 
@@ -52,25 +47,27 @@ def run_layers(
         cache: Read and written.
         hidden: Embeddings, contiguous, shape ``(B, H)``; overwritten.
         positions: int64, shape ``(B,)``.
-        rotation: Cosines and sines of all positions, shape ``(C, D)`` each.
+        rotations: The :class:`decoder.Rotations` of the cache's room.
 
     Returns:
         Shape ``(B, H)``.
     """
     delta: Tensor | None = None
+    epsilon = decoder.shape.epsilon
     for index, layer in enumerate(decoder.layers):
-        x = _make_input(layer.qkv, hidden)
-        _launch_norm(hidden, delta, layer.input_norm, x, decoder.epsilon)
-        qkv = _multiply(layer.qkv, x)
-        attended = _make_input(layer.out, hidden)
-        _attend(decoder, layer, cache, index, qkv, positions, rotation, attended)
-        delta = _multiply(layer.out, attended)
-        x = _make_input(layer.gate_up, hidden)
-        _launch_norm(hidden, delta, layer.post_norm, x, decoder.epsilon)
-        both = _multiply(layer.gate_up, x)
-        x = _make_input(layer.down, hidden)
+        tensors = layer.tensors
+        x = _make_input(tensors.qkv, hidden)
+        _launch_norm(hidden, delta, tensors.before_attention.weight, x, epsilon)
+        qkv = _multiply(tensors.qkv, x)
+        attended = _make_input(tensors.out, hidden)
+        _attend(decoder, tensors, cache, index, qkv, positions, rotations.layers[index], attended)
+        delta = _multiply(tensors.out, attended)
+        x = _make_input(tensors.gate_up, hidden)
+        _launch_norm(hidden, delta, tensors.before_mlp.weight, x, epsilon)
+        both = _multiply(tensors.gate_up, x)
+        x = _make_input(tensors.down, hidden)
         _launch_gate(both, x)
-        delta = _multiply(layer.down, x)
+        delta = _multiply(tensors.down, x)
     assert delta is not None
     return hidden.add_(delta)
 
@@ -91,40 +88,50 @@ def _multiply(weights: DecodingWeights, x: Tensor) -> Tensor:
     return weights.multiply_stored(x[:, :columns], low)
 
 
-def rotate_prompts(
+def read_prompts(
     decoder: Any,
-    layer: Any,
     cache: KeyValueCache,
-    index: int,
-    qkv: Tensor,
+    hidden: Tensor,
     positions: Tensor,
     slots: Tensor,
-    rotation: tuple[Tensor, Tensor],
-) -> list[Tensor]:
-    """Queries, keys and values of prompts; the latter two are in the cache as well.
+    places: Sequence[Placement],
+) -> Tensor:
+    """All layers for prompts laid end to end, whose keys and values go into the cache.
 
     Args:
         decoder: The :class:`decoder.Decoder`.
-        layer: One of its layers.
         cache: Written.
-        index: The layer's number.
-        qkv: Shape ``(T, N)``.
+        hidden: Embeddings, shape ``(T, H)``.
         positions: int64, shape ``(T,)``.
         slots: Whose token each is, the same.
-        rotation: Cosines and sines of each, shape ``(T, D)``.
+        places: Where they stand, for every layer.
 
     Returns:
-        Shapes ``(T, heads, D)``, ``(T, G, D)`` and the same.
+        Shape ``(T, H)``.
     """
-    heads, groups = decoder.heads, decoder.kv_heads
-    out = qkv.new_empty((qkv.shape[0], heads + 2 * groups, decoder.head_dim))
-    _rotate(decoder, layer, cache, index, qkv, positions, slots, rotation, out, is_prompt=True)
-    return list(out.split([heads, groups, groups], dim=1))
+    shape = decoder.shape
+    heads, groups = shape.heads, shape.kv_heads
+    for index, (layer, place) in enumerate(zip(decoder.layers, places, strict=True)):
+        tensors = layer.tensors
+        qkv = tensors.qkv(norm(hidden, tensors.before_attention.weight, shape.epsilon))
+        out = qkv.new_empty((len(qkv), heads + 2 * groups, shape.head_dim))
+        rotation = (place.cos.contiguous(), place.sin.contiguous())
+        _rotate(
+            decoder, tensors, cache, index, qkv, positions, slots, rotation, out, is_prompt=True
+        )
+        q, k, v = out.split([heads, groups, groups], dim=1)
+        attended = attend_placed(q, k, v, place, shape)
+        hidden = hidden + tensors.out(attended.reshape(len(hidden), -1))
+        both = tensors.gate_up(norm(hidden, tensors.before_mlp.weight, shape.epsilon))
+        gated = both.new_empty((len(both), both.shape[1] // 2))
+        _launch_gate(both, gated)
+        hidden = hidden + tensors.down(gated)
+    return hidden
 
 
 def _rotate(
     decoder: Any,
-    layer: Any,
+    tensors: Any,
     cache: KeyValueCache,
     index: int,
     qkv: Tensor,
@@ -135,12 +142,13 @@ def _rotate(
     *,
     is_prompt: bool = False,
 ) -> None:
-    heads, groups, size = decoder.heads, decoder.kv_heads, decoder.head_dim
-    has_norm = layer.q_norm is not None
+    shape = decoder.shape
+    heads, groups, size = shape.heads, shape.kv_heads, shape.head_dim
+    has_norm = tensors.q_norm is not None
+    q_norm, k_norm = (tensors.q_norm.weight, tensors.k_norm.weight) if has_norm else (qkv, qkv)
     kernels.rotate_kernel[(qkv.shape[0], heads + 2 * groups)](
-        qkv, layer.q_norm if has_norm else qkv, layer.k_norm if has_norm else qkv, *rotation,
-        positions, slots, out, cache.keys[index], cache.values[index], cache.capacity,
-        decoder.epsilon, HEADS=heads, GROUPS=groups, SIZE=size,
+        qkv, q_norm, k_norm, *rotation, positions, slots, out, cache.keys[index],
+        cache.values[index], cache.capacity, shape.epsilon, HEADS=heads, GROUPS=groups, SIZE=size,
         HALF=triton.next_power_of_2(size // 2), HAS_NORM=has_norm, IS_PROMPT=is_prompt,
         num_warps=1,
     )  # fmt: skip
@@ -148,7 +156,7 @@ def _rotate(
 
 def _attend(
     decoder: Any,
-    layer: Any,
+    tensors: Any,
     cache: KeyValueCache,
     index: int,
     qkv: Tensor,
@@ -156,18 +164,19 @@ def _attend(
     rotation: tuple[Tensor, Tensor],
     out: Tensor,
 ) -> None:
-    heads, groups, size = decoder.heads, decoder.kv_heads, decoder.head_dim
+    shape = decoder.shape
+    heads, groups, size = shape.heads, shape.kv_heads, shape.head_dim
     count, shared = qkv.shape[0], heads // groups
     keys, values = cache.keys[index], cache.values[index]
     q = qkv.new_empty((count, heads, size))
-    _rotate(decoder, layer, cache, index, qkv, positions, positions, rotation, q)
+    _rotate(decoder, tensors, cache, index, qkv, positions, positions, rotation, q)
     splits = triton.next_power_of_2(max(1, _PROGRAMS // (count * groups)))
     splits = min(splits, triton.next_power_of_2(triton.cdiv(cache.capacity, _KEYS)))
     parts = torch.empty((count, groups, splits, shared, size), device=q.device)
     sums = torch.empty((count, groups, splits, shared, 2), device=q.device)
     wide = triton.next_power_of_2(max(size, 16))
     kernels.attention_kernel[(count, groups, splits)](
-        q, keys, values, positions, parts, sums, cache.capacity, float(size) ** -0.5,
+        q, keys, values, positions, parts, sums, cache.capacity, shape.scale,
         SHARED=shared, SIZE=size, WIDE=wide, SPLITS=splits, KEYS=_KEYS,
         ROWS=max(16, triton.next_power_of_2(shared)), num_warps=4,
     )  # fmt: skip

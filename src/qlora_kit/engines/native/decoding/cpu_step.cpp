@@ -4,7 +4,7 @@
 // takes the next piece, and nobody waits for a thread that holds none. A barrier would: where other
 // work keeps a thread from its core, every part of a token would last until it gets there.
 //
-// decoding_step.py declares the same structures.
+// cpu_step.py declares the same structures.
 
 #include <algorithm>
 #include <atomic>
@@ -122,7 +122,7 @@ float dot(const T* w, const float* x, int64_t n) {
   return total;
 }
 
-// ---- What decoding_step.py describes ------------------------------------------------------------
+// ---- What cpu_step.py describes -----------------------------------------------------------------
 
 struct Matrix {
   const void* weight;    // packed, or in the model's dtype, (rows, columns)
@@ -141,23 +141,39 @@ struct Group {
   int64_t ranks;
 };
 
-struct Layer {
-  const void *input_norm, *post_norm, *q_norm, *k_norm;  // the latter two may be null
-  Group qkv, out, gate_up, down;
+struct Norm {
+  const void *weight, *bias;  // either may be null
+  int64_t apart;              // numbers from one head's weights to the next one's
 };
+
+struct Layer {
+  Norm before_attention, after_attention, before_mlp, after_mlp, q_norm, k_norm;
+  Group qkv, out, gate_up, down;
+  int64_t window;             // tokens that one looks at, itself included; 0 for all
+};
+
+enum Activation { SILU, GELU, GELU_TANH, RELU, RELU2 };
 
 struct Model {
   const Layer* layers;
   int64_t count, hidden, heads, groups, size, intermediate, vocabulary;
-  const void *embedding, *norm, *head;
+  const void* embedding;
+  Norm norm;
+  const void* head;
   double epsilon;
+  float multiplier, scale, softcap, residual, logit_scale, logit_softcap;
+  int64_t centers, plus_one;  // norms: whether the mean is taken off, the weight is stored less one
+  int64_t over_all, turned;   // norms of queries and keys: of all heads together, after turning
+  int64_t in_pairs, is_gated, is_parallel, activation;
 };
 
 struct Call {
   int64_t token, position;
   void *keys, *values;     // of the first layer, (groups, capacity, size)
   int64_t capacity, apart; // numbers from one layer's to the next one's
-  const void *cos, *sin;   // (capacity, size)
+  const float *const *cos, *const *sin;  // of each layer, (capacity, turns)
+  int64_t turns;           // dimensions of a head that turn
+  const float* stretch;    // what queries are multiplied with, (capacity), or null
   float* logits;
   int64_t threads;
 };
@@ -187,15 +203,16 @@ struct Step {
   const Model& model;
   const Call& call;
   const int64_t position;
-  std::vector<float> state, qkv, attended, gated;
+  std::vector<float> state, qkv, attended, gated, delta;
   std::vector<Part> parts;
 
   Step(const Model& m, const Call& c)
       : model(m), call(c), position(c.position), state(m.hidden),
         qkv((m.heads + 2 * m.groups) * m.size), attended(m.heads * m.size),
-        gated(m.intermediate), parts(5 * m.count + 1) {
+        gated(m.intermediate),
+        delta(m.hidden), parts(7 * m.count + 1) {
     const T* row = (const T*)m.embedding + c.token * m.hidden;
-    for (int64_t i = 0; i < m.hidden; i++) state[i] = widen(row[i]);
+    for (int64_t i = 0; i < m.hidden; i++) state[i] = widen(row[i]) * m.multiplier;
   }
 
   // A product's input as one thread has it: as it is, and the pairs of packed bytes apart.
@@ -204,19 +221,53 @@ struct Step {
     int64_t of = -1;  // the part it was made for
   };
 
-  static void normalize(const float* from, const T* weight, int64_t n, double epsilon, float* to) {
-    double squares = 0;
-    for (int64_t i = 0; i < n; i++) squares += (double)from[i] * from[i];
-    float factor = (float)(1.0 / std::sqrt(squares / n + epsilon));
-    for (int64_t i = 0; i < n; i++) to[i] = widen(weight[i]) * (from[i] * factor);
+  float cap(float x, float at) const { return at ? std::tanh(x / at) * at : x; }
+
+  float activate(float x) const {
+    switch (model.activation) {
+      case GELU: return 0.5f * x * (1 + std::erf(x * (float)M_SQRT1_2));
+      case GELU_TANH: {
+        float inner = (float)(M_2_SQRTPI * M_SQRT1_2) * (x + 0.044715f * x * x * x);
+        return 0.5f * x * (1 + std::tanh(inner));
+      }
+      case RELU: return std::max(x, 0.0f);
+      case RELU2: return x > 0 ? x * x : 0;
+      default: return x / (1 + std::exp(-x));
+    }
   }
 
-  void prepare(Input& input, int64_t part, const Group& group, const float* from, const void* norm) {
+  // What is taken off numbers and what they are multiplied with.
+  void measure(const float* from, int64_t n, float& mean, float& factor) const {
+    double total = 0, squares = 0;
+    if (model.centers)
+      for (int64_t i = 0; i < n; i++) total += from[i];
+    double middle = total / n;
+    for (int64_t i = 0; i < n; i++) squares += (from[i] - middle) * (from[i] - middle);
+    mean = (float)middle;
+    factor = (float)(1.0 / std::sqrt(squares / n + model.epsilon));
+  }
+
+  void scale(const float* from, const Norm& norm, int64_t head, int64_t n, float mean,
+             float factor, float* to) const {
+    const T* weight = (const T*)norm.weight + head * norm.apart;
+    const T* bias = norm.bias ? (const T*)norm.bias + head * norm.apart : nullptr;
+    for (int64_t i = 0; i < n; i++)
+      to[i] = (widen(weight[i]) + model.plus_one) * ((from[i] - mean) * factor) +
+              (bias ? widen(bias[i]) : 0);
+  }
+
+  void normalize(const float* from, const Norm& norm, int64_t n, float* to) const {
+    float mean, factor;
+    measure(from, n, mean, factor);
+    scale(from, norm, 0, n, mean, factor, to);
+  }
+
+  void prepare(Input& input, int64_t part, const Group& group, const float* from, const Norm* norm) {
     if (input.of == part) return;
     input.of = part;
     int64_t n = group.columns;
     input.x.resize(n);
-    if (norm) normalize(from, (const T*)norm, n, model.epsilon, input.x.data());
+    if (norm && norm->weight) normalize(from, *norm, n, input.x.data());
     else std::copy(from, from + n, input.x.begin());
     if (group.parts[0].scales) {
       input.apart.resize(n);
@@ -272,20 +323,36 @@ struct Step {
     });
   }
 
-  void rotate(const float* from, const void* norm, float* to) const {
-    int64_t size = model.size, half = size / 2;
-    std::vector<float> normed;
-    if (norm) {
-      normed.resize(size);
-      normalize(from, (const T*)norm, size, model.epsilon, normed.data());
-      from = normed.data();
-    }
-    const T* cos = (const T*)call.cos + position * size;
-    const T* sin = (const T*)call.sin + position * size;
+  void turn(int64_t index, float* x) const {
+    int64_t half = call.turns / 2, step = model.in_pairs ? 2 : 1;
+    int64_t across = model.in_pairs ? 1 : half;
+    const float* cos = call.cos[index] + position * call.turns;
+    const float* sin = call.sin[index] + position * call.turns;
     for (int64_t i = 0; i < half; i++) {
-      float a = from[i], b = from[i + half];
-      to[i] = a * widen(cos[i]) - b * widen(sin[i]);
-      to[i + half] = b * widen(cos[i + half]) + a * widen(sin[i + half]);
+      int64_t at = i * step, other = at + across;
+      float a = x[at], b = x[other];
+      x[at] = a * cos[at] - b * sin[at];
+      x[other] = b * cos[other] + a * sin[other];
+    }
+  }
+
+  // A head of queries or keys, normalized and turned; all heads begin at `from`.
+  void place(int64_t index, const float* from, int64_t heads, int64_t head, const Norm& norm,
+             float* to) const {
+    int64_t size = model.size;
+    const float* own = from + head * size;
+    bool is_later = model.turned && !model.over_all;
+    float mean, factor;
+    std::copy(own, own + size, to);
+    if (norm.weight && !is_later) {
+      if (model.over_all) measure(from, heads * size, mean, factor);
+      else measure(own, size, mean, factor);
+      scale(own, norm, head, size, mean, factor, to);
+    }
+    turn(index, to);
+    if (norm.weight && is_later) {
+      measure(to, size, mean, factor);
+      scale(to, norm, head, size, mean, factor, to);
     }
   }
 
@@ -297,25 +364,28 @@ struct Step {
     room.resize(2 * size + position + 1);
     float *q = room.data(), *k = q + size, *chances = k + size;
     const float* v = qkv.data() + (model.heads + model.groups + group) * size;
-    rotate(qkv.data() + head * size, layer.q_norm, q);
-    rotate(qkv.data() + (model.heads + group) * size, layer.k_norm, k);
+    place(index, qkv.data(), model.heads, head, layer.q_norm, q);
+    place(index, qkv.data() + model.heads * size, model.groups, group, layer.k_norm, k);
+    if (call.stretch)
+      for (int64_t i = 0; i < size; i++) q[i] *= call.stretch[position];
     if (head % shared == 0)  // the others go on with their own copy of this token's
       for (int64_t i = 0; i < size; i++) {
         narrow(k[i], keys + position * size + i);
         narrow(v[i], values + position * size + i);
       }
-    float scale = 1 / std::sqrt((float)size), most = dot(k, q, size) * scale;
+    int64_t first = layer.window ? std::max<int64_t>(0, position + 1 - layer.window) : 0;
+    float most = cap(dot(k, q, size) * model.scale, model.softcap);
     chances[position] = most;
-    for (int64_t t = 0; t < position; t++) {
-      chances[t] = dot(keys + t * size, q, size) * scale;
+    for (int64_t t = first; t < position; t++) {
+      chances[t] = cap(dot(keys + t * size, q, size) * model.scale, model.softcap);
       most = std::max(most, chances[t]);
     }
     float total = 0;
-    for (int64_t t = 0; t <= position; t++) total += chances[t] = std::exp(chances[t] - most);
+    for (int64_t t = first; t <= position; t++) total += chances[t] = std::exp(chances[t] - most);
     float* out = attended.data() + head * size;
     for (int64_t i = 0; i < size; i += 16) {
       Wide a = multiply_add(load(v + i), fill(chances[position]), zero()), b = zero();
-      int64_t t = 0;
+      int64_t t = first;
       for (; t + 2 <= position; t += 2) {
         a = multiply_add(load(values + t * size + i), fill(chances[t]), a);
         b = multiply_add(load(values + (t + 1) * size + i), fill(chances[t + 1]), b);
@@ -325,46 +395,72 @@ struct Step {
     }
   }
 
+  // A block's product, normalized where its family does that, on top of the sum so far.
+  void add_block(int64_t& part, const Group& group, const std::vector<float>& from,
+                 const Norm& after, Input& input) {
+    int64_t own = part++;
+    rows(own, model.hidden, [&](int64_t begin, int64_t end) {
+      prepare(input, own, group, from.data(), nullptr);
+      for (int64_t at = begin; at < end; at++) {
+        float value = multiply(group, input, 0, at);
+        if (after.weight) delta[at] = value;
+        else state[at] += value * model.residual;
+      }
+    });
+    if (after.weight)
+      share(parts[part++], 1, [&](int64_t) {
+        normalize(delta.data(), after, model.hidden, delta.data());
+        for (int64_t i = 0; i < model.hidden; i++) state[i] += delta[i] * model.residual;
+      });
+  }
+
+  void open_gates(int64_t part, const Layer& layer, const Norm& norm, Input& input) {
+    const Group& group = layer.gate_up;
+    bool is_fused = group.count == 1;
+    rows(part, model.intermediate, [&](int64_t begin, int64_t end) {
+      prepare(input, part, group, state.data(), &norm);
+      for (int64_t at = begin; at < end; at++) {
+        float value = activate(multiply(group, input, 0, at));
+        if (model.is_gated)
+          value *= multiply(group, input, !is_fused, is_fused ? at + model.intermediate : at);
+        gated[at] = value;
+      }
+    });
+  }
+
   void run() {  // in every thread
     Input input;
     std::vector<float> room;
+    int64_t part = 0;
     for (int64_t index = 0; index < model.count; index++) {
       const Layer& layer = model.layers[index];
-      int64_t part = 5 * index;
-      rows(part, layer.qkv.rows, [&](int64_t begin, int64_t end) {
-        prepare(input, part, layer.qkv, state.data(), layer.input_norm);
+      int64_t own = part++;
+      rows(own, layer.qkv.rows, [&](int64_t begin, int64_t end) {
+        prepare(input, own, layer.qkv, state.data(), &layer.before_attention);
         for (int64_t at = begin, which = 0, before = 0; at < end; at++) {
           while (at - before >= layer.qkv.parts[which].rows)
             before += layer.qkv.parts[which++].rows;
           qkv[at] = multiply(layer.qkv, input, which, at - before);
         }
       });
-      share(parts[part + 1], model.heads, [&](int64_t head) { attend(index, head, room); });
-      rows(part + 2, model.hidden, [&](int64_t begin, int64_t end) {
-        prepare(input, part + 2, layer.out, attended.data(), nullptr);
-        for (int64_t at = begin; at < end; at++) state[at] += multiply(layer.out, input, 0, at);
-      });
-      rows(part + 3, model.intermediate, [&](int64_t begin, int64_t end) {
-        prepare(input, part + 3, layer.gate_up, state.data(), layer.post_norm);
-        for (int64_t at = begin; at < end; at++) {
-          float gate = multiply(layer.gate_up, input, 0, at);
-          gated[at] = gate / (1 + std::exp(-gate)) * multiply(layer.gate_up, input, 1, at);
-        }
-      });
-      rows(part + 4, model.hidden, [&](int64_t begin, int64_t end) {
-        prepare(input, part + 4, layer.down, gated.data(), nullptr);
-        for (int64_t at = begin; at < end; at++) state[at] += multiply(layer.down, input, 0, at);
-      });
+      // Where both blocks read the same, before the first of them adds to it.
+      if (model.is_parallel) open_gates(part++, layer, layer.before_attention, input);
+      share(parts[part++], model.heads, [&](int64_t head) { attend(index, head, room); });
+      add_block(part, layer.out, attended, layer.after_attention, input);
+      if (!model.is_parallel) open_gates(part++, layer, layer.before_mlp, input);
+      add_block(part, layer.down, gated, layer.after_mlp, input);
     }
     bool is_normed = false;
-    rows(5 * model.count, model.vocabulary, [&](int64_t begin, int64_t end) {
+    rows(part, model.vocabulary, [&](int64_t begin, int64_t end) {
       if (!is_normed) {
         input.x.resize(model.hidden);
-        normalize(state.data(), (const T*)model.norm, model.hidden, model.epsilon, input.x.data());
+        normalize(state.data(), model.norm, model.hidden, input.x.data());
         is_normed = true;
       }
-      for (int64_t at = begin; at < end; at++)
-        call.logits[at] = dot((const T*)model.head + at * model.hidden, input.x.data(), model.hidden);
+      for (int64_t at = begin; at < end; at++) {
+        float score = dot((const T*)model.head + at * model.hidden, input.x.data(), model.hidden);
+        call.logits[at] = cap(score * model.logit_scale, model.logit_softcap);
+      }
     });
   }
 };

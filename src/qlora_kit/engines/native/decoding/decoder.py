@@ -1,108 +1,61 @@
 """Answers one token at a time: the layers of ``layers/layer.py`` with a cache of keys and values.
 
 Prompts run through the training step's operations, all of a call laid end to end. A step computes
-one token of every answer: on CUDA with Triton through the kernels of :mod:`batch_step`, on a
-CPU of one answer through that of :mod:`cpu_step`, elsewhere through torch's own operations in
-the order of ``layers/layer.py``. On CUDA it is captured as a CUDA graph by :mod:`session`.
+one token of every answer: on CUDA with Triton through the kernels of :mod:`batch_step` where those
+compute the family, on a CPU of one answer through that of :mod:`cpu_step`, elsewhere through
+torch's own operations. On CUDA it is captured as a CUDA graph by :mod:`session`.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from qlora_kit.engines.native.decoding.cached_attention import CachedAttention
 from qlora_kit.engines.native.decoding.cpu_step import RowStep, make_row_step
 from qlora_kit.engines.native.decoding.kv_cache import KeyValueCache
-from qlora_kit.engines.native.decoding.support import find_decoding_obstacle
-from qlora_kit.engines.native.decoding.weights import DecodingWeights, measure_cached_bytes
-from qlora_kit.engines.native.layers.attention import attend, choose_attention, make_block_mask
-from qlora_kit.engines.native.layers.compilation import find_compile_obstacle
-from qlora_kit.engines.native.layers.layer import rms_norm, rotate
-from qlora_kit.engines.native.layers.peft_layers import (
-    AdapterPart,
-    GroupReader,
-    read_adapter,
-    read_group,
-    read_norms,
+from qlora_kit.engines.native.decoding.model_layers import DecoderLayer, make_layer
+from qlora_kit.engines.native.decoding.support import find_kernel_obstacle
+from qlora_kit.engines.native.decoding.vocabulary import DecodingVocabulary
+from qlora_kit.engines.native.decoding.weights import measure_cached_bytes
+from qlora_kit.engines.native.layers.architectures import find_decoder
+from qlora_kit.engines.native.layers.attention_choice import resolve_attention
+from qlora_kit.engines.native.layers.family_reader import read_shape
+from qlora_kit.engines.native.layers.layer import (
+    Attention,
+    LayerShape,
+    Placement,
+    add_fed,
+    attend_placed,
+    attention_block,
+    decoder_layer,
 )
+from qlora_kit.engines.native.layers.peft_layers import GroupReader
+from qlora_kit.engines.native.layers.positions import Positions, Rotation
 
-__all__ = ["Decoder", "DecoderLayer", "read_model", "sign_model"]
+__all__ = ["Decoder", "Rotations"]
 
 logger = logging.getLogger(__name__)
-
-_MEMBERS = {
-    "qkv": ("self_attn", ("q_proj", "k_proj", "v_proj")),
-    "out": ("self_attn", ("o_proj",)),
-    "gate_up": ("mlp", ("gate_proj", "up_proj")),
-    "down": ("mlp", ("down_proj",)),
-}
 
 #: Share of the free memory that a second, dequantized copy of the weights may take.
 _CACHED_SHARE = 0.25
 
 
-class DecoderLayer(NamedTuple):
-    """What a layer reads besides its input; norms have shape ``(H,)`` or ``(D,)``."""
+class Rotations(NamedTuple):
+    """Where the tokens of a slot stand, each as the last one of its answer so far.
 
-    input_norm: Tensor
-    post_norm: Tensor
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    qkv: DecodingWeights
-    out: DecodingWeights
-    gate_up: DecodingWeights
-    down: DecodingWeights
+    Attributes:
+        layers: Cosines and sines of every position, shape ``(C, R)``, for each layer.
+        stretch: What queries of every position are multiplied with, shape ``(C, 1, 1)``.
+    """
 
-    def groups(self) -> tuple[DecodingWeights, ...]:
-        return self.qkv, self.out, self.gate_up, self.down
-
-
-def read_model(model: Any) -> list[dict[str, GroupReader]] | str:
-    """The groups of every layer, or why the decoder does not cover the model."""
-    obstacle = find_decoding_obstacle(model)
-    if obstacle is not None:
-        return obstacle
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    dtype = base.get_input_embeddings().weight.dtype
-    layers = []
-    for layer in base.model.layers:
-        groups: dict[str, GroupReader] = {}
-        for name, modules in _find_groups(layer):
-            group = read_group(modules, dtype, trains=False)
-            if isinstance(group, str):
-                return group
-            groups[name] = group
-        layers.append(groups)
-    return layers
-
-
-def _find_groups(layer: Any) -> Iterator[tuple[str, list[Any]]]:
-    for name, (owner, members) in _MEMBERS.items():
-        yield name, [getattr(getattr(layer, owner), member) for member in members]
-
-
-def sign_model(model: Any) -> object:
-    """What must be the same for a decoder to be used again; adapters' values are read anew."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    signs: list[object] = [id(base.get_output_embeddings().weight)]
-    for layer in base.model.layers:
-        for _, modules in _find_groups(layer):
-            for module in modules:
-                part: object = read_adapter(module, trains=False)
-                if isinstance(part, AdapterPart):
-                    part = (part.up.data_ptr(), part.down.data_ptr(), part.scaling)
-                linear = getattr(module, "base_layer", module)
-                weight, bias = linear.weight, linear.bias
-                signs.append((
-                    weight.data_ptr(), weight._version, id(getattr(weight, "quant_state", None)),
-                    None if bias is None else (bias.data_ptr(), bias._version), part,
-                ))  # fmt: skip
-    return tuple(signs)
+    layers: list[Rotation]
+    stretch: Tensor | None
 
 
 class Decoder:
@@ -117,34 +70,45 @@ class Decoder:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         #: transformers' model, whose methods make score processors.
         self.base = base
-        body, config = base.model, base.config
-        self._embedding: Tensor = base.get_input_embeddings().weight.detach()
-        self._head: Tensor = base.get_output_embeddings().weight.detach()
-        self._final_norm: Tensor = body.norm.weight.detach()
-        self._rotary = body.rotary_emb
-        self.dtype, self.device = self._embedding.dtype, self._embedding.device
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim: int = body.layers[0].self_attn.head_dim
-        self.epsilon: float = config.rms_norm_eps
-        self._attention = choose_attention(self.device, self.dtype, self.head_dim)
+        found = find_decoder(base)
+        assert found is not None
+        decoder, family = found
+        config = base.config.get_text_config()
+        self.vocabulary = DecodingVocabulary(base, decoder, family)
+        self.dtype, self.device = self.vocabulary.embedding.dtype, self.vocabulary.embedding.device
+        self.shape = read_shape(decoder, config, family)
+        self._positions = Positions(decoder, config, family)
+        self._attention = resolve_attention("auto", self.device, self.dtype, self.shape)
         self.layers = [
-            DecoderLayer(*read_norms(layer), **{
-                name: DecodingWeights(group, self.dtype) for name, group in groups.items()
-            })
-            for layer, groups in zip(body.layers, readers, strict=True)
-        ]  # fmt: skip
+            make_layer(layer, groups, family, self.dtype, int(window))
+            for layer, groups, window in zip(
+                decoder.layers, readers, self._positions.windows, strict=True
+            )
+        ]
         self.kernels: Any = self._choose_kernels()
+
+    @property
+    def rereads_beyond(self) -> int | None:
+        """Tokens beyond which an answer is read anew, as Phi-3's ``generate`` does; or ``None``."""
+        return self._positions.rereads_beyond
+
+    @property
+    def turned_widths(self) -> set[int]:
+        """How many dimensions of a head turn with its position, in any of the layers."""
+        return {rotation.cos.shape[1] for rotation in self.make_rotations(1).layers}
 
     @property
     def is_cached(self) -> bool:
         """Whether dequantized weights are kept."""
-        return self.layers[0].qkv.whole is not None
+        return self.layers[0].groups()[0].whole is not None
 
     def refresh(self) -> None:
         """Take the adapters' present values."""
         for layer in self.layers:
             for group in layer.groups():
                 group.refresh()
+            for copies in layer.experts.copies if layer.experts is not None else ():
+                copies.refresh()
 
     def choose_weights(self, free_bytes: int, at_once: int) -> None:
         """Keep dequantized weights where they are of use and memory is plentiful.
@@ -182,15 +146,23 @@ class Decoder:
 
     def make_cache(self, slots: int, capacity: int) -> KeyValueCache:
         """An empty cache."""
+        shape = self.shape
         return KeyValueCache(
-            len(self.layers), slots, self.kv_heads, capacity, self.head_dim, self.dtype, self.device
-        )
+            len(self.layers), slots, shape.kv_heads, capacity, shape.head_dim, self.dtype,
+            self.device,
+        )  # fmt: skip
 
-    def make_rotation(self, capacity: int) -> tuple[Tensor, Tensor]:
-        """Rotary cosines and sines of every position, shape ``(C, D)``."""
-        positions = torch.arange(capacity, device=self.device)[None]
-        cos, sin = self._rotary(self._embedding, positions)
-        return cos[0].contiguous(), sin[0].contiguous()
+    def make_rotations(self, capacity: int) -> Rotations:
+        """Of every position that a slot has room for."""
+        positions = torch.arange(capacity, device=self.device)
+        like = self.vocabulary.embedding[:1]
+        # Keys keep the frequencies of the length at which they were computed, as in transformers.
+        found = self._positions.compute(like, positions, positions + 1)
+        kept = {
+            key: Rotation(one.cos.contiguous(), one.sin.contiguous()) for key, one in found.items()
+        }
+        stretch = self._positions.stretch(positions, self.dtype)
+        return Rotations([kept[key] for key in self._positions.keys], stretch)
 
     def read_prompts(
         self, cache: KeyValueCache, slots: Sequence[int], prompts: Sequence[Sequence[int]]
@@ -211,30 +183,28 @@ class Decoder:
         positions = torch.cat([torch.arange(length) for length in lengths])
         bounds = ends.to(torch.int32).to(self.device)
         longest = torch.tensor(max(lengths), dtype=torch.int32)
-        spans = list(zip(slots, ends[:-1].tolist(), ends[1:].tolist(), strict=True))
-        hidden = self._embedding[ids.to(self.device)]
-        cos, sin = self._rotary(hidden, positions.to(self.device)[None])
-        mask = make_block_mask(bounds, len(ids)) if self._attention == "mask" else None
-        rotation = (cos[0].contiguous(), sin[0].contiguous())
-        owners = torch.tensor(slots).repeat_interleave(torch.tensor(lengths)).to(self.device)
+        hidden = self.vocabulary.look_up(ids.to(self.device))
         positions = positions.to(self.device)
-        for index, layer in enumerate(self.layers):
-            if self.kernels is not None:
-                qkv = layer.qkv.apply(self._norm(hidden, layer.input_norm))
-                q, k, v = self.kernels.rotate_prompts(
-                    self, layer, cache, index, qkv, positions, owners, rotation
-                )
-            else:
-                q, k, v = self._project_qkv(hidden, *rotation, layer)
-                for slot, start, end in spans:
-                    cache.write_prompt(index, slot, k[start:end], v[start:end])
-            attended = attend(q, k, v, bounds, longest, mask)
-            hidden = self._finish_layer(hidden, attended, layer)
-        last = hidden[(ends[1:] - 1).to(self.device)]
-        return self._read_logits(last)
+        places = self._positions.place(
+            hidden, positions, bounds, longest, has_mask=self._attention == "mask"
+        )
+        if self.kernels is not None:
+            owners = torch.tensor(slots).repeat_interleave(torch.tensor(lengths)).to(self.device)
+            hidden = self.kernels.read_prompts(self, cache, hidden, positions, owners, places)
+        else:
+            spans = list(zip(slots, ends[:-1].tolist(), ends[1:].tolist(), strict=True))
+            for index, (layer, place) in enumerate(zip(self.layers, places, strict=True)):
+                attention = functools.partial(_attend_and_keep, cache, index, spans)
+                hidden = self._run_layer(hidden, place, layer, attention)
+        return self._score(hidden[(ends[1:] - 1).to(self.device)])
 
     def step(
-        self, cache: KeyValueCache, tokens: Tensor, positions: Tensor, rotation: Any, longest: int
+        self,
+        cache: KeyValueCache,
+        tokens: Tensor,
+        positions: Tensor,
+        rotations: Rotations,
+        longest: int,
     ) -> Tensor:
         """One more token of each of the first ``B`` slots.
 
@@ -242,40 +212,36 @@ class Decoder:
             cache: The slots.
             tokens: The tokens so far last, int64, shape ``(B,)``.
             positions: Their positions, int64, shape ``(B,)``.
-            rotation: From :meth:`make_rotation`.
+            rotations: From :meth:`make_rotations`.
             longest: No position is at or beyond this.
 
         Returns:
             Logits, shape ``(B, V)``.
         """
         if len(tokens) == 1 and self.device.type == "cpu" and self._row_step is not None:
-            return self._row_step.run(cache, tokens, positions, rotation)
-        hidden = self._embedding[tokens]
+            return self._row_step.run(cache, tokens, positions, rotations)
+        hidden = self.vocabulary.look_up(tokens)
         if self.kernels is not None and len(tokens) == 1 and self.kernels.row.covers(self):
             row = self.kernels.row
-            hidden = row.run_row(self, cache, hidden, positions, rotation)
-            logits: Tensor = row.read_row_logits(hidden, self._final_norm, self._head, self.epsilon)
-            return logits
+            hidden = row.run_row(self, cache, hidden, positions, rotations)
+            logits: Tensor = row.read_row_logits(self, hidden)
+            return self.vocabulary.finish(logits)
         if self.kernels is not None:
-            hidden = self.kernels.run_layers(self, cache, hidden, positions, rotation)
-            return self._read_logits(hidden)
-        cos, sin = rotation[0][positions], rotation[1][positions]
-        mask = None
-        if len(tokens) > 1 or longest == cache.capacity:
-            reach = torch.arange(longest, device=self.device)
-            mask = (reach <= positions[:, None])[:, None, None]  # (B, 1, 1, L)
-        for index, layer in enumerate(self.layers):
-            q, k, v = self._project_qkv(hidden, cos, sin, layer)
-            cache.write_tokens(index, positions, k, v)
-            # The query heads of one key head are queries of one sequence: (B, G, heads / G, D).
-            attended = torch.nn.functional.scaled_dot_product_attention(
-                q.unflatten(1, (self.kv_heads, -1)),
-                cache.keys[index][: len(tokens), :, :longest],
-                cache.values[index][: len(tokens), :, :longest],
-                attn_mask=mask,
-            )
-            hidden = self._finish_layer(hidden, attended, layer)
-        return self._read_logits(hidden)
+            hidden = self.kernels.run_layers(self, cache, hidden, positions, rotations)
+            return self._score(hidden)
+        stretch = None if rotations.stretch is None else rotations.stretch[positions]
+        here: dict[int, tuple[Tensor, Tensor]] = {}
+        for cos, sin in rotations.layers:
+            if id(cos) not in here:
+                here[id(cos)] = cos[positions], sin[positions]
+        attention = CachedAttention(cache, positions, longest)
+        # What it looks at is in the cache: a step has no examples laid end to end.
+        unused = positions
+        for index, (layer, rotation) in enumerate(zip(self.layers, rotations.layers, strict=True)):
+            place = Placement(*here[id(rotation.cos)], stretch, unused, unused, unused, None)
+            look = attention.of_layer(index, layer.window)
+            hidden = self._run_layer(hidden, place, layer, look, is_step=True)
+        return self._score(hidden)
 
     @property
     def _reads_stored(self) -> bool:
@@ -289,43 +255,55 @@ class Decoder:
     @functools.cached_property
     def _row_step(self) -> RowStep | None:
         """Made for the first answer that is written alone: it may have to be compiled."""
-        return make_row_step(self, self._embedding, self._final_norm, self._head)
+        return make_row_step(self)
 
-    def _project_qkv(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, layer: DecoderLayer
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        x = self._norm(hidden, layer.input_norm)
-        qkv = layer.qkv.apply(x).unflatten(1, (-1, self.head_dim))
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q = rms_norm(q, layer.q_norm, self.epsilon)
-            k = rms_norm(k, layer.k_norm, self.epsilon)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+    def _run_layer(
+        self,
+        hidden: Tensor,
+        place: Placement,
+        layer: DecoderLayer,
+        attention: Attention,
+        *,
+        is_step: bool = False,
+    ) -> Tensor:
+        if layer.experts is None:
+            return decoder_layer(hidden, place, layer.tensors, self.shape, attention)
+        hidden, x = attention_block(hidden, place, layer.tensors, self.shape, attention)
+        fed = layer.experts.answer(x) if is_step else layer.experts(x, None)[0]
+        return add_fed(hidden, fed, layer.tensors, self.shape)
 
-    def _finish_layer(self, hidden: Tensor, attended: Tensor, layer: DecoderLayer) -> Tensor:
-        hidden = hidden + layer.out.apply(attended.reshape(len(hidden), -1))
-        both = layer.gate_up.apply(self._norm(hidden, layer.post_norm))
-        if self.kernels is not None:
-            return hidden + layer.down.apply(self.kernels.gate(both))
-        gate, up = both.chunk(2, dim=1)
-        return hidden + layer.down.apply(torch.nn.functional.silu(gate) * up)
-
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        if self.kernels is not None:
-            normed: Tensor = self.kernels.norm(x, weight, self.epsilon)
-            return normed
-        return rms_norm(x, weight, self.epsilon)
-
-    def _read_logits(self, hidden: Tensor) -> Tensor:
-        return torch.nn.functional.linear(self._norm(hidden, self._final_norm), self._head)
+    def _score(self, hidden: Tensor) -> Tensor:
+        if self.kernels is None:
+            return self.vocabulary.score(hidden)
+        normed = self.kernels.norm(hidden, self.vocabulary.norm.weight, self.shape.epsilon)
+        return self.vocabulary.finish(torch.nn.functional.linear(normed, self.vocabulary.head))
 
     def _choose_kernels(self) -> Any:
         if self.device.type != "cuda" or self.dtype == torch.float64:
             return None
-        obstacle = find_compile_obstacle(self.device)
+        obstacle = find_kernel_obstacle(self)
         if obstacle is not None:
-            logger.info("Decoding without kernels of its own: %s.", obstacle)
+            logger.info(
+                "Steps of answers go through torch's own operations: of the kernels, none computes "
+                "%s.", obstacle,
+            )  # fmt: skip
             return None
         from qlora_kit.engines.native.decoding import batch_step
 
         return batch_step
+
+
+def _attend_and_keep(
+    cache: KeyValueCache,
+    index: int,
+    spans: list[tuple[int, int, int]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    place: Placement,
+    shape: LayerShape,
+) -> Tensor:
+    """Attention of prompts, whose keys and values go into their slots."""
+    for slot, start, end in spans:
+        cache.write_prompt(index, slot, k[start:end], v[start:end])
+    return attend_placed(q, k, v, place, shape)

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from qlora_kit.device import measure_free_bytes
-from qlora_kit.engines.native.decoding.decoder import Decoder, read_model, sign_model
+from qlora_kit.engines.native.decoding.decoder import Decoder
 from qlora_kit.engines.native.decoding.kv_cache import measure_slot_bytes
+from qlora_kit.engines.native.decoding.model_layers import read_model, sign_model
 from qlora_kit.engines.native.decoding.session import DecodingSession, Slots
 from qlora_kit.engines.native.decoding.support import (
     find_decoding_obstacle,
@@ -117,8 +118,9 @@ def _take_slots(kept: _Kept, most_tokens: int, at_once: int, *, copies: bool) ->
         decoder.choose_weights(measure_free_bytes(decoder.device), at_once)
     capacity = -(-most_tokens // _CAPACITY_STEP) * _CAPACITY_STEP
     each = measure_slot_bytes(
-        len(decoder.layers), decoder.kv_heads, decoder.head_dim, capacity, decoder.dtype
-    )
+        len(decoder.layers), decoder.shape.kv_heads, decoder.shape.head_dim, capacity,
+        decoder.dtype,
+    )  # fmt: skip
     slots, kept.idle = kept.idle, None
     if (
         slots is not None

@@ -80,7 +80,7 @@ def _is_packed(weights: DecodingWeights) -> bool:
 
 
 def run_row(
-    decoder: Any, cache: KeyValueCache, hidden: Tensor, positions: Tensor, rotation: Any
+    decoder: Any, cache: KeyValueCache, hidden: Tensor, positions: Tensor, rotations: Any
 ) -> Tensor:
     """All layers for one token of the first slot.
 
@@ -89,26 +89,30 @@ def run_row(
         cache: Read and written.
         hidden: An embedding, contiguous, shape ``(1, H)``; overwritten.
         positions: int64, shape ``(1,)``.
-        rotation: Cosines and sines of all positions, shape ``(C, D)`` each.
+        rotations: The :class:`decoder.Rotations` of the cache's room.
 
     Returns:
         ``hidden``.
     """
+    epsilon = decoder.shape.epsilon
     for index, layer in enumerate(decoder.layers):
-        given = _normalize(hidden, layer.input_norm, layer.qkv, decoder.epsilon)
-        qkv = _multiply(layer.qkv, given)
-        given = _attend(decoder, layer, cache, index, qkv, positions, rotation)
-        _multiply(layer.out, given, hidden)
-        given = _normalize(hidden, layer.post_norm, layer.gate_up, decoder.epsilon)
-        both = _multiply(layer.gate_up, given)
-        _multiply(layer.down, _gate(both, layer.down), hidden)
+        tensors = layer.tensors
+        given = _normalize(hidden, tensors.before_attention.weight, tensors.qkv, epsilon)
+        qkv = _multiply(tensors.qkv, given)
+        given = _attend(decoder, tensors, cache, index, qkv, positions, rotations.layers[index])
+        _multiply(tensors.out, given, hidden)
+        given = _normalize(hidden, tensors.before_mlp.weight, tensors.gate_up, epsilon)
+        both = _multiply(tensors.gate_up, given)
+        _multiply(tensors.down, _gate(both, tensors.down), hidden)
     return hidden
 
 
-def read_row_logits(hidden: Tensor, norm: Tensor, head: Tensor, epsilon: float) -> Tensor:
-    """Logits of a row, shape ``(1, V)``."""
+def read_row_logits(decoder: Any, hidden: Tensor) -> Tensor:
+    """The head's product with a row, shape ``(1, V)``."""
+    head = decoder.vocabulary.head
     x = torch.empty_like(hidden)
-    _launch_norm(hidden, norm, None, _Input(x, x), epsilon, eighths=False)
+    norm = decoder.vocabulary.norm.weight
+    _launch_norm(hidden, norm, None, _Input(x, x), decoder.shape.epsilon, eighths=False)
     out = hidden.new_empty((1, head.shape[0]))
     _launch_product(
         [head], head.stride(0), [head.shape[0]], head.shape[1], None, None, _Input(x, x), None, out
@@ -154,31 +158,32 @@ def _gate(both: Tensor, weights: DecodingWeights) -> _Input:
 
 def _attend(
     decoder: Any,
-    layer: Any,
+    tensors: Any,
     cache: KeyValueCache,
     index: int,
     qkv: Tensor,
     positions: Tensor,
     rotation: tuple[Tensor, Tensor],
 ) -> _Input:
-    heads, groups, size = decoder.heads, decoder.kv_heads, decoder.head_dim
+    shape = decoder.shape
+    heads, groups, size = shape.heads, shape.kv_heads, shape.head_dim
     shared = heads // groups
     splits = triton.next_power_of_2(max(1, _PROGRAMS // groups))
     splits = min(splits, triton.next_power_of_2(triton.cdiv(cache.capacity, _KEYS)))
     parts = torch.empty((groups, splits, shared, size), device=qkv.device)
     sums = torch.empty((groups, splits, shared, 2), device=qkv.device)
-    has_norm = layer.q_norm is not None
+    has_norm = tensors.q_norm is not None
+    q_norm, k_norm = (tensors.q_norm.weight, tensors.k_norm.weight) if has_norm else (qkv, qkv)
     # Smaller tiles than 16 are no work for a matrix unit.
     half = max(16, triton.next_power_of_2(size // 2))
     wide = max(16, triton.next_power_of_2(size))
     kernels.attention_kernel[(groups, splits)](
-        qkv, layer.q_norm if has_norm else qkv, layer.k_norm if has_norm else qkv, *rotation,
-        positions, cache.keys[index], cache.values[index], parts, sums, cache.capacity,
-        float(size) ** -0.5, decoder.epsilon, SHARED=shared, SIZE=size, HALF=half, WIDE=wide,
-        SPLITS=splits, KEYS=_KEYS, ROWS=max(16, triton.next_power_of_2(shared)),
+        qkv, q_norm, k_norm, *rotation, positions, cache.keys[index], cache.values[index], parts,
+        sums, cache.capacity, shape.scale, shape.epsilon, SHARED=shared, SIZE=size, HALF=half,
+        WIDE=wide, SPLITS=splits, KEYS=_KEYS, ROWS=max(16, triton.next_power_of_2(shared)),
         HAS_NORM=has_norm, num_warps=4, **_early(qkv.device),
     )  # fmt: skip
-    weights = layer.out
+    weights = tensors.out
     given = _make_input(weights, heads, qkv)
     kernels.combine_kernel[(heads,)](
         parts, sums, qkv if weights.down is None else weights.down, given.x, given.shares,

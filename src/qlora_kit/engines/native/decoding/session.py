@@ -43,7 +43,7 @@ class Slots:
     def __init__(self, decoder: Decoder, count: int, capacity: int) -> None:
         self.decoder, self.count, self.capacity = decoder, count, capacity
         self.cache = decoder.make_cache(count, capacity)
-        self.rotation = decoder.make_rotation(capacity)
+        self.rotations = decoder.make_rotations(capacity)
         device = decoder.device
         self.tokens = torch.zeros(count, dtype=torch.int64, device=device)
         self.positions = torch.zeros(count, dtype=torch.int64, device=device)
@@ -70,7 +70,7 @@ class Slots:
 
     def _compute(self, count: int, longest: int, greedy: bool) -> Tensor:
         tokens, positions = self.tokens[:count], self.positions[:count]
-        logits = self.decoder.step(self.cache, tokens, positions, self.rotation, longest)
+        logits = self.decoder.step(self.cache, tokens, positions, self.rotations, longest)
         # A slot that nobody reads stays inside its room.
         positions.add_(1).clamp_(max=self.capacity - 1)
         if greedy:
@@ -173,34 +173,59 @@ class DecodingSession:
                 size += len(prompt)
             if not group:
                 return
-            slots = [answer.slot for answer in group]
-            logits = self._decoder.read_prompts(
-                self._slots.cache, slots, [answer.prompt for answer in group]
-            )
-            at = torch.tensor(slots, device=self._decoder.device)
-            self._slots.positions[at] = torch.tensor(
-                [len(answer.prompt) for answer in group], device=self._decoder.device
-            )
-            self._slots.tokens[at] = self._choose(logits, group)
             self._active.update((answer.slot, answer) for answer in group)
-            self._launch(group)
+            self._begin(group, [answer.prompt for answer in group])
+
+    def _begin(self, group: list[_Answer], texts: Sequence[Sequence[int]]) -> None:
+        """Fill answers' slots with their tokens so far, and choose the next of each."""
+        slots = [answer.slot for answer in group]
+        logits = self._decoder.read_prompts(self._slots.cache, slots, texts)
+        at = torch.tensor(slots, device=self._decoder.device)
+        self._slots.positions[at] = torch.tensor(
+            [len(text) for text in texts], device=self._decoder.device
+        )
+        self._slots.tokens[at] = self._choose(logits, group)
+        self._launch(group)
 
     def _make_answer(self, index: int, prompt: Sequence[int], slot: int) -> _Answer:
         device = self._decoder.device
         seed = None if self._seed is None else self._seed + index
         sampler = RowSampler(self._decoder.base, self._config, prompt, device, seed)
         answer = _Answer(index, prompt, sampler, slot)
-        if sampler.reads_tokens:
-            room = len(prompt) + self._config.max_new_tokens
+        room = len(prompt) + self._config.max_new_tokens
+        beyond = self._decoder.rereads_beyond
+        if sampler.reads_tokens or (beyond is not None and len(prompt) <= beyond < room):
             answer.history = torch.zeros((1, room), dtype=torch.int64, device=device)
             answer.history[0, : len(prompt)] = torch.tensor(prompt, device=device)
         return answer
 
     def _step(self) -> None:
         active = [answer for answer in self._active.values() if self._is_open(answer)]
+        again = [answer for answer in active if self._is_reread(answer)]
+        active = [answer for answer in active if answer not in again]
+        if active:
+            self._continue(active)
+        if again:
+            # After the step, which has moved all slots on.
+            texts = [self._history(answer)[0].tolist() for answer in again]
+            self._begin(again, texts)
+
+    def _is_reread(self, answer: _Answer) -> bool:
+        length = len(answer.prompt) + answer.launched
+        beyond = self._decoder.rereads_beyond
+        return beyond is not None and length == beyond + 1 and answer.launched > 0
+
+    def _history(self, answer: _Answer) -> Tensor:
+        """The tokens so far, shape ``(1, L)``."""
+        assert answer.history is not None
+        return answer.history[:, : len(answer.prompt) + answer.launched]
+
+    def _continue(self, active: list[_Answer]) -> None:
         count = min(self._slots.count, 1 << max(answer.slot for answer in active).bit_length())
         longest = max(len(answer.prompt) + answer.launched for answer in active)
-        greedy = all(is_plainly_greedy(answer.sampler) for answer in active)
+        greedy = all(
+            is_plainly_greedy(answer.sampler) and answer.history is None for answer in active
+        )
         logits = self._slots.step(count, longest, greedy=greedy)
         if not greedy:
             rows: list[_Answer | None] = [None] * count
@@ -211,9 +236,7 @@ class DecodingSession:
 
     def _choose(self, logits: Tensor, rows: Sequence[_Answer | None]) -> Tensor:
         histories = [
-            None if row is None or row.history is None
-            else row.history[:, : len(row.prompt) + row.launched]
-            for row in rows
+            None if row is None or row.history is None else self._history(row) for row in rows
         ]  # fmt: skip
         samplers = [None if row is None else row.sampler for row in rows]
         tokens = choose_tokens(logits, samplers, histories)

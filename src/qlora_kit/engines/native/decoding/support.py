@@ -7,10 +7,8 @@ from typing import Any, Final
 import torch
 
 from qlora_kit.engines.modules import list_modules
-from qlora_kit.engines.native.layers.architectures import (
-    find_model_obstacle,
-    find_undecoded,
-)
+from qlora_kit.engines.native.layers.architectures import find_model_obstacle
+from qlora_kit.engines.native.layers.compilation import find_compile_obstacle
 from qlora_kit.engines.native.layers.rounding import is_rounding
 
 __all__ = ["find_decoding_obstacle", "find_settings_obstacle"]
@@ -42,7 +40,7 @@ def find_decoding_obstacle(model: Any) -> str | None:
         model: A transformers or peft model.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    obstacle = find_model_obstacle(base) or find_undecoded(base.config.to_dict())
+    obstacle = find_model_obstacle(base)
     if obstacle is not None:
         return obstacle
     if getattr(model, "active_peft_config", None) is not None and (
@@ -52,7 +50,8 @@ def find_decoding_obstacle(model: Any) -> str | None:
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
     if type(head) is not torch.nn.Linear or head.bias is not None:
         return "the language-model head is adapted, quantized or has a bias"
-    if type(embedding) is not torch.nn.Embedding:
+    # Gemma's own multiplies what it looks up.
+    if type(embedding) is not torch.nn.Embedding and not hasattr(embedding, "embed_scale"):
         return "the token embedding is adapted"
     if embedding.weight.dtype != head.weight.dtype:
         return "the embedding and the head have different dtypes"
@@ -81,6 +80,49 @@ def _find_hook(model: Any, parts: list[Any]) -> str | None:
 def _name(model: Any, part: Any) -> str:
     found = next(name for name, module in model.named_modules() if module is part)
     return found or "the model"
+
+
+def find_kernel_obstacle(decoder: Any) -> str | None:
+    """Why the kernels of a GPU do not compute a decoder's steps, or ``None``.
+
+    Args:
+        decoder: A :class:`decoder.Decoder` with its layers read.
+    """
+    shape = decoder.shape
+    missing = {
+        f"norms of kind {shape.norm}": shape.norm != "rms",
+        "queries and keys normalized over all heads or after turning": (
+            shape.head_norms_over_all or shape.head_norms_turned
+        ),
+        "neighbours that turn with each other": shape.turns_pairs,
+        "capped attention scores": bool(shape.softcap),
+        f"the activation {shape.activation}": shape.activation != "silu" or not shape.is_gated,
+        "attention and feed-forward block side by side": shape.is_parallel,
+        "scaled residuals": shape.residual != 1.0,
+        "experts": any(layer.experts is not None for layer in decoder.layers),
+        "sliding windows": any(layer.window for layer in decoder.layers),
+        "norms in other places": any(not _is_usual(layer.tensors) for layer in decoder.layers),
+        "positions of another kind": (
+            decoder.turned_widths != {shape.head_dim}
+            or decoder.make_rotations(1).stretch is not None
+        ),
+    }
+    found = next((what for what, is_so in missing.items() if is_so), None)
+    return found or find_compile_obstacle(decoder.device)
+
+
+def _is_usual(tensors: Any) -> bool:
+    """Whether a layer's blocks have a norm each, before them, without biases."""
+    before, after, before_mlp, after_mlp, *heads = tensors[:6]
+    norms = [norm for norm in (before, before_mlp, *heads) if norm is not None]
+    return (
+        before is not None
+        and before_mlp is not None
+        and after is None
+        and after_mlp is None
+        and all(norm.bias is None for norm in norms)
+        and all(norm is None or norm.weight.dim() == 1 for norm in heads)
+    )
 
 
 def find_settings_obstacle(config: Any) -> str | None:

@@ -88,7 +88,7 @@ class DecodingWeights:
             row += rows
         self._place_up()
 
-    def apply(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """The group's products.
 
         Args:

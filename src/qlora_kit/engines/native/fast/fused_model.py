@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from qlora_kit import ranks
-from qlora_kit.engines.native.fast.attention_choice import resolve_attention
 from qlora_kit.engines.native.fast.layout import MicroBatch
 from qlora_kit.engines.native.fast.plan import ResolvedPlan
 from qlora_kit.engines.native.fast.plan_options import FastPlan
@@ -19,6 +18,7 @@ from qlora_kit.engines.native.fast.rank_sum import RankSum
 from qlora_kit.engines.native.fast.read_model import ReadModel
 from qlora_kit.engines.native.fast.step_memory import MemoryModel
 from qlora_kit.engines.native.layers.attention import AttentionKind
+from qlora_kit.engines.native.layers.attention_choice import resolve_attention
 from qlora_kit.engines.native.layers.compilation import Compiled
 from qlora_kit.engines.native.layers.expert_layers import (
     ExpertBlock,

@@ -15,7 +15,6 @@ __all__ = [
     "find_architecture_obstacle",
     "find_decoder",
     "find_model_obstacle",
-    "find_undecoded",
 ]
 
 #: Names of activations, and the one of torch's functions that each stands for.
@@ -98,24 +97,6 @@ def find_architecture_obstacle(config: Mapping[str, Any]) -> str | None:
     return _find_rope_obstacle(config)
 
 
-def find_undecoded(config: Mapping[str, Any]) -> str | None:
-    """What of an architecture that is trained here the decoder does not compute, or ``None``.
-
-    Args:
-        config: A transformers configuration as a dictionary.
-    """
-    model_type = str(config.get("model_type"))
-    family = FAMILIES.get(model_type)
-    if family is None or not family.is_decoded:
-        return f"the decoder does not compute {model_type}"
-    if ACTIVATIONS.get(config.get(family.activation) or "silu") != "silu":
-        return f"the activation is {config[family.activation]}"
-    if _has_window(config, family):
-        return "the model attends through a sliding window"
-    types = [_read_rope_type(rope) for rope in _list_ropes(config)]
-    return next((f"rotary embeddings of type {one!r}" for one in types if one in _BY_LENGTH), None)
-
-
 def _find_rope_obstacle(config: Mapping[str, Any]) -> str | None:
     ropes = _list_ropes(config)
     for rope in ropes:
@@ -136,9 +117,3 @@ def _list_ropes(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _read_rope_type(rope: Mapping[str, Any]) -> str:
     return str(rope.get("rope_type", rope.get("type", "default")))
-
-
-def _has_window(config: Mapping[str, Any], family: Family) -> bool:
-    if family.layer_windows:
-        return "sliding_attention" in (config.get("layer_types") or ())
-    return bool(config.get("sliding_window"))

@@ -12,7 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qlora_kit.engines.native.layers.experts import ExpertStack, apply_experts, route
+from qlora_kit.engines.native.layers.experts import (
+    ExpertStack,
+    apply_experts,
+    gather_experts,
+    has_kernel,
+    route,
+)
 
 __all__ = [
     "ExpertBlock",
@@ -22,6 +28,7 @@ __all__ = [
     "find_block",
     "find_expert_obstacle",
     "read_balance",
+    "sign_experts",
 ]
 
 #: Where families' layers have their block of experts.
@@ -56,27 +63,49 @@ def find_expert_obstacle(block: Any, dtype: torch.dtype) -> str | None:
     return None
 
 
+def sign_experts(block: Any) -> object:
+    """What must be the same for an :class:`ExpertBlock` to be used again after a refresh."""
+    found = _unwrap(block.experts)
+    if isinstance(found, str):
+        return found
+    module, wrappers = found
+    weights = [getattr(module, name) for name in _STACKS]
+    return (
+        *((weight.data_ptr(), weight._version) for weight in weights),
+        *(
+            (name, wrapper.lora_A[adapter].weight.data_ptr(), wrapper.scaling[adapter])
+            for name, wrapper in wrappers.items()
+            for adapter in _find_active(wrapper)
+        ),
+    )
+
+
 class ExpertCopies:
     """The adapters of one stack of experts: cast once per step, gradients gathered in float32.
 
     Args:
         wrapper: peft's ``ParamWrapper``.
         dtype: The dtype to compute in.
+        trains: Whether gradients are to be gathered.
 
     Attributes:
         down: LoRA A of every expert, shape ``(E, r, K)``.
         up: LoRA B of every expert, scaled, shape ``(E, N, r)``.
     """
 
-    def __init__(self, wrapper: Any, dtype: torch.dtype) -> None:
+    def __init__(self, wrapper: Any, dtype: torch.dtype, *, trains: bool = True) -> None:
         (name,) = _find_active(wrapper)
         self._down, self._up = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
         self._scaling, self._experts = float(wrapper.scaling[name]), int(wrapper.num_experts)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        self.down = self._take_down(self._down).to(dtype, copy=True).requires_grad_()
-        self.up = self._take_up(self._up).to(dtype, copy=True).contiguous().requires_grad_()
-        self._down_grad = torch.zeros(self.down.shape, dtype=wide, device=self.down.device)
-        self._up_grad = torch.zeros(self.up.shape, dtype=wide, device=self.up.device)
+        self.down = self._take_down(self._down).to(dtype, copy=True).requires_grad_(trains)
+        self.up = self._take_up(self._up).to(dtype, copy=True).contiguous().requires_grad_(trains)
+        sizes = (self.down.shape, self.up.shape) if trains else ((0,), (0,))
+        self._down_grad, self._up_grad = (
+            torch.zeros(size, dtype=wide, device=self.down.device) for size in sizes
+        )
+        if not trains:
+            self.refresh()
 
     @property
     def parameters(self) -> tuple[Tensor, Tensor]:
@@ -185,6 +214,7 @@ class ExpertBlock:
         block: A block that :func:`find_expert_obstacle` has nothing against.
         dtype: The dtype to compute in.
         gated: A kernel for ``silu(gate) * up``, or ``None``.
+        trains: As for :class:`ExpertCopies`.
 
     Attributes:
         copies: The adapters of its stacks.
@@ -192,7 +222,12 @@ class ExpertBlock:
     """
 
     def __init__(
-        self, block: Any, dtype: torch.dtype, gated: Callable[[Tensor], Tensor] | None
+        self,
+        block: Any,
+        dtype: torch.dtype,
+        gated: Callable[[Tensor], Tensor] | None,
+        *,
+        trains: bool = True,
     ) -> None:
         found = _unwrap(block.experts)
         assert not isinstance(found, str)
@@ -202,7 +237,7 @@ class ExpertBlock:
         # GraniteMoe's router returns the same three the other way round.
         self._is_turned = not hasattr(block, "gate")
         self._of = {
-            name: ExpertCopies(wrapper, dtype)
+            name: ExpertCopies(wrapper, dtype, trains=trains)
             for name, wrapper in wrappers.items()
             if _find_active(wrapper)
         }
@@ -227,16 +262,41 @@ class ExpertBlock:
             tokens: How many of them are no filler, to say what the router did with those; or
                 ``None``, to say nothing.
         """
-        found = self._router(x)
-        logits, weights, chosen = found[::-1] if self._is_turned else found
+        logits, weights, chosen = self._route(x)
         stacks = [self._stack(name) for name in _STACKS]
         out = apply_experts(
             x, weights, route(chosen, self.experts), stacks[0], stacks[1], self._activate
         )
-        shared = getattr(self._block, "shared_expert", None)
-        if shared is not None:
-            out = out + torch.sigmoid(self._block.shared_expert_gate(x)) * shared(x)
+        out = self._add_shared(x, out)
         return out, None if tokens is None else self._measure(logits[:tokens], chosen[:tokens])
+
+    def answer(self, x: Tensor) -> Tensor:
+        """The same for a token of each of several answers, ``(B, H)``, without gradients.
+
+        On CUDA in shapes that do not depend on what is chosen, nor waiting for it: a graph can
+        capture that.
+        """
+        _, weights, chosen = self._route(x)
+        gate_up, down = (self._stack(name) for name in _STACKS)
+        if x.is_cuda and not (chosen.numel() >= self.experts and has_kernel(x, gate_up, down)):
+            out = gather_experts(x, weights, chosen, gate_up, down, self._activate)
+        else:
+            out = apply_experts(
+                x, weights, route(chosen, self.experts), gate_up, down, self._activate
+            )
+        return self._add_shared(x, out)
+
+    def _route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The router's logits, the weights of each token's choices, and these."""
+        found = self._router(x)
+        logits, weights, chosen = found[::-1] if self._is_turned else found
+        return logits, weights, chosen
+
+    def _add_shared(self, x: Tensor, out: Tensor) -> Tensor:
+        shared = getattr(self._block, "shared_expert", None)
+        if shared is None:
+            return out
+        return out + torch.sigmoid(self._block.shared_expert_gate(x)) * shared(x)
 
     def _measure(self, logits: Tensor, chosen: Tensor) -> RouterBalance:
         dtype = logits.dtype if logits.dtype == torch.float64 else torch.float32

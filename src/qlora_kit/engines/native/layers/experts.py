@@ -14,12 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["ExpertStack", "Routing", "apply_experts", "route"]
+__all__ = ["ExpertStack", "Routing", "apply_experts", "gather_experts", "has_kernel", "route"]
+
+#: Choices whose experts are copied together at once.
+_GATHERED: Final = 16
 
 
 class ExpertStack(NamedTuple):
@@ -93,6 +96,56 @@ def apply_experts(
         routing, gate_up.weight, down.weight, activate,
     )  # fmt: skip
     return out
+
+
+def has_kernel(x: Tensor, gate_up: ExpertStack, down: ExpertStack) -> bool:
+    """Whether :func:`apply_experts` of tokens like ``x`` waits for nothing on the device."""
+    small = [one for stack in (gate_up, down) for one in stack[1:] if one is not None]
+    return _has_kernel(x, gate_up.weight, down.weight, *small)
+
+
+def gather_experts(
+    x: Tensor,
+    weights: Tensor,
+    chosen: Tensor,
+    gate_up: ExpertStack,
+    down: ExpertStack,
+    activate: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """:func:`apply_experts` of few tokens, whose experts are copied together; no gradients.
+
+    Args:
+        x: As there, like all that follow but one.
+        weights: The same.
+        chosen: Experts of each token, shape ``(T, k)``.
+        gate_up: The same.
+        down: The same.
+        activate: The same.
+    """
+    rows = x.repeat_interleave(chosen.shape[1], dim=0)
+    parts = zip(rows.split(_GATHERED), chosen.reshape(-1).split(_GATHERED), strict=True)
+    out = torch.cat([
+        _multiply_gathered(activate(_multiply_gathered(part, gate_up, which)), down, which)
+        for part, which in parts
+    ])  # fmt: skip
+    out = out * weights.reshape(-1, 1).to(out.dtype)
+    return out.reshape(*chosen.shape, -1).sum(1)
+
+
+def _multiply_gathered(rows: Tensor, stack: ExpertStack, which: Tensor) -> Tensor:
+    """``stack[which[s]] @ rows[s]`` for every row, rounded once."""
+    out = _multiply_each(stack.weight[which], rows)
+    if stack.down is not None and stack.up is not None:
+        low = _multiply_each(stack.down[which], rows).to(rows.dtype)
+        out = out + _multiply_each(stack.up[which], low)
+    return out.to(rows.dtype)
+
+
+def _multiply_each(matrices: Tensor, rows: Tensor) -> Tensor:
+    """``(S, N, K)`` times ``(S, K)``, ``(S, N)``; of 16 bits on CUDA in float32."""
+    is_short = rows.is_cuda and rows.dtype in (torch.float16, torch.bfloat16)
+    kind = {"out_dtype": torch.float32} if is_short else {}
+    return torch.bmm(matrices, rows[:, :, None], **kind)[:, :, 0]
 
 
 class _Experts(torch.autograd.Function):

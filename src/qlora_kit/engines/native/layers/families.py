@@ -52,7 +52,6 @@ class Family:
         residual: What a block's output is multiplied with before it is added.
         logit_scale: What logits are multiplied with; with a leading ``/``, divided by.
         dropouts: Settings besides ``attention_dropout`` under which training draws random numbers.
-        is_decoded: Whether :mod:`decoder` writes answers with it.
     """
 
     decoder: str
@@ -82,7 +81,6 @@ class Family:
     residual: str | None = None
     logit_scale: str | None = None
     dropouts: tuple[str, ...] = ()
-    is_decoded: bool = False
 
     @property
     def post_norms(self) -> int:
@@ -150,10 +148,10 @@ FAMILIES: Final[dict[str, Family]] = {
         norms=("input_layernorm", "post_norm1", "post_attention_layernorm", "post_norm2"),
     ),
     "jais2": Family("Jais2Model", norm="layer", gate_up=("up_proj",), is_gated=False),
-    "llama": Family("LlamaModel", is_decoded=True),
+    "llama": Family("LlamaModel"),
     "ministral": Family("MinistralModel", layer_windows=True),
     "ministral3": Family("Ministral3Model", stretches_queries=True),
-    "mistral": Family("MistralModel", is_decoded=True),
+    "mistral": Family("MistralModel"),
     "mixtral": Family("MixtralModel", dropouts=("router_jitter_noise",)),
     "nemotron": Family(
         "NemotronModel", norm="layer_plus_one", gate_up=("up_proj",), is_gated=False
@@ -170,9 +168,9 @@ FAMILIES: Final[dict[str, Family]] = {
     "phi3": Family(
         "Phi3Model", qkv=("qkv_proj",), gate_up=_FUSED_GATE, dropouts=("resid_pdrop",)
     ),
-    "qwen2": Family("Qwen2Model", layer_windows=True, is_decoded=True),
+    "qwen2": Family("Qwen2Model", layer_windows=True),
     "qwen2_moe": Family("Qwen2MoeModel", layer_windows=True),
-    "qwen3": Family("Qwen3Model", layer_windows=True, is_decoded=True),
+    "qwen3": Family("Qwen3Model", layer_windows=True),
     "qwen3_moe": Family("Qwen3MoeModel"),
     "smollm3": Family("SmolLM3Model", layer_windows=True, rotated_layers="no_rope_layers"),
     "stablelm": Family(

@@ -21,6 +21,7 @@ __all__ = [
     "read_embedding_multiplier",
     "read_logit_scale",
     "read_logit_softcap",
+    "read_norm",
     "read_norms",
     "read_shape",
     "read_windows",
@@ -96,14 +97,15 @@ def read_norms(
     layer: Any, family: Family
 ) -> tuple[Norm | None, Norm | None, Norm | None, Norm | None, Norm | None, Norm | None]:
     """A layer's norms in the order of :class:`layer.LayerTensors`."""
-    found = {place: _read_norm(module) for place, module in find_norms(layer, family).items()}
+    found = {place: read_norm(module) for place, module in find_norms(layer, family).items()}
     return (
         found.get("before_attention"), found.get("after_attention"), found.get("before_mlp"),
         found.get("after_mlp"), found.get("q_norm"), found.get("k_norm"),
     )  # fmt: skip
 
 
-def _read_norm(module: Any) -> Norm:
+def read_norm(module: Any) -> Norm:
+    """A norm's tensors."""
     if hasattr(module, "norms"):
         # StableLM has a module per head.
         return Norm(torch.stack([one.weight.detach() for one in module.norms]))

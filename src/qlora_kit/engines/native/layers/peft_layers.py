@@ -19,7 +19,6 @@ __all__ = [
     "find_weight_obstacle",
     "read_adapter",
     "read_group",
-    "read_norms",
 ]
 
 
@@ -208,22 +207,3 @@ def read_adapter(module: Any, *, trains: bool = True) -> AdapterPart | str | Non
     if type(down) is not torch.nn.Linear or type(up) is not torch.nn.Linear:
         return f"{type(down).__name__} adapters"
     return AdapterPart(down.weight, up.weight, float(module.scaling[name]), dropout)
-
-
-def read_norms(layer: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """A layer's norms: before attention, after it, of queries and of keys where it has those.
-
-    One that trains gets its gradient from autograd.
-    """
-    attention = layer.self_attn
-    return (
-        _read_norm(layer.input_layernorm),
-        _read_norm(layer.post_attention_layernorm),
-        _read_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
-        _read_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
-    )
-
-
-def _read_norm(norm: Any) -> Tensor:
-    weight: Tensor = norm.weight
-    return weight if weight.requires_grad else weight.detach()

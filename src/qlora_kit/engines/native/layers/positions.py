@@ -57,6 +57,13 @@ class Positions:
         ]
         self._by_length = _choose_frequencies(self._rotary, config)
 
+    @property
+    def rereads_beyond(self) -> int | None:
+        """Tokens beyond which all tokens before turn by other frequencies, or ``None``."""
+        if self._rotary.rope_type != "longrope":
+            return None
+        return int(self._config.rope_parameters["original_max_position_embeddings"])
+
     def place(
         self,
         hidden: Tensor,
