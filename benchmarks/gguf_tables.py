@@ -10,9 +10,10 @@ memory (the memory map of the checkpoint does not count: the system drops it at 
 of float32 input per second and core, and how that compares with ggml's quantizer alone, called on
 the same number of threads for matrices that are in memory as float32 already.
 
-``quality`` converts a checkpoint to every type and runs it in llama.cpp (xllamacpp) over a text:
-mean KL divergence from transformers in float32, agreement of the most likely token, and
-perplexity.
+``quality`` converts a checkpoint to every type, without and with an importance matrix, and runs the
+files in llama.cpp (xllamacpp): mean KL divergence from transformers in float32 and agreement of the
+most likely token, on rows that the matrix has not seen. ``--sizes q4_k_m`` measures types chosen by
+loss at no more bytes than that one's as well.
 
 ``gguf.md`` and ``gguf.json`` in the output folder hold the tables and what they were measured on.
 """
@@ -33,8 +34,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "tests" / "helpers"))
 
 SPEED_TYPES = ["f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k", "q4_0"]
-QUALITY_TYPES = ["f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s"]
-QUALITY_TYPES += ["q3_k_l", "q3_k_m", "q3_k_s", "q2_k", "q5_1", "q5_0", "q4_1", "q4_0"]
+QUALITY_TYPES = ["f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m"]
+QUALITY_TYPES += ["q4_k_s", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s"]
+QUALITY_TYPES += ["iq3_m", "iq3_s", "iq3_xs", "iq3_xxs", "q2_k", "q2_k_l", "q2_k_s", "iq2_m"]
+QUALITY_TYPES += ["iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s", "tq1_0", "tq2_0"]
 PACKAGES = ["gguf", "libggml-python", "xllamacpp", "torch", "transformers"]
 
 
@@ -96,9 +99,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=count_cores())
     parser.add_argument("--scratch", type=Path, help="where the random model goes (7 GB)")
     parser.add_argument("--model", type=Path, help="checkpoint folder or .gguf, for quality")
-    parser.add_argument("--text", type=Path, help="text, for quality")
-    parser.add_argument("--tokens", type=int, default=500)
-    parser.add_argument("--imatrix", type=Path, help="importance matrix, for quality")
+    parser.add_argument(
+        "--rows", type=Path, default=HERE.parent / "examples" / "field_guide.json",
+        help="Alpaca rows, for quality: every other one for the matrix, the others measured on",
+    )  # fmt: skip
+    parser.add_argument("--tokens", type=int, default=1500, help="to measure on")
+    parser.add_argument("--matrix-tokens", type=int, default=8000)
+    parser.add_argument("--imatrix", type=Path, help="importance matrix instead, for quality")
+    parser.add_argument(
+        "--sizes", nargs="+", default=[], help="types beside which others are chosen by loss"
+    )
     parser.add_argument(
         "--files", nargs="+", type=Path, default=[], help="files to measure too, for quality"
     )
@@ -121,13 +131,20 @@ def main() -> None:
         )
         save()
     if asked.part in ("all", "quality"):
-        from gguf_quality import measure_quality
+        from gguf_quality import Asked, measure_quality
 
-        report["quality"] = measure_quality(
-            asked.model, QUALITY_TYPES if asked.types is None else asked.types, asked.text,
-            asked.tokens, asked.imatrix, asked.files,
+        def keep(found: dict[str, Any]) -> None:
+            report["quality"] = found
+            save()
+
+        types = QUALITY_TYPES if asked.types is None else asked.types
+        measure_quality(
+            Asked(
+                asked.model, types, asked.rows, asked.tokens, asked.matrix_tokens, asked.imatrix,
+                asked.sizes, asked.files,
+            ),
+            keep,
         )  # fmt: skip
-        save()
     print(render(report))
 
 

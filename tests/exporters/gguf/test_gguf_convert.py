@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -79,6 +80,22 @@ def test_several_types_read_every_tensor_once(checkpoint, tmp_path):
         assert run(checkpoint, alone, quantization=name).files[name].read_bytes() == (
             path.read_bytes()
         )
+
+
+@pytest.mark.parametrize("way", ["in places", "in short pieces", "one at a time"])
+def test_how_bytes_reach_the_disk_changes_none(way, checkpoint, tmp_path, monkeypatch):
+    """Systems write less than they were given, and Windows has no ``pwrite``."""
+    names = ["f32", "bf16", "q8_0"]
+    first = run(checkpoint, tmp_path, quantization=names, threads=1).files
+    if way == "one at a time":
+        monkeypatch.delattr(os, "pwrite", raising=False)
+    elif way == "in short pieces":
+        whole = os.pwrite
+        monkeypatch.setattr(os, "pwrite", lambda fd, data, at: whole(fd, data[:1001], at))
+    (tmp_path / "b").mkdir()
+    other = run(checkpoint, tmp_path / "b", quantization=names, threads=3).files
+    for name in names:
+        assert other[name].read_bytes() == first[name].read_bytes()
 
 
 @pytest.mark.parametrize("threads", [1, 3])

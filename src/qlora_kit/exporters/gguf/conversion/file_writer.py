@@ -1,8 +1,6 @@
 """From a checkpoint's tensors to ``.gguf`` files, one tensor at a time.
 
-Every tensor is read and changed once, and encoded into each file that was asked for, so
-several quantizations cost one merge and no intermediate file. This module puts plan, types,
-vocabulary and bytes together.
+This module puts plan, types, vocabulary and bytes together.
 """
 
 from __future__ import annotations
@@ -12,40 +10,28 @@ import errno
 import itertools
 import logging
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from qlora_kit.errors import DiskSpaceError
-from qlora_kit.exporters.gguf.conversion.file_plan import (
-    FileSettings,
-    Plan,
-    pad,
-    plan_conversion,
-)
+from qlora_kit.exporters.gguf.conversion.file_plan import FileSettings, Plan, plan_conversion
 from qlora_kit.exporters.gguf.conversion.header import write_header
 from qlora_kit.exporters.gguf.conversion.origin import Origin
-from qlora_kit.exporters.gguf.quantization.blocks import cut_rows, encode_piece
+from qlora_kit.exporters.gguf.conversion.tensor_writer import PartFile, Progress, write_tensors
 from qlora_kit.exporters.gguf.quantization.importance import ImportanceMatrix
 from qlora_kit.exporters.gguf.tokenizer.comparison import check_vocabulary, check_written_name
 from qlora_kit.exporters.gguf.tokenizer.vocabulary import Vocabulary, read_vocabulary
 from qlora_kit.weights.source import TensorSource
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Conversion", "convert"]
 
 logger = logging.getLogger(__name__)
-
-# Enough for workers never to wait for the writer, few enough to bound memory.
-_PIECES_PER_WORKER: Final = 4
-
-Progress = Callable[[str, int, int], None]
 
 
 def _ignore_progress(what: str, done: int, total: int) -> None:
@@ -128,7 +114,7 @@ def convert(
             contextlib.ExitStack() as stack,
             ThreadPoolExecutor(workers) as pool,
         ):
-            handles: dict[tuple[str, str], IO[bytes]] = {}
+            files: dict[tuple[str, str], PartFile] = {}
             for recipe in plan.recipes:
                 for number, part in enumerate(parts[recipe.name]):
                     path = folder / part.name
@@ -136,12 +122,11 @@ def convert(
                         path, plan, recipe, vocabulary, model_name, origin or Origin(),
                         importance=importance, part=number,
                     )  # fmt: skip
-                    handle = stack.enter_context(path.open("ab"))
-                    pad(handle)
-                    handles |= {(recipe.name, tensor.name): handle for tensor in part.tensors}
+                    file = stack.enter_context(PartFile(path))
+                    files |= {(recipe.name, tensor.name): file for tensor in part.tensors}
             try:
-                _write_tensors(
-                    source, plan, handles, pool,
+                write_tensors(
+                    source, plan, files, pool,
                     importance=importance, threads=workers, progress=progress,
                 )  # fmt: skip
             except BaseException:
@@ -156,62 +141,12 @@ def convert(
                 f"The disk of {folder} is full; {', '.join(parts)} need {needed:.2f} GiB there."
             ) from error
         raise
-    files = {recipe.name: folder / plan.file_name(recipe) for recipe in plan.recipes}
+    paths = {recipe.name: folder / plan.file_name(recipe) for recipe in plan.recipes}
     notes = (*plan.description.notes, *plan.notes, *vocabulary.notes, *token_notes)
-    return Conversion(files, plan, vocabulary, texts, notes)
+    return Conversion(paths, plan, vocabulary, texts, notes)
 
 
 def _count_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _write_tensors(
-    source: TensorSource,
-    plan: Plan,
-    handles: Mapping[tuple[str, str], IO[bytes]],
-    pool: Executor,
-    *,
-    importance: ImportanceMatrix | None,
-    threads: int,
-    progress: Progress,
-) -> None:
-    """Encode pieces on the pool and write them in order.
-
-    A few pieces per worker are under way at any time, also across tensors: the next tensor is
-    read, and merged, while the last pieces of the one before are being encoded.
-    """
-    pending: deque[tuple[IO[bytes], Future[NDArray[Any]], bool]] = deque()
-
-    def write_oldest() -> None:
-        handle, piece, ends_tensor = pending.popleft()
-        handle.write(piece.result().data)
-        if ends_tensor:
-            pad(handle)
-
-    # First in, first out over all files at once: each handle sees its pieces in file order,
-    # whichever worker finishes first, and what waits is bounded by the deque alone.
-    total = len(plan.tensors)
-    for done, planned in enumerate(plan.tensors, start=1):
-        tensor = planned.load(source)
-        columns = tensor.shape[-1]
-        weights = None if importance is None else importance.weights(planned.name)
-        # Old importance matrices may hold something of the embeddings that does not fit them.
-        if weights is not None and planned.name == "token_embd.weight" and weights.size != columns:
-            weights = None
-        # A stack of experts has one row of importances each, (experts, columns).
-        rows_of = None if weights is None else weights.reshape(-1, columns)
-        for recipe in plan.recipes:
-            handle = handles[recipe.name, planned.name]
-            type_name = plan.types[recipe.name][planned.name]
-            pieces = list(cut_rows(tensor, 1 if rows_of is None else len(rows_of)))
-            for number, (matrix, rows) in enumerate(pieces, start=1):
-                while len(pending) >= _PIECES_PER_WORKER * threads:
-                    write_oldest()
-                own = None if rows_of is None else rows_of[matrix]
-                future = pool.submit(encode_piece, rows, type_name, planned.name, own)
-                pending.append((handle, future, number == len(pieces)))
-        progress("writing GGUF", done, total)
-    while pending:
-        write_oldest()

@@ -20,9 +20,17 @@ from qlora_kit.exporters.gguf.quantization.recipes import BLOCK_SIZES
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from numpy.typing import NDArray
 
-__all__ = ["check_encoder", "encode_rows", "find_missing_encoder", "row_size", "type_number"]
+__all__ = [
+    "check_encoder",
+    "encode_rows",
+    "find_missing_encoder",
+    "row_size",
+    "type_number",
+    "widen_bf16",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +127,22 @@ def encode_rows(
     return out
 
 
+def widen_bf16(rows: torch.Tensor, out: NDArray[np.float32]) -> bool:
+    """Write bfloat16 numbers as float32 in one thread; torch would start threads of its own.
+
+    Returns:
+        Whether that was done: not without ggml.
+    """
+    try:
+        library = _load_library()
+    except MissingDependencyError:
+        return False
+    library.ggml_bf16_to_fp32_row(
+        rows.data_ptr(), out.ctypes.data_as(ctypes.c_void_p), rows.numel()
+    )
+    return True
+
+
 def _encode_with_numpy(rows: NDArray[np.float32], type_name: str) -> NDArray[np.uint8]:
     from gguf import GGMLQuantizationType, quants
 
@@ -152,6 +176,8 @@ def _load_library() -> Any:
             ctypes.c_int64,
             ctypes.c_void_p,
         ]
+        library.ggml_bf16_to_fp32_row.restype = None
+        library.ggml_bf16_to_fp32_row.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
         library.ggml_type_name.restype = ctypes.c_char_p
         library.ggml_type_name.argtypes = [ctypes.c_int]
         library.ggml_row_size.restype = ctypes.c_size_t
