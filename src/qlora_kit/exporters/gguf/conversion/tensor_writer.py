@@ -170,4 +170,4 @@ def _write_pieces(pieces: Sequence[_Piece], targets: Sequence[_Target], name: st
         for target in targets:
             encoded: NDArray[Any] = encode_values(values, target.type_name, name, piece.importance)
             before = count_tensor_bytes((piece.before,), target.type_name)
-            target.file.write(memoryview(encoded).cast("B"), target.offset + before)
+            target.file.write(encoded.data.cast("B"), target.offset + before)
