@@ -9,7 +9,9 @@ import contextlib
 import copy
 import logging
 import re
+import threading
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -27,7 +29,7 @@ from qlora_kit.engines.tokenizer import load_tokenizer
 from qlora_kit.errors import ConfigError, EngineError, UnsupportedModelError
 from qlora_kit.launches import once_a_machine
 from qlora_kit.values import is_whole_number
-from qlora_kit.weights.fingerprint import fingerprint_weights, stamp_files
+from qlora_kit.weights.fingerprint import fingerprint_weights, refuse_whole_numbers, stamp_files
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +79,7 @@ class OpenedCheckpoint:
         quantization: How it will be quantized in memory.
         model_config: transformers' configuration of the model.
         tokenizer: Its tokenizer, with padding settled.
-        fingerprint: Of its weights' content.
+        reading: Its weights being read, for their :attr:`fingerprint`.
         stamps: What tells whether its files changed since they were read, by name.
     """
 
@@ -88,12 +90,25 @@ class OpenedCheckpoint:
     quantization: QuantizationName | None
     model_config: Any
     tokenizer: PreTrainedTokenizerBase
-    fingerprint: str
+    reading: Future[str]
     stamps: Mapping[str, tuple[int, int]]
 
+    @property
+    def fingerprint(self) -> str:
+        """Of its weights' content; waits until they are read.
 
-def open_checkpoint(config: LoadConfig) -> OpenedCheckpoint:
-    """Look through the checkpoint in ``config.model_name``, a local folder, and its numbers.
+        Raises:
+            UnsupportedModelError: When there are numbers among them that are none.
+        """
+        return self.reading.result()
+
+
+@contextlib.contextmanager
+def open_checkpoint(config: LoadConfig) -> Iterator[OpenedCheckpoint]:
+    """Look through the checkpoint in ``config.model_name``, a local folder.
+
+    Its weights are read for their fingerprint meanwhile, until they are read or the ``with``
+    statement is left.
 
     Raises:
         ConfigError: When the dtype is not one that models are computed in.
@@ -125,14 +140,23 @@ def open_checkpoint(config: LoadConfig) -> OpenedCheckpoint:
         is_quantized=stored is not None,
         trust_remote_code=config.trust_remote_code,
     )
-    fingerprint = once_a_machine(
+    if stored is None:
+        refuse_whole_numbers(folder)
+    stop = threading.Event()
+    pool = ThreadPoolExecutor(1, "qlora_kit-fingerprint")
+    reading = pool.submit(
+        once_a_machine,
         "the fingerprint of a base",
         (str(folder), stamps),
-        lambda: fingerprint_weights(folder, is_quantized=stored is not None),
+        lambda: fingerprint_weights(folder, stop),
     )
-    return OpenedCheckpoint(
-        folder, device, dtype, stored, quantization, model_config, tokenizer, fingerprint, stamps
-    )
+    try:
+        yield OpenedCheckpoint(
+            folder, device, dtype, stored, quantization, model_config, tokenizer, reading, stamps
+        )
+    finally:
+        stop.set()
+        pool.shutdown(wait=False)
 
 
 #: What torch and transformers say where a device does not exist.

@@ -99,7 +99,10 @@ class UnslothEngine:
                 ".",
                 parameter="shard",
             )
-        opened = open_checkpoint(config)
+        with open_checkpoint(config) as opened:
+            return self._load_opened(config, opened)
+
+    def _load_opened(self, config: LoadConfig, opened: OpenedCheckpoint) -> LoadedModel:
         folder = opened.folder
         placement = {} if config.device_map is None else {"device_map": config.device_map}
         with _log_prints(), keep_random_states(), _explain(f"load {folder}", UnsupportedModelError):

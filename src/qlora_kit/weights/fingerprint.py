@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["fingerprint_weights", "stamp_files"]
+__all__ = ["fingerprint_weights", "refuse_whole_numbers", "stamp_files"]
 
 _WHOLE_NUMBERS: Final = ("int64", "int32", "int16", "int8", "uint8", "bool")
 #: Bytes of a tensor that are looked at together, few enough to stay in a processor's cache.
@@ -38,26 +39,24 @@ _EXPONENTS: Final = {
 }
 
 
-def fingerprint_weights(folder: Path, *, is_quantized: bool) -> str:
+def fingerprint_weights(folder: Path, stop: threading.Event | None = None) -> str:
     """A fingerprint of every tensor's name, shape, dtype and content.
 
     How tensors are spread over files does not matter; a single changed number does.
 
     Args:
         folder: A checkpoint in safetensors format.
-        is_quantized: Whether weights are packed into whole numbers.
+        stop: Is set when nobody waits for it any more.
 
     Raises:
-        UnsupportedModelError: When a weight is infinite, not a number, or a whole number where
-            floating-point numbers belong.
+        UnsupportedModelError: When a weight is infinite or not a number.
+        CancelledError: When it was stopped.
     """
     with SafetensorsSource(folder) as source:
         names = sorted(source.names())
-        if not is_quantized:
-            _refuse_whole_numbers(source, names)
         workers = min(_MOST_THREADS, os.cpu_count() or 1)
         with ThreadPoolExecutor(workers, "qlora_kit-weights") as pool:
-            parts = list(pool.map(lambda name: _read(source, name), names))
+            parts = list(pool.map(lambda name: _read(source, name, stop), names))
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         digest.update(part.encode())
@@ -79,20 +78,26 @@ def stamp_files(folder: Path) -> dict[str, tuple[int, int]]:
     return stamps
 
 
-def _refuse_whole_numbers(source: SafetensorsSource, names: list[str]) -> None:
-    for name in names:
-        dtype = TORCH_DTYPES.get(source.dtype(name), source.dtype(name))
-        # Masks and positions, which some models keep beside their weights, are whole numbers.
-        is_weight = name.endswith(".weight") and len(source.shape(name)) > 1
-        if is_weight and dtype in _WHOLE_NUMBERS:
-            raise UnsupportedModelError(
-                f"{source.folder} holds {name} as whole numbers ({dtype}), and its config.json "
-                "names no quantization that would explain them. Start from the model's 16-bit "
-                "checkpoint."
-            )
+def refuse_whole_numbers(folder: Path) -> None:
+    """Refuse weights stored as whole numbers, of a checkpoint that says nothing of quantization.
+
+    Raises:
+        UnsupportedModelError: When there is one.
+    """
+    with SafetensorsSource(folder) as source:
+        for name in sorted(source.names()):
+            dtype = TORCH_DTYPES.get(source.dtype(name), source.dtype(name))
+            # Masks and positions, which some models keep beside their weights, are whole numbers.
+            is_weight = name.endswith(".weight") and len(source.shape(name)) > 1
+            if is_weight and dtype in _WHOLE_NUMBERS:
+                raise UnsupportedModelError(
+                    f"{folder} holds {name} as whole numbers ({dtype}), and its config.json "
+                    "names no quantization that would explain them. Start from the model's 16-bit "
+                    "checkpoint."
+                )
 
 
-def _read(source: SafetensorsSource, name: str) -> str:
+def _read(source: SafetensorsSource, name: str, stop: threading.Event | None) -> str:
     """One tensor's part of the fingerprint, after a look at its numbers."""
     import torch
 
@@ -102,6 +107,8 @@ def _read(source: SafetensorsSource, name: str) -> str:
     raw = tensor.reshape(-1).view(torch.uint8).numpy()
     total = 0
     for number, start in enumerate(range(0, len(raw), _BLOCK_BYTES)):
+        if stop is not None and stop.is_set():
+            raise CancelledError
         block = raw[start : start + _BLOCK_BYTES]
         # Odd factors, so that blocks that changed places change the sum.
         total += (2 * number + 1) * _sum_words(block)
@@ -122,4 +129,6 @@ def _sum_words(block: npt.NDArray[np.uint8]) -> int:
 
 def _is_finite(block: npt.NDArray[np.uint8], dtype: str) -> bool:
     exponent, word = _EXPONENTS[dtype]
-    return bool(((block.view(word) & exponent) != exponent).all())
+    numbers = block.view(word)
+    mask = numbers.dtype.type(exponent)
+    return bool(((numbers & mask) != mask).all())
