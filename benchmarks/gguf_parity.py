@@ -39,7 +39,8 @@ for found in list(base.TextModel.__subclasses__()) + [base.TextModel]:
         one = stack.pop()
         one.set_vocab = leave_out
         stack.extend(one.__subclasses__())
-sys.argv = ["convert_hf_to_gguf.py", sys.argv[2], "--outfile", sys.argv[3], "--outtype", "f32"]
+asked = ["--outfile", sys.argv[3], "--outtype", "f32", *sys.argv[4:]]
+sys.argv = ["convert_hf_to_gguf.py", sys.argv[2], *asked]
 runpy.run_path(sys.path[0] + "/convert_hf_to_gguf.py", run_name="__main__")
 """
 
@@ -47,9 +48,21 @@ runpy.run_path(sys.path[0] + "/convert_hf_to_gguf.py", run_name="__main__")
 _IGNORED = ("general.", "tokenizer.", "GGUF.", "split.")
 
 
+#: Families whose converter wants to be told that the model has no layers for tokens further ahead.
+_LOOK_AHEAD = ("qwen3_next", "qwen3_5")
+
+
 def convert_there(llama_cpp: Path, checkpoint: Path, target: Path) -> str:
     """llama.cpp's file; what it said where there is none."""
     command = [sys.executable, "-c", _CONVERT, str(llama_cpp), str(checkpoint), str(target)]
+    stored = json.loads((checkpoint / "config.json").read_text())
+    if stored["model_type"].startswith(_LOOK_AHEAD):
+        command.append("--no-mtp")
+    if stored["model_type"] == "granitemoehybrid":
+        # As the hub has it; transformers 5 has other names for both.
+        names = {"full_attention": "attention", "linear_attention": "mamba"}
+        stored["layer_types"] = [names[kind] for kind in stored["layer_types"]]
+        (checkpoint / "config.json").write_text(json.dumps(stored))
     done = subprocess.run(
         command,
         capture_output=True,

@@ -403,6 +403,177 @@ NEW: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+
+#: Layers that carry a state, see ``families/recurrent.py``; with more value heads than key heads.
+_DELTA_NET = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "num_hidden_layers": 4,
+}
+_SHARED = {**_MOE, "shared_expert_intermediate_size": 96}
+_MROPE = {
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.25,
+    "mrope_section": [3, 3, 2],
+}
+#: Two layers with keys of their own, then two that take theirs.
+_PER_LAYER = {"vocab_size_per_layer_input": 500, "sliding_window": 16}
+_MIXER = {"mamba_d_state": 16, "num_hidden_layers": 4}
+_GRANITE_SCALES = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.4,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 2.0,
+}
+NEW |= {
+    "gemma3n": (
+        "Gemma3nTextConfig",
+        {
+            **_PER_LAYER,
+            "hidden_size_per_layer_input": 256,
+            "num_hidden_layers": 6,
+            "num_kv_shared_layers": 0,
+            "activation_sparsity_pattern": [0.95] * 6,
+        },
+    ),
+    "gemma3n-shared": (
+        "Gemma3nTextConfig",
+        {
+            **_PER_LAYER,
+            "vocab_size_per_layer_input": 480,
+            "hidden_size_per_layer_input": 256,
+            "num_hidden_layers": 22,
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 11,
+            "activation_sparsity_pattern": [0.95] * 10 + [0.0] * 12,
+        },
+    ),
+    "gemma4": (
+        "Gemma4TextConfig",
+        {
+            **_PER_LAYER,
+            "hidden_size_per_layer_input": 32,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "global_head_dim": 128,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
+    "gemma4-moe": (
+        "Gemma4TextConfig",
+        {
+            **_PER_LAYER,
+            "hidden_size_per_layer_input": 0,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "global_head_dim": 32,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 64,
+        },
+    ),
+    "apertus": ("ApertusConfig", {"rope_parameters": _LLAMA3_ROPE}),
+    "llama4": (
+        "Llama4TextConfig",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "intermediate_size_mlp": 192,
+            "interleave_moe_layer_step": 2,
+            "num_hidden_layers": 5,
+            "rope_parameters": _LLAMA3_ROPE,
+        },
+    ),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeConfig",
+        {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64, "num_hidden_layers": 3},
+    ),
+    "hunyuan_v1_moe": (
+        "HunYuanMoEV1Config",
+        {
+            "num_experts": 4,
+            "moe_topk": [2, 2],
+            "num_shared_expert": [1, 1],
+            "moe_intermediate_size": [512, 512],
+            "intermediate_size": 512,
+        },
+    ),
+    "hunyuan-alpha": (
+        "HunYuanDenseV1Config",
+        {
+            "max_position_embeddings": 32768,
+            "rope_parameters": {
+                "rope_type": "dynamic",
+                "rope_theta": 10000.0,
+                "alpha": 1000.0,
+                "factor": 1.0,
+            },
+        },
+    ),
+    "granite-hybrid": (
+        "GraniteMoeHybridConfig",
+        {
+            **_GRANITE_SCALES,
+            **_MIXER,
+            "head_dim": None,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 128,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "mamba_n_heads": 8,
+            "mamba_d_head": "auto",
+        },
+    ),
+    "granite-hybrid-dense": (
+        "GraniteMoeHybridConfig",
+        {
+            **_GRANITE_SCALES,
+            "head_dim": None,
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "shared_intermediate_size": 128,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "layer_types": ["full_attention"] * 2,
+            "position_embedding_type": "rope",
+            "mamba_n_heads": 8,
+            "mamba_d_head": "auto",
+        },
+    ),
+    "falcon_h1": (
+        "FalconH1Config",
+        {
+            **_MIXER,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 16,
+            "mamba_d_ssm": 128,
+            "mamba_n_groups": 2,
+            "mamba_rms_norm": True,
+            "mamba_norm_before_gate": False,
+            "num_hidden_layers": 2,
+            "lm_head_multiplier": 0.7,
+            "embedding_multiplier": 1.9,
+            "mlp_multipliers": [0.8, 1.3],
+            "key_multiplier": 0.6,
+            "attention_out_multiplier": 1.2,
+            "attention_in_multiplier": 0.9,
+            "ssm_multipliers": [0.9, 1.1, 0.7, 1.3, 0.8],
+            "ssm_in_multiplier": 1.4,
+            "ssm_out_multiplier": 0.75,
+        },
+    ),
+    "qwen3_next": ("Qwen3NextConfig", {**_DELTA_NET, **_SHARED}),
+    "qwen3_5": ("Qwen3_5TextConfig", {**_DELTA_NET, "rope_parameters": _MROPE}),
+    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", {**_DELTA_NET, **_SHARED, "head_dim": 64}),
+}
 for _name in ("deepseek_v2", "deepseek_v3"):
     NEW[f"{_name}-yarn"] = (
         NEW[_name][0],
@@ -467,14 +638,21 @@ def make_wrapper(kind: str) -> Any:
     case, class_name, own = {
         "gemma3": ("gemma3", "Gemma3Config", {"mm_tokens_per_image": 4}),
         "mistral3": ("mistral", "Mistral3Config", {}),
+        "qwen3_5_moe": ("qwen3_5_moe", "Qwen3_5MoeConfig", {}),
     }[kind]
     text = make_config(case).to_dict()
+    if kind == "qwen3_5_moe":
+        vision |= {"depth": 1, "num_heads": 2, "out_hidden_size": text["hidden_size"]}
     return getattr(transformers, class_name)(
         text_config=text,
         vision_config={**vision, **({"head_dim": 16} if kind == "mistral3" else {})},
         tie_word_embeddings=text["tie_word_embeddings"],
         **own,
     )
+
+
+#: Families whose attention is not divided by the root of a head's width.
+_UNSCALED = ("gemma3n_text", "gemma4_text")
 
 
 def make_model(config: Any, seed: int = 0) -> Any:
@@ -486,7 +664,11 @@ def make_model(config: Any, seed: int = 0) -> Any:
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if name.endswith("q_norm.weight") and config.model_type in _UNSCALED:
+                # As trained ones are: nothing else makes up for the width of a head, and keys are
+                # kept in 16 bits.
+                parameter.mul_(0.2)
+            elif "norm" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             elif name.endswith("bias"):
                 parameter.copy_(torch.randn_like(parameter) * 0.1)

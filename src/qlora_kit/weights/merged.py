@@ -261,8 +261,12 @@ class MergedWeights:
             # spelling is what other tools read, so untouched ones are copied from there.
             pieces: dict[str, LiveTensor | None] = {}
             for name in missing:
-                if live[name].is_adapted:
-                    pieces |= dict.fromkeys(self._stacks.add(live[name]), live[name])
+                one = live[name]
+                if one.is_adapted and one.is_quantized and self.base == "original":
+                    raise self._refuse_original(name, one, "is not there")
+                # Quantized ones that no adapter changes are what training saw, not what files have.
+                if one.is_adapted or (one.is_quantized and self.base == "dequantized"):
+                    pieces |= dict.fromkeys(self._stacks.add(one), one)
             lost = sorted(set(pieces) - set(extra))
             if lost:
                 raise UnsupportedModelError(
@@ -279,14 +283,17 @@ class MergedWeights:
         ]
         if wrong and self.base == "original":
             found = f"has shape {files.shape(wrong[0])}" if wrong[0] in stored else "is not there"
-            raise UnsupportedModelError(
-                Setting("base", "original", "export_model"),
-                f": {wrong[0]} {found} in {self.model.base.path}, and the model in memory has it "
-                f"with shape {live[wrong[0]].shape}.",
-                parameter="base",
-                value="original",
-                advice=("Use ", Setting("base", "dequantized", "export_model"), "."),
-            )
+            raise self._refuse_original(wrong[0], live[wrong[0]], found)
+
+    def _refuse_original(self, name: str, live: LiveTensor, found: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            Setting("base", "original", "export_model"),
+            f": {name} {found} in {self.model.base.path}, and the model in memory has it with "
+            f"shape {live.shape}.",
+            parameter="base",
+            value="original",
+            advice=("Use ", Setting("base", "dequantized", "export_model"), "."),
+        )
 
     def _rounded(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         import torch

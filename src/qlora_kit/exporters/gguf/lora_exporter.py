@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -18,9 +18,13 @@ from qlora_kit.exporters.gguf.conversion.origin import (
     read_origin,
     write_origin,
 )
-from qlora_kit.exporters.gguf.conversion.tensors import make_name_mapper
+from qlora_kit.exporters.gguf.conversion.tensors import (
+    find_block,
+    find_change,
+    make_name_mapper,
+)
 from qlora_kit.exporters.gguf.conversion.text_model import name_in_text_model
-from qlora_kit.exporters.gguf.families.table import Family, read_family
+from qlora_kit.exporters.gguf.families.table import Config, Family, read_family
 from qlora_kit.exporters.gguf.model_exporter import choose_name
 from qlora_kit.exporters.gguf.quantization.ggml import check_encoder, find_missing_encoder
 from qlora_kit.exporters.gguf.quantization.recipes import ALIASES, RECIPES
@@ -329,12 +333,42 @@ def _collect_factors(request: ExportRequest) -> Iterator[_Factors]:
         b = module.lora_B[adapter].weight.detach().float().cpu()
         rank = a.shape[0]
         b = b * (float(module.scaling[adapter]) * rank / alpha)
-        change = next(
-            (change for end, change in family.transforms.items() if name.endswith(end)), None
+        for gguf_name, own_a, own_b in _place_factors(family, wrapped, to_gguf, name, a, b):
+            yield _Factors(gguf_name, own_a.contiguous(), own_b.contiguous(), alpha / rank)
+
+
+def _place_factors(
+    family: Family,
+    config: Config,
+    to_gguf: Callable[[str], str],
+    name: str,
+    a: torch.Tensor,
+    b: torch.Tensor,
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Both factors as the base's file has the matrix, of which it may have parts."""
+    if name.endswith(family.unadapted):
+        raise UnsupportedModelError(
+            f"{name} is adapted, and llama.cpp multiplies with it past any adapter. "
+            + _MERGE_INSTEAD
         )
-        # Rows of B are outputs, so whatever reorders the matrix's rows reorders B's.
-        b = b if change is None else change(b, wrapped)
-        yield _Factors(to_gguf(name), a.contiguous(), b.contiguous(), alpha / rank)
+    # Rows of B are outputs and columns of A are inputs, so whatever reorders the matrix's rows
+    # reorders B's, and whatever reorders its columns A's.
+    inputs = find_change(family.columns, name)
+    a = a if inputs is None else inputs(a, config)
+    parts = find_change(family.splits, name)
+    if parts is None:
+        outputs = find_change(family.transforms, name)
+        yield to_gguf(name), a, b if outputs is None else outputs(b, config)
+        return
+    block = find_block(name)
+    for part, cut in parts.items():
+        rows = cut(b, config)
+        if rows.ndim != 2 or rows.shape[1] != b.shape[1]:
+            raise UnsupportedModelError(
+                f"{name} is adapted, and llama.cpp has it taken apart ({', '.join(parts)}) so that "
+                f"no adapter fits. {_MERGE_INSTEAD}"
+            )
+        yield f"blk.{block}.{part}", a, rows
 
 
 def _check_updates(request: ExportRequest, file: GgufFile) -> Check:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.errors import ExportError, UnsupportedModelError
 from qlora_kit.exporters.gguf.calibration.examples import CalibrationExamples
-from qlora_kit.exporters.gguf.conversion.tensors import plan_tensors
+from qlora_kit.exporters.gguf.conversion.tensors import PlannedTensor, plan_tensors
 from qlora_kit.exporters.gguf.conversion.text_model import TextSource
 from qlora_kit.exporters.gguf.families.table import read_family
 from qlora_kit.exporters.gguf.quantization.importance import Importance, ImportanceMatrix
@@ -83,7 +83,7 @@ def collect_importance(
 
     places = _find_places(model)
     watch = _Watch()
-    with _watching(model, watch, set(places.values())):
+    with _watching(model, watch, {key for _, key in places}):
         for done, _ in enumerate(run_examples(model, examples.token_ids), start=1):
             progress("collecting the importance matrix", done, len(examples.token_ids))
     if watch.failed:
@@ -92,11 +92,14 @@ def collect_importance(
             "matrix can be collected from it. Give one that llama-imatrix wrote."
         )
     entries = {}
-    for name, key in places.items():
-        found = watch.sums.get(key)
+    for tensor, key in places:
+        name, found = tensor.name, watch.sums.get(key)
         if found is None:
             continue
-        sums = found.values.numpy().astype(np.float32)
+        values = (
+            found.values if tensor.reorder_columns is None else tensor.reorder_columns(found.values)
+        )
+        sums = values.numpy().astype(np.float32)
         if not np.isfinite(sums).all():
             raise ExportError(f"The inputs of {name} are not finite: training has diverged.")
         entries[name] = Importance(sums, found.counts.numpy())
@@ -138,18 +141,18 @@ class _LiveShapes:
         """Nothing is open."""
 
 
-def _find_places(model: LoadedModel) -> dict[str, tuple[str, str]]:
+def _find_places(model: LoadedModel) -> list[tuple[PlannedTensor, tuple[str, str]]]:
     """The module, and for experts the projection, behind every matrix of the file's blocks."""
     config = get_hf_model(model.model).config.to_dict()
     family, wrapped = read_family(config)
     text = TextSource(_LiveShapes(model))
     planned = plan_tensors(text, family, wrapped, family.describe_model(wrapped))
-    places = {}
+    places = []
     for tensor in map(text.plan, planned):
         if not tensor.name.startswith("blk.") or not allows_quantization(tensor.name, tensor.shape):
             continue
         module, _, part = tensor.sources[0].rpartition(".")
-        places[tensor.name] = (module, "" if part == "weight" else part)
+        places.append((tensor, (module, "" if part == "weight" else part)))
     return places
 
 

@@ -76,10 +76,11 @@ def find_matrices(tensors: Sequence[PlannedTensor], names: Sequence[str]) -> lis
     for tensor in tensors:
         if tensor.name not in wanted:
             continue
-        if len(tensor.sources) != 1 or len(tensor.shape) != 2:
+        is_plain = len(tensor.sources) == 1 and len(tensor.shape) == 2
+        if not is_plain or tensor.is_part or tensor.reorder_columns is not None:
             raise UnsupportedModelError(
-                f"quantization='auto:...' measures plain matrices, and {tensor.name} is made of "
-                "several. Choose a type, such as 'q4_k_m' or 'iq4_xs'."
+                f"quantization='auto:...' measures plain matrices, and {tensor.name} is put "
+                "together, taken apart or reordered. Choose a type, such as 'q4_k_m' or 'iq4_xs'."
             )
         found.append(Matrix(tensor.name, tensor.sources[0], tensor.shape))
     return found

@@ -155,6 +155,8 @@ def plan_conversion(
     check_encoder({recipe.base_type for recipe in recipes}, has_importance=has_importance)
     description = family.describe_model(wrapped)
     text = TextSource(source)
+    if family.read_values is not None:
+        family.read_values(text, wrapped, description)
     tensors = [text.plan(one) for one in plan_tensors(text, family, wrapped, description)]
     if text.left_out:
         description.notes.append(

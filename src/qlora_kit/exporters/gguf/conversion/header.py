@@ -88,6 +88,8 @@ def _add_metadata(
     writer.add_quantization_version(GGML_QUANT_VERSION)
     for key, value in plan.description.metadata.items():
         _add_value(writer, f"{plan.family.architecture}.{key}", value)
+    for key, value in plan.description.plain.items():
+        _add_value(writer, key, value)
     writer.add_vocab_size(plan.vocabulary_size)
 
 

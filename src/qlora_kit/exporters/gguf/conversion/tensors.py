@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from qlora_kit.errors import UnsupportedModelError
 from qlora_kit.exporters.gguf.families.family import Transform
@@ -15,7 +16,9 @@ from qlora_kit.weights.source import TensorSource
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["PlannedTensor", "make_name_mapper", "plan_tensors"]
+__all__ = ["PlannedTensor", "find_block", "find_change", "make_name_mapper", "plan_tensors"]
+
+_Change = TypeVar("_Change")
 
 # Rotary tables that old checkpoints store and every reader recomputes.
 _DERIVED: Final = ("rotary_emb.inv_freq", "self_attn.masked_bias")
@@ -25,6 +28,8 @@ _FUSED_EXPERTS = re.compile(r"model\.layers\.(\d+)\.\w+\.experts\.(gate_up_proj|
 
 #: What an expert's three matrices are called, by what Mixtral calls them.
 _PROJECTIONS: Final = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+_FURTHER = re.compile(r"(model\.)?mtp(_\w+)?\.")
 
 _BLOCK = re.compile(r"\.(\d+)\.")
 
@@ -38,12 +43,17 @@ class PlannedTensor:
         shape: Its shape, rows first.
         sources: The Hugging Face tensors it is made of; empty for computed tables.
         load: Makes it from a source.
+        reorder_columns: Puts something for each of the source's inputs into the file's order, where
+            that is another one.
+        is_part: Whether the file has the source taken apart.
     """
 
     name: str
     shape: tuple[int, ...]
     sources: tuple[str, ...]
     load: Callable[[TensorSource], torch.Tensor]
+    reorder_columns: Callable[[torch.Tensor], torch.Tensor] | None = None
+    is_part: bool = False
 
 
 def make_name_mapper(family: Family, layers: int) -> Callable[[str], str]:
@@ -99,6 +109,13 @@ def plan_tensors(
     to_gguf = make_name_mapper(family, config.layers)
     unused = (*_DERIVED, *family.ignored)
     names = [name for name in source.names() if not name.endswith(unused)]
+    further = _find_further_predictors(names, config.layers)
+    if further:
+        description.notes.append(
+            f"{len(further)} tensors that predict tokens further ahead, such as {further[0]}, are "
+            "left out: training leaves them as they were, and no answer depends on them."
+        )
+        names = [name for name in names if name not in further]
     is_tied = bool(config.get("tie_word_embeddings", family.ties_by_default))
     if is_tied:
         names = [name for name in names if name != "lm_head.weight"]
@@ -108,11 +125,16 @@ def plan_tensors(
             "and there is no lm_head.weight. Set tie_word_embeddings in config.json."
         )
     planned = [_plan_table(name, values) for name, values in description.tables.items()]
+    for pattern, gguf_name in family.stacks.items():
+        members = _find_members(names, pattern)
+        if members:
+            planned.append(_plan_stack(source, gguf_name, members))
+            names = [name for name in names if name not in members]
     experts: dict[tuple[int, str], dict[int, str]] = {}
     for name in names:
         expert = _EXPERT.fullmatch(name) if family.has_experts else None
         fused = _FUSED_EXPERTS.fullmatch(name) if family.has_experts else None
-        split = next((parts for end, parts in family.splits.items() if name.endswith(end)), None)
+        split = find_change(family.splits, name)
         if split is not None:
             planned.extend(_plan_split(source, config, name, split))
         elif expert:
@@ -126,25 +148,65 @@ def plan_tensors(
         _plan_experts(source, layer, projection, members)
         for (layer, projection), members in experts.items()
     )
+    given = {tensor.name for tensor in planned}
+    planned.extend(
+        _plan_filler(name, shape)
+        for name, shape in description.fillers.items()
+        if name not in given
+    )
     _check_complete(planned, family, config)
     return sorted(planned, key=lambda tensor: _file_order(tensor.name))
+
+
+def _find_further_predictors(names: list[str], layers: int) -> list[str]:
+    """Tensors of a head for tokens after the next one, which transformers does not load.
+
+    They stand apart (``mtp.``) or as blocks behind the last one, which then hold an ``eh_proj``.
+    """
+    numbers = {name: int(block[1]) for name in names if (block := _BLOCK.search(name))}
+    blocks = {
+        numbers[name]
+        for name in names
+        if name.endswith(".eh_proj.weight") and numbers.get(name, -1) >= layers
+    }
+    return [name for name in names if _FURTHER.match(name) or numbers.get(name) in blocks]
 
 
 def _plan_plain(
     source: TensorSource, family: Family, config: Config, name: str, gguf_name: str
 ) -> PlannedTensor:
-    transform = next(
-        (change for end, change in family.transforms.items() if name.endswith(end)), None
-    )
+    columns = find_change(family.columns, name)
+    changes = [
+        change for change in (find_change(family.transforms, name), columns) if change is not None
+    ]
 
     def load(source: TensorSource) -> torch.Tensor:
         tensor = source.load(name)
-        return tensor if transform is None else transform(tensor, config)
+        for change in changes:
+            tensor = change(tensor, config)
+        return tensor
 
     shape = source.shape(name)
-    if transform is not None:
-        shape = _shape_after(transform, shape, config)
-    return PlannedTensor(gguf_name, shape, (name,), load)
+    for change in changes:
+        shape = _shape_after(change, shape, config)
+    reorder = None if columns is None else partial(_change, columns, config)
+    return PlannedTensor(gguf_name, shape, (name,), load, reorder)
+
+
+def _change(transform: Transform, config: Config, tensor: torch.Tensor) -> torch.Tensor:
+    return transform(tensor, config)
+
+
+def find_block(name: str) -> int:
+    """The number of the block that a tensor belongs to."""
+    block = _BLOCK.search(name)
+    assert block is not None, name
+    return int(block[1])
+
+
+def find_change(changes: Mapping[str, _Change], name: str) -> _Change | None:
+    """What a family does to a tensor, by the end of its name."""
+    return next((change for end, change in changes.items() if name.endswith(end)), None)
 
 
 def _shape_after(transform: Transform, shape: tuple[int, ...], config: Config) -> tuple[int, ...]:
@@ -158,15 +220,15 @@ def _plan_split(
     source: TensorSource, config: Config, name: str, parts: Mapping[str, Transform]
 ) -> list[PlannedTensor]:
     """One tensor of transformers that is several of llama.cpp's."""
-    block = _BLOCK.search(name)
-    assert block is not None, name
+    block = find_block(name)
     shape = source.shape(name)
     return [
         PlannedTensor(
-            f"blk.{block[1]}.{part}",
+            f"blk.{block}.{part}",
             _shape_after(cut, shape, config),
             (name,),
             lambda source, cut=cut: cut(source.load(name), config).contiguous(),  # type: ignore[misc]
+            is_part=len(parts) > 1,
         )
         for part, cut in parts.items()
     ]
@@ -179,6 +241,34 @@ def _plan_table(name: str, values: list[float]) -> PlannedTensor:
         return torch.tensor(values, dtype=torch.float32)
 
     return PlannedTensor(name, (len(values),), (), load)
+
+
+def _plan_filler(name: str, shape: tuple[int, ...]) -> PlannedTensor:
+    def load(source: TensorSource) -> torch.Tensor:
+        import torch
+
+        return torch.zeros(shape, dtype=torch.float32)
+
+    return PlannedTensor(name, shape, (), load)
+
+
+def _find_members(names: list[str], pattern: str) -> tuple[str, ...]:
+    """The numbered tensors of a pattern, in order."""
+    before, after = pattern.split("{n}")
+    numbered = re.compile(rf"{re.escape(before)}(\d+){re.escape(after)}")
+    found = {int(match[1]): name for name in names if (match := numbered.fullmatch(name))}
+    if sorted(found) != list(range(len(found))):
+        raise UnsupportedModelError(f"{pattern} is there for {sorted(found)} only.")
+    return tuple(found[number] for number in range(len(found)))
+
+
+def _plan_stack(source: TensorSource, gguf_name: str, members: tuple[str, ...]) -> PlannedTensor:
+    def load(source: TensorSource) -> torch.Tensor:
+        import torch
+
+        return torch.stack([source.load(name) for name in members])
+
+    return PlannedTensor(gguf_name, (len(members), *source.shape(members[0])), members, load)
 
 
 def _expert_name(layer: int, projection: str) -> str:

@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Final
 from qlora_kit.errors import UnsupportedModelError
 from qlora_kit.exporters.gguf.families.family import Config, Description, Family
 from qlora_kit.exporters.gguf.families.rope import read_rope
-from qlora_kit.exporters.gguf.families.transforms import NORMS_PLUS_ONE, ROTARY
+from qlora_kit.exporters.gguf.families.transforms import (
+    NORMS_PLUS_ONE,
+    ROTARY,
+    squeeze_convolution,
+)
 from qlora_kit.exporters.gguf.families.windows import (
     describe_windows,
     list_sliding,
@@ -20,13 +24,16 @@ from qlora_kit.exporters.gguf.families.windows import (
 )
 
 if TYPE_CHECKING:
-    import torch
+    from qlora_kit.weights.source import TensorSource
 
-__all__ = ["DENSE", "check_absent", "check_heads_alike", "describe_granite"]
+__all__ = ["DENSE", "check_absent", "check_heads_alike", "describe_alpha", "describe_granite"]
 
 _QKV: Final = ("q_proj", "k_proj", "v_proj")
 _LAYER_NORMS: Final = ("input_layernorm", "post_attention_layernorm", "norm")
 _PHI_NORMS: Final = ("input_layernorm", "final_layernorm")
+
+#: What Hunyuan's models with an alpha were made for, whatever their configurations say.
+_HUNYUAN_CONTEXT: Final = 256 * 1024
 
 #: What a block has that normalizes after its parts, not before.
 _POST_NORMS: Final = ("attn_output", "ffn_down", "post_attention_norm", "post_ffw_norm")
@@ -174,6 +181,20 @@ def _describe_nemotron(config: Config, description: Description) -> None:
 
 def _describe_hunyuan(config: Config, description: Description) -> None:
     check_absent(config, "hunyuan-dense", num_experts=1)
+    describe_alpha(config, description)
+
+
+def describe_alpha(config: Config, description: Description) -> None:
+    """Hunyuan's base for long contexts; no scaling is left, and the converter states the length."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if (rope.get("rope_type") or rope.get("type")) != "dynamic":
+        return
+    description.metadata |= {
+        "rope.scaling.type": "none",
+        "rope.scaling.factor": 1.0,
+        "rope.scaling.original_context_length": _HUNYUAN_CONTEXT,
+        "context_length": _HUNYUAN_CONTEXT,
+    }
 
 
 def _describe_ministral3(config: Config, description: Description) -> None:
@@ -189,11 +210,6 @@ def _describe_ministral3(config: Config, description: Description) -> None:
             ),
         )
     note_sliding_window(config, description)
-
-
-def _squeeze_convolution(weight: torch.Tensor, config: Config) -> torch.Tensor:
-    """(channels, 1, kernel) -> (channels, kernel), a matrix as llama.cpp's convolution wants."""
-    return weight.squeeze(1)
 
 
 def _describe_lfm2(config: Config, description: Description) -> None:
@@ -217,7 +233,25 @@ def _describe_lfm2(config: Config, description: Description) -> None:
     }
 
 
+def _read_xielu(source: TensorSource, config: Config, description: Description) -> None:
+    """The four numbers of every layer's activation (arXiv:2411.13010), no tensors to llama.cpp."""
+    for part in ("alpha_n", "alpha_p", "beta", "eps"):
+        description.plain[f"xielu.{part}"] = [
+            float(source.load(f"model.layers.{layer}.mlp.act_fn.{part}").float())
+            for layer in range(config.layers)
+        ]
+
+
 DENSE: Final = (
+    Family(
+        "apertus",
+        "apertus",
+        activation="xielu",
+        rotary_kinds=("llama3",),
+        biases=(*_QKV, "o_proj"),
+        read_values=_read_xielu,
+        ignored=tuple(f"act_fn.{part}" for part in ("alpha_n", "alpha_p", "beta", "eps")),
+    ),
     Family(
         "granite",
         "granite",
@@ -349,6 +383,7 @@ DENSE: Final = (
     Family(
         "hunyuan_v1_dense",
         "hunyuan-dense",
+        scales_by_alpha=True,
         describe=_describe_hunyuan,
     ),
     Family(
@@ -367,7 +402,7 @@ DENSE: Final = (
         "lfm2",
         epsilon="norm_eps",
         ties_by_default=True,
-        transforms={"conv.conv.weight": _squeeze_convolution},
+        transforms={"conv.conv.weight": squeeze_convolution},
         describe=_describe_lfm2,
         block_tensors=("attn_norm", "ffn_norm", "ffn_down"),
         tables=("token_embd", "token_embd_norm"),

@@ -13,7 +13,13 @@ from qlora_kit.exporters.gguf.families.dense import (
 )
 from qlora_kit.exporters.gguf.families.family import Config, Description, Family, Transform
 from qlora_kit.exporters.gguf.families.rope import read_rope
-from qlora_kit.exporters.gguf.families.transforms import ROTARY
+from qlora_kit.exporters.gguf.families.transforms import (
+    ROTARY,
+    first_half,
+    keep,
+    second_half,
+    transpose,
+)
 from qlora_kit.exporters.gguf.families.windows import check_windows, note_sliding_window
 
 if TYPE_CHECKING:
@@ -62,11 +68,6 @@ def _describe_qwen2_moe(config: Config, description: Description) -> None:
     note_sliding_window(config, description)
 
 
-def _flatten_gate(weight: torch.Tensor, config: Config) -> torch.Tensor:
-    """A gate of one row is a vector to llama.cpp."""
-    return weight.reshape(-1)
-
-
 def _describe_gpt_oss(config: Config, description: Description) -> None:
     check_windows(config, [i % 2 == 0 for i in range(config.layers)])
     _count_experts(config, description, "num_local_experts")
@@ -74,11 +75,6 @@ def _describe_gpt_oss(config: Config, description: Description) -> None:
         "attention.sliding_window": int(config.require("sliding_window")),
         "expert_feed_forward_length": int(config.require("intermediate_size")),
     }
-
-
-def _transpose(weight: torch.Tensor, config: Config) -> torch.Tensor:
-    """(experts, inputs, outputs) -> (experts, outputs, inputs)."""
-    return weight.transpose(-1, -2)
 
 
 def _even(weight: torch.Tensor, config: Config) -> torch.Tensor:
@@ -91,19 +87,15 @@ def _odd(weight: torch.Tensor, config: Config) -> torch.Tensor:
     return weight[..., 1::2]
 
 
-def _same(weight: torch.Tensor, config: Config) -> torch.Tensor:
-    return weight
-
-
 _GPT_OSS_SPLITS: Final[Mapping[str, Mapping[str, Transform]]] = {
     "experts.gate_up_proj": {
         "ffn_gate_exps.weight": lambda weight, config: _even(weight, config).transpose(-1, -2),
         "ffn_up_exps.weight": lambda weight, config: _odd(weight, config).transpose(-1, -2),
     },
     "experts.gate_up_proj_bias": {"ffn_gate_exps.bias": _even, "ffn_up_exps.bias": _odd},
-    "experts.down_proj": {"ffn_down_exps.weight": _transpose},
-    "experts.down_proj_bias": {"ffn_down_exps.bias": _same},
-    "self_attn.sinks": {"attn_sinks.weight": _same},
+    "experts.down_proj": {"ffn_down_exps.weight": transpose},
+    "experts.down_proj_bias": {"ffn_down_exps.bias": keep},
+    "self_attn.sinks": {"attn_sinks.weight": keep},
 }
 
 
@@ -191,26 +183,16 @@ def _describe_deepseek(config: Config, description: Description) -> None:
         description.metadata["attention.q_lora_rank"] = int(config.get("q_lora_rank"))
 
 
-def _first_half(weight: torch.Tensor, config: Config) -> torch.Tensor:
-    """The gate's rows."""
-    return weight.chunk(2, dim=-2)[0]
-
-
-def _second_half(weight: torch.Tensor, config: Config) -> torch.Tensor:
-    """The up projection's rows."""
-    return weight.chunk(2, dim=-2)[1]
-
-
 #: How granite's files have experts; in memory they are fused as others' are.
 _GRANITE_SPLITS: Final[Mapping[str, Mapping[str, Transform]]] = {
     "block_sparse_moe.input_linear.weight": {
-        "ffn_gate_exps.weight": _first_half,
-        "ffn_up_exps.weight": _second_half,
+        "ffn_gate_exps.weight": first_half,
+        "ffn_up_exps.weight": second_half,
     },
-    "block_sparse_moe.output_linear.weight": {"ffn_down_exps.weight": _same},
+    "block_sparse_moe.output_linear.weight": {"ffn_down_exps.weight": keep},
 }
 _CORRECTION: Final[Mapping[str, Mapping[str, Transform]]] = {
-    "mlp.gate.e_score_correction_bias": {"exp_probs_b.bias": _same},
+    "mlp.gate.e_score_correction_bias": {"exp_probs_b.bias": keep},
 }
 _LATENT: Final[Mapping[str, Mapping[str, Transform]]] = {
     "kv_b_proj.weight": {
@@ -254,7 +236,6 @@ EXPERTS: Final = (
         biases=_QKV,
         has_experts=True,
         rotary_kinds=("linear", "yarn"),
-        transforms={"shared_expert_gate.weight": _flatten_gate},
         describe=_describe_qwen2_moe,
     ),
     Family(

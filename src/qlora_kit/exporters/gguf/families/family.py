@@ -10,10 +10,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from qlora_kit.errors import UnsupportedModelError
-from qlora_kit.exporters.gguf.families.rope import describe_rope, read_rope
+from qlora_kit.exporters.gguf.families.rope import Rope, describe_rope, read_rope
 
 if TYPE_CHECKING:
     import torch
+
+    from qlora_kit.weights.source import TensorSource
 
 __all__ = ["Config", "Description", "Family", "Transform"]
 
@@ -80,11 +82,16 @@ class Description:
     Attributes:
         metadata: GGUF keys without the architecture prefix.
         tables: Extra tensors of divisors, by GGUF name.
+        plain: GGUF keys that have no such prefix.
+        fillers: Tensors that llama.cpp asks for and never reads, by GGUF name with their shape;
+            zeros where the model has none.
         notes: What the user should know, one sentence each.
     """
 
     metadata: dict[str, Any]
     tables: dict[str, list[float]] = field(default_factory=dict)
+    plain: dict[str, Any] = field(default_factory=dict)
+    fillers: dict[str, tuple[int, ...]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -101,15 +108,24 @@ class Family:
         architecture: llama.cpp's name for it, a value of ``gguf.MODEL_ARCH_NAMES``.
         activation: The only activation llama.cpp computes for it.
         describe: Adds to, or corrects, the metadata that all families share.
-        transforms: Changes to tensors, by the end of their Hugging Face name.
+        choose: Makes the family of one model from this one, where the architecture or its parts
+            depend on the configuration.
+        read_values: Adds what the file says of tensors in its metadata.
+        transforms: Changes to tensors, by the end of their Hugging Face name; of the first that
+            fits, the others have no say.
+        columns: Changes to the order of a matrix's inputs, likewise; an adapter's first factor
+            takes them too.
         biases: Modules whose bias llama.cpp reads; any other bias is refused.
         epsilon: The configuration's entry for what is added under a norm's root.
         default_epsilon: That number where no configuration names it.
         has_layer_norm: Whether its norms subtract the mean as well (LayerNorm).
         rotary_kinds: Kinds of rotary scaling that llama.cpp computes for it, besides none.
+        scales_by_alpha: Whether "dynamic" rotary embeddings with an ``alpha`` are plain ones of a
+            larger base, whatever the length.
         rounds_yarn: Whether a YaRN that does not round its range is said rather than refused.
         rotary_layer_type: The entry of ``rope_parameters`` that is the main one, if it has any.
         default_theta: Base of the rotary embedding where none is stated.
+        default_rotary_part: The part of a head that rotates, where that is not stated.
         has_experts: Whether blocks hold experts.
         ties_by_default: Whether the head is the embedding matrix where the configuration does
             not say.
@@ -119,6 +135,10 @@ class Family:
         tables: What must be there besides blocks, by GGUF name.
         splits: Tensors that llama.cpp has in several parts: by the end of the Hugging Face name,
             each part's GGUF name in its block, with ``.weight`` or ``.bias``, and how it is cut.
+        stacks: Numbered tensors that llama.cpp has in one: the Hugging Face name, the number as
+            ``{n}``, and the GGUF name.
+        unadapted: Matrices that llama.cpp multiplies with past any adapter, by the end of their
+            Hugging Face name.
         ignored: Ends of names that llama.cpp has no use for.
     """
 
@@ -126,27 +146,59 @@ class Family:
     architecture: str
     activation: str = "silu"
     describe: Callable[[Config, Description], None] = _describe_nothing
+    choose: Callable[[Family, Config], Family] | None = None
+    read_values: Callable[[TensorSource, Config, Description], None] | None = None
     transforms: Mapping[str, Transform] = field(default_factory=dict)
+    columns: Mapping[str, Transform] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
     epsilon: str = "rms_norm_eps"
     default_epsilon: float | None = None
     has_layer_norm: bool = False
     rotary_kinds: tuple[str, ...] = ()
+    scales_by_alpha: bool = False
     rounds_yarn: bool = False
     rotary_layer_type: str | None = None
     default_theta: float = 10000.0
+    default_rotary_part: float = 1.0
     has_experts: bool = False
     ties_by_default: bool = False
     names: Mapping[str, str] = field(default_factory=dict)
     block_tensors: tuple[str, ...] = ("attn_norm", "attn_output", "ffn_norm")
     tables: tuple[str, ...] = ("token_embd", "output_norm")
     splits: Mapping[str, Mapping[str, Transform]] = field(default_factory=dict)
+    stacks: Mapping[str, str] = field(default_factory=dict)
+    unadapted: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
 
     def _find_epsilon(self, config: Config) -> float:
         if self.default_epsilon is not None:
             return float(config.get(self.epsilon, self.default_epsilon))
         return float(config.require(self.epsilon))
+
+    def _describe_width(self, config: Config) -> dict[str, Any]:
+        """The width of dense layers; a model of experts alone may state none."""
+        if self.has_experts and config.get("intermediate_size") is None:
+            return {}
+        width = config.require("intermediate_size")
+        if isinstance(width, list):
+            if len(set(width)) > 1:
+                raise UnsupportedModelError(
+                    f"Layers are {sorted(set(width))} wide; llama.cpp wants all of "
+                    f"{self.architecture!r} alike."
+                )
+            return {"feed_forward_length": [int(one) for one in width]}
+        return {"feed_forward_length": int(width)}
+
+    def _read_rope(self, config: Config) -> Rope:
+        stated = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if self.scales_by_alpha and stated.get("alpha"):
+            kind = stated.get("rope_type") or stated.get("type")
+            if kind == "dynamic":
+                # A base for the longest context at once: arXiv:2309.00071, "NTK-aware".
+                width = config.head_dim
+                theta = float(stated.get("rope_theta") or config.get("rope_theta", 10000.0))
+                return Rope("default", theta * float(stated["alpha"]) ** (width / (width - 2)))
+        return read_rope(config.values, self.rotary_layer_type, self.default_theta)
 
     def describe_model(self, config: Config) -> Description:
         """The metadata, extra tensors and notes of a model of this family.
@@ -169,7 +221,7 @@ class Family:
                 "context_length": context,
                 "embedding_length": int(config.require("hidden_size")),
                 "block_count": config.layers,
-                "feed_forward_length": int(config.require("intermediate_size")),
+                **self._describe_width(config),
                 "attention.head_count": config.heads,
                 "attention.head_count_kv": config.kv_heads,
                 epsilon: self._find_epsilon(config),
@@ -177,7 +229,7 @@ class Family:
                 "attention.value_length": config.head_dim,
             }
         )
-        rope = read_rope(config.values, self.rotary_layer_type, self.default_theta)
+        rope = self._read_rope(config)
         if rope.kind not in ("default", *self.rotary_kinds):
             raise UnsupportedModelError(
                 f"llama.cpp does not compute {rope.kind!r} rotary embeddings for "
@@ -185,7 +237,7 @@ class Family:
                 "Export with 'merged_16bit' and run it with transformers or vLLM."
             )
         partial = rope.parameters.get(
-            "partial_rotary_factor", config.get("partial_rotary_factor", 1.0)
+            "partial_rotary_factor", config.get("partial_rotary_factor", self.default_rotary_part)
         )
         if self.rounds_yarn and not rope.parameters.get("truncate", True):
             rope = replace(rope, parameters={**rope.parameters, "truncate": True})

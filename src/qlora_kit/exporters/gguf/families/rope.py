@@ -15,7 +15,10 @@ from qlora_kit.errors import UnsupportedModelError
 
 __all__ = ["Rope", "describe_rope", "read_rope"]
 
-_SUPPORTED: Final = ("default", "linear", "llama3", "yarn", "longrope")
+_SUPPORTED: Final = ("default", "linear", "llama3", "yarn", "longrope", "proportional")
+
+#: What a frequency is divided by so that nothing turns.
+_NEVER: Final = 1e30
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class Rope:
     """One kind of rotary embedding.
 
     Attributes:
-        kind: ``"default"``, ``"linear"``, ``"llama3"``, ``"yarn"`` or ``"longrope"``.
+        kind: ``"default"``, ``"linear"``, ``"llama3"``, ``"yarn"``, ``"longrope"`` or
+            ``"proportional"``.
         theta: The base wavelength.
         parameters: Everything else the configuration says about it.
     """
@@ -110,6 +114,8 @@ def describe_rope(
             metadata |= _describe_yarn(rope, context_length)
         case "llama3":
             return metadata, {"rope_freqs.weight": _llama3_divisors(rope, dimensions)}
+        case "proportional":
+            return metadata, {"rope_freqs.weight": _proportional_divisors(rope, dimensions)}
         case "longrope":
             return _describe_longrope(rope, metadata, dimensions, context_length)
     return metadata, {}
@@ -180,6 +186,17 @@ def _llama3_divisors(rope: Rope, dimensions: int) -> list[float]:
             smooth = (original / wavelength - low) / (high - low)
             divisors.append(1 / ((1 - smooth) / factor + smooth))
     return divisors
+
+
+def _proportional_divisors(rope: Rope, dimensions: int) -> list[float]:
+    """A part of a head turns, with the frequencies that all of it would have."""
+    if rope.parameters.get("factor", 1.0) != 1.0:
+        raise UnsupportedModelError(
+            "llama.cpp does not scale 'proportional' rotary embeddings by a factor."
+        )
+    part = float(rope.parameters.get("partial_rotary_factor", 1.0))
+    turning = int(dimensions * part / 2)
+    return [1.0] * turning + [_NEVER] * (dimensions // 2 - turning)
 
 
 def _describe_longrope(

@@ -14,7 +14,11 @@ from qlora_kit.errors import PluginError, UnsupportedModelError
 from qlora_kit.exporters.gguf.families.dense import DENSE
 from qlora_kit.exporters.gguf.families.experts import EXPERTS
 from qlora_kit.exporters.gguf.families.family import Config, Description, Family
+from qlora_kit.exporters.gguf.families.gemmas import GEMMAS
+from qlora_kit.exporters.gguf.families.mamba import MAMBA
+from qlora_kit.exporters.gguf.families.recurrent import RECURRENT
 from qlora_kit.exporters.gguf.families.rope import read_rope
+from qlora_kit.exporters.gguf.families.routed import ROUTED
 from qlora_kit.exporters.gguf.families.transforms import NORMS_PLUS_ONE, ROTARY
 from qlora_kit.exporters.gguf.families.windows import check_windows, note_sliding_window
 
@@ -195,6 +199,10 @@ for _family in (
     Family("phi3", "phi3", rotary_kinds=("longrope",), describe=_describe_phi3),
     *DENSE,
     *EXPERTS,
+    *GEMMAS,
+    *MAMBA,
+    *RECURRENT,
+    *ROUTED,
 ):
     register_family(_family)
 
@@ -212,8 +220,9 @@ def read_family(config: Mapping[str, Any]) -> tuple[Family, Config]:
     if kind not in FAMILIES and isinstance(inner, Mapping):
         # What the wrapper says of the head is what counts; an export may have untied it.
         own = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
-        return find_family(inner), Config({**inner, **own})
-    return find_family(config), Config(config)
+        config = {**inner, **own}
+    family, values = find_family(config), Config(config)
+    return family if family.choose is None else family.choose(family, values), values
 
 
 def find_family(config: Mapping[str, Any]) -> Family:

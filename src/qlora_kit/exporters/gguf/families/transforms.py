@@ -10,7 +10,18 @@ from qlora_kit.exporters.gguf.families.family import Config, Transform
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["NORMS_PLUS_ONE", "ROTARY", "add_one", "unpermute_rotary"]
+__all__ = [
+    "NORMS_PLUS_ONE",
+    "ROTARY",
+    "add_one",
+    "first_half",
+    "keep",
+    "negate_exponential",
+    "second_half",
+    "squeeze_convolution",
+    "transpose",
+    "unpermute_rotary",
+]
 
 
 def unpermute_rotary(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -48,6 +59,36 @@ def add_one(weight: torch.Tensor, config: Config) -> torch.Tensor:
     # Gemma's layer multiplies by 1 + w, ggml's rms_norm by w. In float32, as norms are written:
     # in bfloat16 the sum would lose what is below 2**-8 (conversion/gemma.py, norm_shift()).
     return weight.float() + 1.0
+
+
+def keep(weight: torch.Tensor, config: Config) -> torch.Tensor:
+    """A tensor that changes its name alone, or that others of its name's end do not speak for."""
+    return weight
+
+
+def transpose(weight: torch.Tensor, config: Config) -> torch.Tensor:
+    """(experts, inputs, outputs) -> (experts, outputs, inputs)."""
+    return weight.transpose(-1, -2)
+
+
+def first_half(weight: torch.Tensor, config: Config) -> torch.Tensor:
+    """The gate's rows, of gate and up in one matrix."""
+    return weight.chunk(2, dim=-2)[0]
+
+
+def second_half(weight: torch.Tensor, config: Config) -> torch.Tensor:
+    """The up projection's rows."""
+    return weight.chunk(2, dim=-2)[1]
+
+
+def negate_exponential(weight: torch.Tensor, config: Config) -> torch.Tensor:
+    """A decay as llama.cpp multiplies with it: a checkpoint has its logarithm."""
+    return -weight.float().exp()
+
+
+def squeeze_convolution(weight: torch.Tensor, config: Config) -> torch.Tensor:
+    """(channels, 1, kernel) -> (channels, kernel), a matrix as llama.cpp's convolution wants."""
+    return weight.squeeze(1)
 
 
 #: Query and key rows as llama.cpp's "norm" rotation wants them.
