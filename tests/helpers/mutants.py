@@ -4,7 +4,8 @@
     python tests/helpers/mutants.py staging --count 0 --seed 1    # all of them
 
 Each mistake is made in a forked process by giving functions another code object, so that libraries
-and tests are imported once. Prints what no test noticed, and the share.
+are imported once. Only test files that call the function are run, quick ones first. What tests do
+in processes of their own notices nothing here. Prints what no test noticed, and the share.
 """
 
 from __future__ import annotations
@@ -14,23 +15,27 @@ import ast
 import copy
 import importlib
 import inspect
+import json
 import os
 import random
 import signal
 import sys
+import tempfile
+import threading
+import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 
 #: What carries the promise: modules, and the tests that should notice.
 AREAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "masks": (
-        ("data.tokens.segment_ids", "data.tokens.truncation", "data.batches.packing"),
-        ("tests/data/test_alpaca.py", "tests/data/test_chat.py", "tests/data/test_encoding.py",
-         "tests/data/test_pretokenized.py", "tests/data/test_layout_equality.py"),
+        ("data.tokens.segment_ids", "data.tokens.truncation", "data.batches.packing",
+         "data.formatters.chat"),
+        ("tests/data",),
     ),
     "merge": (
         ("weights.merged", "weights.lora_updates"),
@@ -80,19 +85,51 @@ def find_changes(node: ast.AST) -> Iterator[tuple[str, Any]]:
         yield "call left out", lambda n: setattr(n, "value", ast.Constant(None))
 
 
-def list_mutants(module: types.ModuleType) -> list[tuple[str, ast.Module]]:
-    """Every mistake in the module's functions: where and what, and the whole tree with it."""
+class Mutant(NamedTuple):
+    """A mistake: the function that has it, where and what it is, and the module's tree with it."""
+
+    module: types.ModuleType
+    function: str
+    word: str
+    tree: ast.Module
+
+
+def name_functions(tree: ast.Module) -> dict[int, str]:
+    """Of each node within a function, by the node's id: the innermost function's qualified name."""
+    names: dict[int, str] = {}
+
+    def walk(node: ast.AST, prefix: str, function: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.ClassDef):
+                name = prefix + child.name
+                is_function = isinstance(child, ast.FunctionDef)
+                walk(child, f"{name}.<locals>." if is_function else f"{name}.",
+                     name if is_function else function)  # fmt: skip
+                continue
+            if function:
+                names[id(child)] = function
+            walk(child, prefix, function)
+
+    walk(tree, "", "")
+    return names
+
+
+def list_mutants(module: types.ModuleType) -> list[Mutant]:
+    """Every mistake in the module's functions."""
     tree = ast.parse(inspect.getsource(module))
     found = []
-    inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    functions = name_functions(tree)
     for place, node in enumerate(ast.walk(tree)):
-        if id(node) not in inside:
+        if id(node) not in functions:
             continue
         for word, change in find_changes(node):
             mutated = copy.deepcopy(tree)
             change(next(n for i, n in enumerate(ast.walk(mutated)) if i == place))
             where = f"{module.__name__}:{getattr(node, 'lineno', 0)}"
-            found.append((f"{where} {word}", ast.fix_missing_locations(mutated)))
+            found.append(
+                Mutant(module, functions[id(node)], f"{where} {word}",
+                       ast.fix_missing_locations(mutated))
+            )  # fmt: skip
     return found
 
 
@@ -119,23 +156,65 @@ def install(module: types.ModuleType, tree: ast.Module) -> None:
                 function.__code__ = code
 
 
-def survives(module: types.ModuleType, tree: ast.Module, tests: list[str], seconds: int) -> bool:
-    """Whether all tests pass with the mistake; one that never ends is noticed."""
+def fork(act: Callable[[], int], seconds: int) -> int:
+    """The exit status of what is done in a forked, silent process; negative where it never ends."""
     child = os.fork()
     if child == 0:
         signal.alarm(seconds)
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
-        install(module, tree)
-        os._exit(run_tests(tests))
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        os._exit(act())
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def run_tests(tests: list[str]) -> int:
+def survives(mutant: Mutant, files: list[str], seconds: int) -> bool:
+    """Whether all tests pass with the mistake; one that never ends is noticed."""
+
+    def act() -> int:
+        install(mutant.module, mutant.tree)
+        return run_tests(files)
+
+    return fork(act, seconds) == 0
+
+
+def run_tests(files: list[str]) -> int:
     import pytest
 
-    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--timeout=0", *tests]))
+    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--timeout=0", *files]))
+
+
+def find_callers(
+    modules: list[types.ModuleType], files: list[str], seconds: int
+) -> dict[str, list[str]]:
+    """Which test files call a function (``file:qualified name``), quick ones first."""
+    sources = {module.__file__ for module in modules}
+    taken: dict[str, float] = {}
+    callers: dict[str, list[str]] = {}
+    for file in files:
+        with tempfile.NamedTemporaryFile() as note:
+
+            def act(file: str = file, note: str = note.name) -> int:
+                called: set[str] = set()
+
+                def trace(frame: types.FrameType, event: str, argument: object) -> None:
+                    if frame.f_code.co_filename in sources:
+                        called.add(f"{frame.f_code.co_filename}:{frame.f_code.co_qualname}")
+
+                threading.settrace(trace)
+                sys.settrace(trace)
+                status = run_tests([file])
+                Path(note).write_text(json.dumps(sorted(called)), encoding="utf-8")
+                return status
+
+            start = time.monotonic()
+            status = fork(act, seconds)
+            if status not in (0, 5):  # 5: all of its tests are slow ones
+                sys.exit(f"{file} fails without any mistake.")
+            taken[file] = time.monotonic() - start
+            for function in json.loads(Path(note.name).read_text(encoding="utf-8") or "[]"):
+                callers.setdefault(function, []).append(file)
+    return {function: sorted(found, key=taken.__getitem__) for function, found in callers.items()}
 
 
 def main() -> int:
@@ -152,22 +231,22 @@ def main() -> int:
 
     torch.set_num_threads(1)
     names, tests = AREAS[options.area]
-    chosen = options.tests or [test for test in tests if Path(test).exists()]
+    paths = [Path(test) for test in options.tests or tests]
+    found = [sorted(path.rglob("test_*.py")) if path.is_dir() else [path] for path in paths]
+    files = [str(file) for files in found for file in files]
     modules = [importlib.import_module(f"qlora_kit.{name}") for name in names]
-    mutants = [(module, *mutant) for module in modules for mutant in list_mutants(module)]
+    mutants = [mutant for module in modules for mutant in list_mutants(module)]
     if options.count:
         mutants = random.Random(options.seed).sample(mutants, min(options.count, len(mutants)))
-    first = modules[0]
-    if not survives(first, ast.parse(inspect.getsource(first)), chosen, options.seconds):
-        print("The tests fail without any mistake.")
-        return 1
+    callers = find_callers(modules, files, options.seconds)
     survived = []
-    for number, (module, word, tree) in enumerate(mutants, 1):
-        if survives(module, tree, chosen, options.seconds):
-            survived.append(word)
-            print(f"{number}/{len(mutants)} SURVIVED {word}", flush=True)
-        else:
-            print(f"{number}/{len(mutants)} noticed  {word}", flush=True)
+    for number, mutant in enumerate(mutants, 1):
+        called_by = callers.get(f"{mutant.module.__file__}:{mutant.function}", [])
+        said = "noticed "
+        if not called_by or survives(mutant, called_by, options.seconds):
+            survived.append(mutant.word)
+            said = "SURVIVED" if called_by else "SURVIVED (never called)"
+        print(f"{number}/{len(mutants)} {said} {mutant.word}", flush=True)
     print(f"{len(survived)} of {len(mutants)} survived")
     return 0
 
