@@ -6,10 +6,18 @@ import shutil
 import pytest
 
 from checkpoints import make_checkpoint
-from qlora_kit import Pipeline, attach_lora, load_quantized, plan_training, train_sft
+from qlora_kit import (
+    Pipeline,
+    attach_lora,
+    load_quantized,
+    plan_training,
+    planning,
+    train_sft,
+)
 from qlora_kit.cli import main
 from qlora_kit.errors import ConfigError, ModelNotFoundError, OfflineError
 from qlora_kit.forecast import find_card, list_cards, read_shape
+from qlora_kit.forecast import steps as forecast_steps
 
 #: Qwen3-4B, as its config.json has it.
 QWEN3_4B = {
@@ -222,3 +230,36 @@ def test_what_no_machine_is_or_reads_is_refused(big, settings):
     with pytest.raises(ConfigError) as caught:
         plan_training(asked, **settings)
     assert caught.value.parameter in settings
+
+
+@pytest.mark.parametrize(
+    ("step", "size", "ranks", "low", "high"),
+    [
+        # docs/performance.md and docs/scale-out.md: tokens a second of all cards, on H200s.
+        ({"checkpointing": "none", "weights": "nf4"}, 16384, 1, 25_600, 27_330),
+        ({"checkpointing": "full", "weights": "nf4"}, 16384, 1, 19_221, 20_154),
+        ({"checkpointing": "full", "weights": "nf4"}, 16384, 2, 39_651, 39_651),
+        ({"checkpointing": "full", "weights": "nf4"}, 16384, 4, 78_730, 78_730),
+        (None, 8 * 226, 1, 17_860, 20_740),
+        (None, 8 * 226, 2, 37_239, 37_239),
+    ],
+)
+def test_a_plans_speed_is_near_what_was_measured(big, step, size, ranks, low, high, monkeypatch):
+    """Packed rows hold short examples, which attend to themselves alone."""
+    rows = forecast_steps.RowTokens((size,), 226, 10_000, attended=320.0)
+    monkeypatch.setattr(planning, "count_tokens", lambda *arguments: rows)
+    training = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "plan": step}
+    asked = Pipeline(model=big, data=None, training=training, loading={"max_seq_length": 16384})
+    made = plan_training(asked, card="H200", ranks=ranks)
+    assert low * 0.88 <= made.tokens_per_second <= high * 1.12
+
+
+def test_a_long_example_attends_to_more_than_packed_short_ones():
+    packed = forecast_steps.RowTokens(
+        (4096, 4096), 512, 2, forecast_steps.find_attended([512] * 16)
+    )
+    assert packed.average_attended == 512
+    assert forecast_steps.RowTokens((4096, 4096), 4096, 2).average_attended == 4096
+    # Most tokens lie in the long one.
+    assert forecast_steps.find_attended([100, 900]) == 820
+    assert packed.cut(256).average_attended == 256

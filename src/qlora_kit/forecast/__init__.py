@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from qlora_kit.forecast.cards import Card, find_card, list_cards
 from qlora_kit.forecast.memory import MemoryForecast, forecast_memory
-from qlora_kit.forecast.scaling import MOST_MEASURED, find_efficiency
+from qlora_kit.forecast.scaling import MOST_MEASURED, find_efficiency, find_step_seconds
 from qlora_kit.forecast.shapes import ModelShape, read_shape
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "ModelShape",
     "find_card",
     "find_efficiency",
+    "find_step_seconds",
     "forecast_memory",
     "list_cards",
     "read_shape",

@@ -19,6 +19,7 @@ from qlora_kit.forecast import (
     MemoryForecast,
     find_card,
     find_efficiency,
+    find_step_seconds,
     forecast_memory,
     read_shape,
 )
@@ -37,10 +38,6 @@ if TYPE_CHECKING:
     from qlora_kit.planning.checkpoint import Configuration
 
 __all__ = ["TrainingForecast", "plan_training"]
-
-#: Part of a device's quoted speed that steps of this library reach: 42% on one H200 for short rows,
-#: more for packed ones (docs/performance.md).
-_EFFICIENCY: Final = {"cuda": 0.40, "cpu": 0.30}
 
 #: Longer rows, and more cards in one machine, than there are.
 _MOST_TOKENS: Final = 2**31
@@ -247,9 +244,9 @@ class _Asked:
         recomputed = 2 * shape.dequantized * plan.checkpointed_layers / max(1, plan.layers)
         work = 4 * multiplied + 6 * shape.count_adapter(self._adapter) + recomputed
         # Every pair of a token and one before it, forward and backward.
-        work += 6 * shape.layers * shape.heads * shape.head_dim * self._tokens.average
-        rate = speed * 1e12 * _EFFICIENCY.get(self._device.kind, 0.3)
-        return float(steps * step.usual * work / rate)
+        work += 6 * shape.layers * shape.heads * shape.head_dim * self._tokens.average_attended
+        parts = -(-step.usual // max(1, plan.micro_batch_tokens))
+        return steps * find_step_seconds(self._device.kind, speed, step.usual * work, parts)
 
     def _find_notes(self, shape: ModelShape) -> tuple[str, ...]:
         notes = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.forecast.steps import RowTokens
+from qlora_kit.forecast.steps import RowTokens, find_attended
 from qlora_kit.pipeline import CheckedPipeline
 
 __all__ = ["count_tokens"]
@@ -25,11 +25,14 @@ def count_tokens(checked: CheckedPipeline, folder: Path, row_tokens: int | None)
     if asked.data is None:
         size = min(row_tokens or limit, limit)
         return RowTokens((size,), size, 1_000_000)
-    sizes, most = _measure(checked, folder, limit)
-    return RowTokens(tuple(sorted(sizes, reverse=True)), most, len(sizes))
+    sizes, examples = _measure(checked, folder, limit)
+    longest = max(examples, default=1)
+    attended = find_attended(examples)
+    return RowTokens(tuple(sorted(sizes, reverse=True)), longest, len(sizes), attended)
 
 
-def _measure(checked: CheckedPipeline, folder: Path, limit: int) -> tuple[list[int], int]:
+def _measure(checked: CheckedPipeline, folder: Path, limit: int) -> tuple[list[int], list[int]]:
+    """Tokens of each row, and of each example in them."""
     from qlora_kit.data import pack_examples, plan_formatter, take_tokenized
     from qlora_kit.engines.tokenizer import load_tokenizer
 
@@ -48,7 +51,9 @@ def _measure(checked: CheckedPipeline, folder: Path, limit: int) -> tuple[list[i
         encoded = formatter.encode(rows, max_length=limit, truncation=truncation)
     dataset = encoded.dataset
     lengths = [len(ids) for ids in dataset["input_ids"]]
-    if training.get("packing") and "seq_lengths" not in dataset.column_names:
+    if "seq_lengths" in dataset.column_names:
+        return lengths, [size for parts in dataset["seq_lengths"] for size in parts]
+    if training.get("packing"):
         packed = pack_examples(dataset, limit)
-        return [len(ids) for ids in packed["input_ids"]], max(lengths, default=1)
-    return lengths, max(lengths, default=1)
+        return [len(ids) for ids in packed["input_ids"]], lengths
+    return lengths, lengths
