@@ -1,5 +1,6 @@
 """Every family's answers are those of transformers, on tiny random models in float32."""
 
+import copy
 import functools
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 
 from family_cases import CASES, EXPERT_CASES, adapt, make_base, make_config
 from gguf_tiny import make_wrapper
+from qlora_kit.device import get_device
+from qlora_kit.engines.native.decoding import decoders
 from qlora_kit.engines.native.decoding.decoder import Decoder
 from qlora_kit.engines.native.decoding.decoders import open_session
 from qlora_kit.engines.native.decoding.model_layers import read_model
@@ -98,3 +101,35 @@ def test_scores_are_transformers_own(case):
             for at in range(4, 20)
         ]
         torch.testing.assert_close(torch.cat(found), expected[3:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(get_device().type != "cuda", reason="needs a CUDA GPU")
+@pytest.mark.parametrize("case", [*CASES, *EXPERT_CASES])
+class TestOnAGpu:
+    @torch.no_grad()
+    def test_scores_are_transformers_own(self, case):
+        model = copy.deepcopy(_make_model(case)).cuda()
+        decoder = Decoder(model, read_model(model))
+        tokens = torch.arange(30, 50, device="cuda")
+        expected = model(input_ids=tokens[None]).logits[0]
+        for count in (1, 2):
+            cache, rotations = decoder.make_cache(2, 32), decoder.make_rotations(32)
+            prompt = tokens[:4].tolist()
+            found = [decoder.read_prompts(cache, list(range(count)), [prompt] * count)[:1]]
+            for at in range(4, 20):
+                token, position = (
+                    tokens[at : at + 1].repeat(count),
+                    torch.full_like(tokens[:count], at),
+                )
+                found.append(decoder.step(cache, token, position, rotations, 32)[:1])
+            torch.testing.assert_close(torch.cat(found), expected[3:], rtol=2e-3, atol=2e-3)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("at_once", [1, 3])
+    def test_replayed_graphs_write_the_plain_steps_tokens(self, case, at_once):
+        model = copy.deepcopy(_make_model(case)).to("cuda", torch.bfloat16)
+        graphed = _decode(model, at_once)
+        slots = decoders._kept[model].idle
+        assert slots._graphs
+        slots._can_capture, slots._graphs = False, {}
+        assert _decode(model, at_once) == graphed

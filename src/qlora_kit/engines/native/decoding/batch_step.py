@@ -14,9 +14,11 @@ from torch import Tensor
 
 from qlora_kit.engines.native.decoding import batch_kernels as kernels
 from qlora_kit.engines.native.decoding import row_step as row
+from qlora_kit.engines.native.decoding.kernel_parts import ACTIVATIONS, NORMS, shape_heads
 from qlora_kit.engines.native.decoding.kv_cache import KeyValueCache
 from qlora_kit.engines.native.decoding.weights import DecodingWeights
-from qlora_kit.engines.native.layers.layer import Placement, attend_placed
+from qlora_kit.engines.native.layers.layer import LayerShape, Norm, Placement, attend_placed
+from qlora_kit.engines.native.layers.positions import Rotation
 
 __all__ = ["norm", "read_prompts", "row", "run_layers"]
 
@@ -26,10 +28,12 @@ _KEYS = 64
 _PROGRAMS = 256
 
 
-def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """:func:`layer.rms_norm` of shape ``(T, H)`` as one kernel."""
+def norm(x: Tensor, weight: Norm | None, shape: LayerShape) -> Tensor:
+    """:func:`layer.apply_norm` of shape ``(T, H)`` as one kernel."""
+    if weight is None:
+        return x
     out = torch.empty_like(x)
-    _launch_norm(x, None, weight, out, epsilon)
+    _launch_norm(x, None, weight, out, shape)
     return out
 
 
@@ -53,23 +57,36 @@ def run_layers(
         Shape ``(B, H)``.
     """
     delta: Tensor | None = None
-    epsilon = decoder.shape.epsilon
+    shape = decoder.shape
     for index, layer in enumerate(decoder.layers):
         tensors = layer.tensors
         x = _make_input(tensors.qkv, hidden)
-        _launch_norm(hidden, delta, tensors.before_attention.weight, x, epsilon)
+        _launch_norm(hidden, delta, tensors.before_attention, x, shape)
         qkv = _multiply(tensors.qkv, x)
         attended = _make_input(tensors.out, hidden)
-        _attend(decoder, tensors, cache, index, qkv, positions, rotations.layers[index], attended)
+        _attend(decoder, layer, cache, index, qkv, positions, rotations, attended)
         delta = _multiply(tensors.out, attended)
-        x = _make_input(tensors.gate_up, hidden)
-        _launch_norm(hidden, delta, tensors.before_mlp.weight, x, epsilon)
-        both = _multiply(tensors.gate_up, x)
-        x = _make_input(tensors.down, hidden)
-        _launch_gate(both, x)
-        delta = _multiply(tensors.down, x)
+        _norm_after(delta, tensors.after_attention, shape)
+        if layer.experts is not None:
+            x = torch.empty_like(hidden)
+            _launch_norm(hidden, delta, tensors.before_mlp, x, shape)
+            delta = layer.experts.answer(x)
+        else:
+            x = _make_input(tensors.gate_up, hidden)
+            _launch_norm(hidden, delta, tensors.before_mlp, x, shape)
+            both = _multiply(tensors.gate_up, x)
+            x = _make_input(tensors.down, hidden)
+            _launch_gate(both, x, shape)
+            delta = _multiply(tensors.down, x)
+        _norm_after(delta, tensors.after_mlp, shape)
     assert delta is not None
-    return hidden.add_(delta)
+    return hidden.add_(delta if shape.residual == 1.0 else delta * shape.residual)
+
+
+def _norm_after(delta: Tensor, weight: Norm | None, shape: LayerShape) -> None:
+    """Normalize what a block puts out, where the family does."""
+    if weight is not None:
+        _launch_norm(delta, None, weight, delta, shape)
 
 
 def _make_input(weights: DecodingWeights, like: Tensor) -> Tensor:
@@ -113,20 +130,31 @@ def read_prompts(
     heads, groups = shape.heads, shape.kv_heads
     for index, (layer, place) in enumerate(zip(decoder.layers, places, strict=True)):
         tensors = layer.tensors
-        qkv = tensors.qkv(norm(hidden, tensors.before_attention.weight, shape.epsilon))
+        qkv = tensors.qkv(norm(hidden, tensors.before_attention, shape))
         out = qkv.new_empty((len(qkv), heads + 2 * groups, shape.head_dim))
-        rotation = (place.cos.contiguous(), place.sin.contiguous())
+        turn = Rotation(place.cos.contiguous(), place.sin.contiguous())
         _rotate(
-            decoder, tensors, cache, index, qkv, positions, slots, rotation, out, is_prompt=True
-        )
+            decoder, tensors, cache, index, qkv, positions, slots, turn, place.stretch, out,
+            is_prompt=True,
+        )  # fmt: skip
         q, k, v = out.split([heads, groups, groups], dim=1)
         attended = attend_placed(q, k, v, place, shape)
-        hidden = hidden + tensors.out(attended.reshape(len(hidden), -1))
-        both = tensors.gate_up(norm(hidden, tensors.before_mlp.weight, shape.epsilon))
-        gated = both.new_empty((len(both), both.shape[1] // 2))
-        _launch_gate(both, gated)
-        hidden = hidden + tensors.down(gated)
+        delta = norm(tensors.out(attended.reshape(len(hidden), -1)), tensors.after_attention, shape)
+        hidden = hidden + _scale(delta, shape)
+        x = norm(hidden, tensors.before_mlp, shape)
+        if layer.experts is not None:
+            delta, _ = layer.experts(x, None)
+        else:
+            both = tensors.gate_up(x)
+            gated = both.new_empty((len(both), tensors.down.group.columns))
+            _launch_gate(both, gated, shape)
+            delta = tensors.down(gated)
+        hidden = hidden + _scale(norm(delta, tensors.after_mlp, shape), shape)
     return hidden
+
+
+def _scale(delta: Tensor, shape: LayerShape) -> Tensor:
+    return delta if shape.residual == 1.0 else delta * shape.residual
 
 
 def _rotate(
@@ -137,7 +165,8 @@ def _rotate(
     qkv: Tensor,
     positions: Tensor,
     slots: Tensor,
-    rotation: tuple[Tensor, Tensor],
+    turn: Rotation,
+    stretch: Tensor | None,
     out: Tensor,
     *,
     is_prompt: bool = False,
@@ -147,21 +176,23 @@ def _rotate(
     has_norm = tensors.q_norm is not None
     q_norm, k_norm = (tensors.q_norm.weight, tensors.k_norm.weight) if has_norm else (qkv, qkv)
     kernels.rotate_kernel[(qkv.shape[0], heads + 2 * groups)](
-        qkv, q_norm, k_norm, *rotation, positions, slots, out, cache.keys[index],
-        cache.values[index], cache.capacity, shape.epsilon, HEADS=heads, GROUPS=groups, SIZE=size,
+        qkv, q_norm, k_norm, *turn, qkv if stretch is None else stretch, positions, slots, out,
+        cache.keys[index], cache.values[index], cache.capacity, shape.epsilon, HEADS=heads,
+        GROUPS=groups, SIZE=size,
         HALF=triton.next_power_of_2(size // 2), HAS_NORM=has_norm, IS_PROMPT=is_prompt,
+        STRETCHES=stretch is not None, **shape_heads(shape, turn.cos.shape[1]),
         num_warps=1,
     )  # fmt: skip
 
 
 def _attend(
     decoder: Any,
-    tensors: Any,
+    layer: Any,
     cache: KeyValueCache,
     index: int,
     qkv: Tensor,
     positions: Tensor,
-    rotation: tuple[Tensor, Tensor],
+    rotations: Any,
     out: Tensor,
 ) -> None:
     shape = decoder.shape
@@ -169,7 +200,10 @@ def _attend(
     count, shared = qkv.shape[0], heads // groups
     keys, values = cache.keys[index], cache.values[index]
     q = qkv.new_empty((count, heads, size))
-    _rotate(decoder, tensors, cache, index, qkv, positions, positions, rotation, q)
+    _rotate(
+        decoder, layer.tensors, cache, index, qkv, positions, positions, rotations.layers[index],
+        rotations.stretch, q,
+    )  # fmt: skip
     splits = triton.next_power_of_2(max(1, _PROGRAMS // (count * groups)))
     splits = min(splits, triton.next_power_of_2(triton.cdiv(cache.capacity, _KEYS)))
     parts = torch.empty((count, groups, splits, shared, size), device=q.device)
@@ -177,6 +211,7 @@ def _attend(
     wide = triton.next_power_of_2(max(size, 16))
     kernels.attention_kernel[(count, groups, splits)](
         q, keys, values, positions, parts, sums, cache.capacity, shape.scale,
+        shape.softcap, layer.window or cache.capacity, CAPS=bool(shape.softcap),
         SHARED=shared, SIZE=size, WIDE=wide, SPLITS=splits, KEYS=_KEYS,
         ROWS=max(16, triton.next_power_of_2(shared)), num_warps=4,
     )  # fmt: skip
@@ -187,15 +222,20 @@ def _attend(
 
 
 def _launch_norm(
-    hidden: Tensor, delta: Tensor | None, weight: Tensor, out: Tensor, epsilon: float
+    hidden: Tensor, delta: Tensor | None, weight: Norm | None, out: Tensor, shape: LayerShape
 ) -> None:
     size = hidden.shape[1]
     kernels.norm_kernel[(hidden.shape[0],)](
-        hidden, hidden if delta is None else delta, weight, out, size, out.stride(0), epsilon,
-        HAS_DELTA=delta is not None, BLOCK=triton.next_power_of_2(size), num_warps=8,
+        hidden, hidden if delta is None else delta, hidden if weight is None else weight.weight,
+        out, size, out.stride(0), shape.epsilon, shape.residual, HAS_DELTA=delta is not None,
+        SCALES=shape.residual != 1.0, NORM=0 if weight is None else NORMS[shape.norm],
+        BLOCK=triton.next_power_of_2(size), num_warps=8,
     )  # fmt: skip
 
 
-def _launch_gate(both: Tensor, out: Tensor) -> None:
-    rows, size = both.shape[0], both.shape[1] // 2
-    kernels.gate_kernel[(rows, triton.cdiv(size, 1024))](both, out, size, out.stride(0), BLOCK=1024)
+def _launch_gate(both: Tensor, out: Tensor, shape: LayerShape) -> None:
+    rows, size = both.shape[0], both.shape[1] // (2 if shape.is_gated else 1)
+    kernels.gate_kernel[(rows, triton.cdiv(size, 1024))](
+        both, out, size, out.stride(0), ACTIVATION=ACTIVATIONS[shape.activation],
+        GATED=shape.is_gated, BLOCK=1024,
+    )  # fmt: skip

@@ -29,6 +29,7 @@ from qlora_kit.engines.native.layers.family_reader import read_shape
 from qlora_kit.engines.native.layers.layer import (
     Attention,
     LayerShape,
+    Norm,
     Placement,
     add_fed,
     attend_placed,
@@ -275,7 +276,7 @@ class Decoder:
     def _score(self, hidden: Tensor) -> Tensor:
         if self.kernels is None:
             return self.vocabulary.score(hidden)
-        normed = self.kernels.norm(hidden, self.vocabulary.norm.weight, self.shape.epsilon)
+        normed = self.kernels.norm(hidden, Norm(self.vocabulary.norm.weight), self.shape)
         return self.vocabulary.finish(torch.nn.functional.linear(normed, self.vocabulary.head))
 
     def _choose_kernels(self) -> Any:

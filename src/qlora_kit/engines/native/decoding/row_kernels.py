@@ -16,8 +16,17 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from qlora_kit.engines.native.decoding.kernel_parts import (
+    activate,
+    cap,
+    halve,
+    normalize,
+    read_turn,
+)
+
 __all__ = [
     "RANKS",
+    "add_kernel",
     "attention_kernel",
     "combine_kernel",
     "enter",
@@ -66,26 +75,54 @@ def norm_kernel(
     size,
     rank,
     epsilon,
+    NORM: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
     RANK: tl.constexpr,
     EIGHTS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """``BLOCK`` columns of a normalized row; each program reads all of it."""
+    """``BLOCK`` columns of a row, normalized where it is; each program reads all of it then."""
     enter(EARLY)
     kind = out.dtype.element_ty
-    everything = tl.arange(0, WHOLE)
-    row = tl.load(hidden + everything, everything < size, 0.0).to(tl.float32)
-    factor = tl.rsqrt(tl.sum(row * row) / size + epsilon)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
     x = tl.load(hidden + column, inside, 0.0).to(tl.float32)
-    scale = tl.load(weight + column, inside, 0.0).to(tl.float32)
-    # Rounded before the weight, as transformers does.
-    x = ((x * factor).to(kind).to(tl.float32) * scale).to(kind)
+    if NORM > 0:
+        everything = tl.arange(0, WHOLE)
+        row = tl.load(hidden + everything, everything < size, 0.0).to(tl.float32)
+        factor = tl.rsqrt(tl.sum(row * row) / size + epsilon)
+        scale = tl.load(weight + column, inside, 0.0).to(tl.float32)
+        x = normalize(x, factor, scale, NORM, kind)
+    x = x.to(kind)
     tl.store(out + _place(column, size, EIGHTS), x, inside)
     _store_shares(x.to(tl.float32), down, shares, size, column, inside, rank, RANK)
+
+
+@triton.jit
+def add_kernel(
+    hidden,
+    delta,
+    weight,
+    size,
+    epsilon,
+    residual,
+    NORM: tl.constexpr,
+    WHOLE: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """What a block puts out, normalized where it is and scaled, on top of the residual."""
+    enter(EARLY)
+    kind = hidden.dtype.element_ty
+    column = tl.arange(0, WHOLE)
+    inside = column < size
+    x = tl.load(delta + column, inside, 0.0).to(tl.float32)
+    if NORM > 0:
+        scale = tl.load(weight + column, inside, 0.0).to(tl.float32)
+        x = normalize(x, tl.rsqrt(tl.sum(x * x) / size + epsilon), scale, NORM, kind)
+    x = (x.to(kind).to(tl.float32) * residual).to(kind).to(tl.float32)
+    before = tl.load(hidden + column, inside, 0.0).to(tl.float32)
+    tl.store(hidden + column, (before + x).to(kind), inside)
 
 
 @triton.jit
@@ -96,34 +133,38 @@ def gate_kernel(
     shares,
     size,
     rank,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
     BLOCK: tl.constexpr,
     RANK: tl.constexpr,
     EIGHTS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """``BLOCK`` columns of ``silu(gate) * up``."""
+    """``BLOCK`` columns of ``activation(gate) * up``; or of the activation alone."""
     enter(EARLY)
     kind = out.dtype.element_ty
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
     gate = tl.load(both + column, inside, 0.0).to(tl.float32)
-    up = tl.load(both + size + column, inside, 0.0).to(tl.float32)
-    x = (gate * tl.sigmoid(gate) * up).to(kind)
+    x = activate(gate, ACTIVATION)
+    if GATED:
+        x *= tl.load(both + size + column, inside, 0.0).to(tl.float32)
+    x = x.to(kind)
     tl.store(out + _place(column, size, EIGHTS), x, inside)
     _store_shares(x.to(tl.float32), down, shares, size, column, inside, rank, RANK)
 
 
 @triton.jit
-def _turn(first, second, weight, cos, sin, lane, mask, SIZE: tl.constexpr, epsilon,
-          HAS_NORM: tl.constexpr, kind: tl.constexpr):  # fmt: skip
+def _turn(first, second, weight, cos, sin, one, other, mask, SIZE: tl.constexpr, epsilon,
+          HAS_NORM: tl.constexpr, NORM: tl.constexpr, kind: tl.constexpr):  # fmt: skip
     """Normalize and rotate heads, shape ``(heads, HALF)`` for each half."""
     if HAS_NORM:
         squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
         scale = tl.rsqrt(squares / SIZE + epsilon)[:, None]
-        left = tl.load(weight + lane, mask, 0.0).to(tl.float32)[None, :]
-        right = tl.load(weight + SIZE // 2 + lane, mask, 0.0).to(tl.float32)[None, :]
-        first = ((first * scale).to(kind).to(tl.float32) * left).to(kind).to(tl.float32)
-        second = ((second * scale).to(kind).to(tl.float32) * right).to(kind).to(tl.float32)
+        left = tl.load(weight + one, mask, 0.0).to(tl.float32)[None, :]
+        right = tl.load(weight + other, mask, 0.0).to(tl.float32)[None, :]
+        first = normalize(first, scale, left, NORM, kind).to(kind).to(tl.float32)
+        second = normalize(second, scale, right, NORM, kind).to(kind).to(tl.float32)
     turned = (first * cos - second * sin).to(kind)
     return turned, (second * cos + first * sin).to(kind)
 
@@ -135,6 +176,7 @@ def attention_kernel(
     k_norm,
     cos,
     sin,
+    stretch,
     positions,
     keys,
     values,
@@ -142,6 +184,8 @@ def attention_kernel(
     sums,
     capacity,
     scale,
+    softcap,
+    window,
     epsilon,
     SHARED: tl.constexpr,
     SIZE: tl.constexpr,
@@ -151,6 +195,11 @@ def attention_kernel(
     KEYS: tl.constexpr,
     ROWS: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    NORM: tl.constexpr,
+    TURNS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    STRETCHES: tl.constexpr,
+    CAPS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """A share of a key head's tokens for the ``SHARED`` query heads that read it.
@@ -167,45 +216,56 @@ def attention_kernel(
     mask = lane < SIZE // 2
     head = tl.arange(0, ROWS)
     here = (head < SHARED)[:, None] & mask[None, :]
-    # Both halves of cosines and sines are alike.
-    c = tl.load(cos + position * SIZE + lane, mask, 0.0).to(tl.float32)[None, :]
-    s = tl.load(sin + position * SIZE + lane, mask, 0.0).to(tl.float32)[None, :]
-    source = qkv + (group * SHARED + head[:, None]) * SIZE + lane[None, :]
-    first = tl.load(source, here, 0.0).to(tl.float32)
-    second = tl.load(source + SIZE // 2, here, 0.0).to(tl.float32)
-    q1, q2 = _turn(first, second, q_norm, c, s, lane, mask, SIZE, epsilon, HAS_NORM, kind)
-    source = qkv + (groups * SHARED + group) * SIZE + lane[None, :]
-    first = tl.load(source, mask[None, :], 0.0).to(tl.float32)
-    second = tl.load(source + SIZE // 2, mask[None, :], 0.0).to(tl.float32)
-    k1, k2 = _turn(first, second, k_norm, c, s, lane, mask, SIZE, epsilon, HAS_NORM, kind)
+    one, other = halve(lane, SIZE, TURNS, PAIRS)
+    c, s = read_turn(cos, sin, position, lane, TURNS, PAIRS)
+    c, s = c[None, :], s[None, :]
+    source = qkv + (group * SHARED + head[:, None]) * SIZE
+    first = tl.load(source + one[None, :], here, 0.0).to(tl.float32)
+    second = tl.load(source + other[None, :], here, 0.0).to(tl.float32)
+    q1, q2 = _turn(
+        first, second, q_norm, c, s, one, other, mask, SIZE, epsilon, HAS_NORM, NORM, kind
+    )
+    if STRETCHES:
+        more = tl.load(stretch + position).to(tl.float32)
+        q1, q2 = (q1.to(tl.float32) * more).to(kind), (q2.to(tl.float32) * more).to(kind)
+    source = qkv + (groups * SHARED + group) * SIZE
+    first = tl.load(source + one[None, :], mask[None, :], 0.0).to(tl.float32)
+    second = tl.load(source + other[None, :], mask[None, :], 0.0).to(tl.float32)
+    k1, k2 = _turn(
+        first, second, k_norm, c, s, one, other, mask, SIZE, epsilon, HAS_NORM, NORM, kind
+    )
     wide = tl.arange(0, WIDE)
     new = tl.load(qkv + (groups * (SHARED + 1) + group) * SIZE + wide, wide < SIZE, 0.0)
     base = group.to(tl.int64) * capacity
-    target = keys + (base + position) * SIZE + lane[None, :]
+    target = keys + (base + position) * SIZE
     is_first = split == 0
-    tl.store(target, k1, mask[None, :] & is_first)
-    tl.store(target + SIZE // 2, k2, mask[None, :] & is_first)
+    tl.store(target + one[None, :], k1, mask[None, :] & is_first)
+    tl.store(target + other[None, :], k2, mask[None, :] & is_first)
     tl.store(values + (base + position) * SIZE + wide, new, (wide < SIZE) & is_first)
     most = tl.sum(q1.to(tl.float32) * k1.to(tl.float32), 1)
     most = (most + tl.sum(q2.to(tl.float32) * k2.to(tl.float32), 1)) * scale
+    most = cap(most, softcap, CAPS)
     most = tl.where(is_first, most, -1e30)
     total = tl.where(is_first, tl.full((ROWS,), 1.0, tl.float32), 0.0)
     out = tl.zeros((ROWS, WIDE), tl.float32) + new.to(tl.float32)[None, :]
     out = tl.where(is_first, out, 0.0)
     length = position.to(tl.int32)
-    share = tl.cdiv(tl.cdiv(length, SPLITS), KEYS) * KEYS
-    start = split * share
+    # The new token is one of those that it looks at.
+    seen = tl.maximum(length + 1 - window, 0)
+    share = tl.cdiv(tl.cdiv(length - seen, SPLITS), KEYS) * KEYS
+    start = seen + split * share
     end = tl.minimum(start + share, length)
     for begin in range(start, end, KEYS):
         at = begin + tl.arange(0, KEYS)
         inside = (at < end)[:, None]
-        place = keys + (base + at[:, None]) * SIZE + lane[None, :]
-        left = tl.load(place, inside & mask[None, :], 0.0)
-        right = tl.load(place + SIZE // 2, inside & mask[None, :], 0.0)
+        place = keys + (base + at[:, None]) * SIZE
+        left = tl.load(place + one[None, :], inside & mask[None, :], 0.0)
+        right = tl.load(place + other[None, :], inside & mask[None, :], 0.0)
         place = values + (base + at[:, None]) * SIZE + wide[None, :]
         value = tl.load(place, inside & (wide < SIZE)[None, :], 0.0)
         score = tl.dot(q1, tl.trans(left), input_precision="ieee")
         score = tl.dot(q2, tl.trans(right), score, input_precision="ieee") * scale
+        score = cap(score, softcap, CAPS)
         score = tl.where((at < end)[None, :], score, -1e30)
         larger = tl.maximum(most, tl.max(score, 1))
         chance = tl.exp(score - larger[:, None])

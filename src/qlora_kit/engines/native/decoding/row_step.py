@@ -15,8 +15,10 @@ from torch import Tensor
 
 from qlora_kit.engines.native.decoding import row_kernels as kernels
 from qlora_kit.engines.native.decoding import row_products as products
+from qlora_kit.engines.native.decoding.kernel_parts import ACTIVATIONS, NORMS, shape_heads
 from qlora_kit.engines.native.decoding.kv_cache import KeyValueCache
 from qlora_kit.engines.native.decoding.weights import DecodingWeights
+from qlora_kit.engines.native.layers.layer import LayerShape, Norm
 
 __all__ = ["covers", "read_row_logits", "reads_stored", "run_row"]
 
@@ -94,25 +96,49 @@ def run_row(
     Returns:
         ``hidden``.
     """
-    epsilon = decoder.shape.epsilon
+    shape = decoder.shape
     for index, layer in enumerate(decoder.layers):
         tensors = layer.tensors
-        given = _normalize(hidden, tensors.before_attention.weight, tensors.qkv, epsilon)
+        given = _normalize(hidden, tensors.before_attention, tensors.qkv, shape)
         qkv = _multiply(tensors.qkv, given)
-        given = _attend(decoder, tensors, cache, index, qkv, positions, rotations.layers[index])
-        _multiply(tensors.out, given, hidden)
-        given = _normalize(hidden, tensors.before_mlp.weight, tensors.gate_up, epsilon)
-        both = _multiply(tensors.gate_up, given)
-        _multiply(tensors.down, _gate(both, tensors.down), hidden)
+        given = _attend(decoder, layer, cache, index, qkv, positions, rotations)
+        _add(hidden, tensors.out, given, tensors.after_attention, shape)
+        if layer.experts is not None:
+            x = torch.empty_like(hidden)
+            _launch_norm(hidden, tensors.before_mlp, None, _Input(x, x), shape, eighths=False)
+            _launch_add(hidden, layer.experts.answer(x), tensors.after_mlp, shape)
+            continue
+        given = _normalize(hidden, tensors.before_mlp, tensors.gate_up, shape)
+        given = _gate(_multiply(tensors.gate_up, given), tensors.down, shape)
+        _add(hidden, tensors.down, given, tensors.after_mlp, shape)
     return hidden
+
+
+def _add(
+    hidden: Tensor, weights: DecodingWeights, given: _Input, after: Norm | None, shape: LayerShape
+) -> None:
+    """A block's product on top of ``hidden``, in a kernel of its own where more happens to it."""
+    if after is None and shape.residual == 1.0:
+        _multiply(weights, given, hidden)
+    else:
+        _launch_add(hidden, _multiply(weights, given), after, shape)
+
+
+def _launch_add(hidden: Tensor, delta: Tensor, after: Norm | None, shape: LayerShape) -> None:
+    size = hidden.shape[1]
+    kernels.add_kernel[(1,)](
+        hidden, delta, delta if after is None else after.weight, size, shape.epsilon,
+        shape.residual, NORM=0 if after is None else NORMS[shape.norm],
+        WHOLE=triton.next_power_of_2(size), num_warps=8, **_early(hidden.device),
+    )  # fmt: skip
 
 
 def read_row_logits(decoder: Any, hidden: Tensor) -> Tensor:
     """The head's product with a row, shape ``(1, V)``."""
     head = decoder.vocabulary.head
     x = torch.empty_like(hidden)
-    norm = decoder.vocabulary.norm.weight
-    _launch_norm(hidden, norm, None, _Input(x, x), decoder.shape.epsilon, eighths=False)
+    norm = Norm(decoder.vocabulary.norm.weight)
+    _launch_norm(hidden, norm, None, _Input(x, x), decoder.shape, eighths=False)
     out = hidden.new_empty((1, head.shape[0]))
     _launch_product(
         [head], head.stride(0), [head.shape[0]], head.shape[1], None, None, _Input(x, x), None, out
@@ -125,32 +151,36 @@ def _make_input(weights: DecodingWeights, count: int, like: Tensor) -> _Input:
     return _Input(like.new_empty(weights.group.columns), shares)
 
 
-def _normalize(hidden: Tensor, norm: Tensor, weights: DecodingWeights, epsilon: float) -> _Input:
+def _normalize(
+    hidden: Tensor, norm: Norm | None, weights: DecodingWeights, shape: LayerShape
+) -> _Input:
     given = _make_input(weights, triton.cdiv(hidden.shape[1], _NORM_BLOCK), hidden)
-    _launch_norm(hidden, norm, weights.down, given, epsilon, eighths=_is_packed(weights))
+    _launch_norm(hidden, norm, weights.down, given, shape, eighths=_is_packed(weights))
     return given
 
 
 def _launch_norm(
-    hidden: Tensor, norm: Tensor, down: Tensor | None, given: _Input, epsilon: float, *,
+    hidden: Tensor, norm: Norm | None, down: Tensor | None, given: _Input, shape: LayerShape, *,
     eighths: bool,
 ) -> None:  # fmt: skip
     size = hidden.shape[1]
     rank = 0 if down is None else down.shape[0]
     kernels.norm_kernel[(triton.cdiv(size, _NORM_BLOCK),)](
-        hidden, norm, norm if down is None else down, given.x, given.shares, size, rank, epsilon,
+        hidden, hidden if norm is None else norm.weight, hidden if down is None else down, given.x,
+        given.shares, size, rank, shape.epsilon, NORM=0 if norm is None else NORMS[shape.norm],
         WHOLE=triton.next_power_of_2(size), BLOCK=_NORM_BLOCK, RANK=rank, EIGHTS=eighths,
         num_warps=4, **_early(hidden.device),
     )  # fmt: skip
 
 
-def _gate(both: Tensor, weights: DecodingWeights) -> _Input:
+def _gate(both: Tensor, weights: DecodingWeights, shape: LayerShape) -> _Input:
     size = weights.group.columns
     count = triton.cdiv(size, _GATE_BLOCK)
     given = _make_input(weights, count, both)
     kernels.gate_kernel[(count,)](
         both, both if weights.down is None else weights.down, given.x, given.shares, size,
-        weights.rank, BLOCK=_GATE_BLOCK, RANK=weights.rank, EIGHTS=_is_packed(weights),
+        weights.rank, ACTIVATION=ACTIVATIONS[shape.activation], GATED=shape.is_gated,
+        BLOCK=_GATE_BLOCK, RANK=weights.rank, EIGHTS=_is_packed(weights),
         num_warps=4, **_early(both.device),
     )  # fmt: skip
     return given
@@ -158,13 +188,14 @@ def _gate(both: Tensor, weights: DecodingWeights) -> _Input:
 
 def _attend(
     decoder: Any,
-    tensors: Any,
+    layer: Any,
     cache: KeyValueCache,
     index: int,
     qkv: Tensor,
     positions: Tensor,
-    rotation: tuple[Tensor, Tensor],
+    rotations: Any,
 ) -> _Input:
+    tensors, turn, stretch = layer.tensors, rotations.layers[index], rotations.stretch
     shape = decoder.shape
     heads, groups, size = shape.heads, shape.kv_heads, shape.head_dim
     shared = heads // groups
@@ -178,10 +209,13 @@ def _attend(
     half = max(16, triton.next_power_of_2(size // 2))
     wide = max(16, triton.next_power_of_2(size))
     kernels.attention_kernel[(groups, splits)](
-        qkv, q_norm, k_norm, *rotation, positions, cache.keys[index], cache.values[index], parts,
-        sums, cache.capacity, shape.scale, shape.epsilon, SHARED=shared, SIZE=size, HALF=half,
-        WIDE=wide, SPLITS=splits, KEYS=_KEYS, ROWS=max(16, triton.next_power_of_2(shared)),
-        HAS_NORM=has_norm, num_warps=4, **_early(qkv.device),
+        qkv, q_norm, k_norm, *turn, qkv if stretch is None else stretch, positions,
+        cache.keys[index], cache.values[index], parts, sums, cache.capacity, shape.scale,
+        shape.softcap, layer.window or cache.capacity, shape.epsilon, SHARED=shared, SIZE=size,
+        HALF=half, WIDE=wide, SPLITS=splits, KEYS=_KEYS,
+        ROWS=max(16, triton.next_power_of_2(shared)),
+        HAS_NORM=has_norm, STRETCHES=stretch is not None, CAPS=bool(shape.softcap),
+        **shape_heads(shape, turn.cos.shape[1]), num_warps=4, **_early(qkv.device),
     )  # fmt: skip
     weights = tensors.out
     given = _make_input(weights, heads, qkv)

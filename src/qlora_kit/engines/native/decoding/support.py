@@ -90,39 +90,19 @@ def find_kernel_obstacle(decoder: Any) -> str | None:
     """
     shape = decoder.shape
     missing = {
-        f"norms of kind {shape.norm}": shape.norm != "rms",
+        f"norms of kind {shape.norm}": shape.norm.startswith("layer"),
         "queries and keys normalized over all heads or after turning": (
             shape.head_norms_over_all or shape.head_norms_turned
         ),
-        "neighbours that turn with each other": shape.turns_pairs,
-        "capped attention scores": bool(shape.softcap),
-        f"the activation {shape.activation}": shape.activation != "silu" or not shape.is_gated,
         "attention and feed-forward block side by side": shape.is_parallel,
-        "scaled residuals": shape.residual != 1.0,
-        "experts": any(layer.experts is not None for layer in decoder.layers),
-        "sliding windows": any(layer.window for layer in decoder.layers),
-        "norms in other places": any(not _is_usual(layer.tensors) for layer in decoder.layers),
-        "positions of another kind": (
-            decoder.turned_widths != {shape.head_dim}
-            or decoder.make_rotations(1).stretch is not None
+        "norms with biases": any(
+            norm is not None and norm.bias is not None
+            for layer in decoder.layers for norm in layer.tensors[:6]
         ),
-    }
+        "positions that differ in width": len(decoder.turned_widths) > 1,
+    }  # fmt: skip
     found = next((what for what, is_so in missing.items() if is_so), None)
     return found or find_compile_obstacle(decoder.device)
-
-
-def _is_usual(tensors: Any) -> bool:
-    """Whether a layer's blocks have a norm each, before them, without biases."""
-    before, after, before_mlp, after_mlp, *heads = tensors[:6]
-    norms = [norm for norm in (before, before_mlp, *heads) if norm is not None]
-    return (
-        before is not None
-        and before_mlp is not None
-        and after is None
-        and after_mlp is None
-        and all(norm.bias is None for norm in norms)
-        and all(norm is None or norm.weight.dim() == 1 for norm in heads)
-    )
 
 
 def find_settings_obstacle(config: Any) -> str | None:
