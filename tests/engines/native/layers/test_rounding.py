@@ -82,7 +82,7 @@ def test_a_small_update_arrives_in_the_decoder(make_adapted, load_in_4bit, is_ca
     update = _update_of(module, x)
     for count in (1, 3, 240):
         with torch.no_grad():
-            out = torch.cat([weights.apply(rows) for rows in x.split(count)])
+            out = torch.cat([weights(rows) for rows in x.split(count)])
         assert _arrived(out, exact, update) == pytest.approx(1, abs=0.2)
 
 
