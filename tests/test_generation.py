@@ -393,6 +393,11 @@ def test_one_prompt_is_no_batch(model, prompts):
         generate_batch(model, prompts)
 
 
+def test_how_many_are_answered_at_once_has_a_name(model):
+    with pytest.raises(UnknownOptionError, match=r"^generate_batch and .*'batch_size'.*at_once"):
+        generate_batch(model, ["one"], batch_size=0)
+
+
 def test_what_compiling_says_of_a_gpu_that_is_not_there_is_not_shown(adapted, caplog, monkeypatch):
     import logging
 

@@ -175,6 +175,7 @@ def _read_settings(
             "do_sample": bool(given) if do_sample is None else do_sample,
             "max_new_tokens": max_new_tokens,
         },
+        caller,
     )
     stops = read_stops(stop, model)
     config.eos_token_id = list(dict.fromkeys((*config.eos_token_id, *stops.token_ids)))

@@ -158,7 +158,9 @@ def read_stops(stop: Any, model: LoadedModel) -> Stops:
     return Stops((*given, *model.stop_strings), ids)
 
 
-def make_config(model: LoadedModel, fields: Mapping[str, Any]) -> GenerationConfig:
+def make_config(
+    model: LoadedModel, fields: Mapping[str, Any], caller: str = "generate_stream"
+) -> GenerationConfig:
     """The model's own generation configuration with ``fields`` on top.
 
     Raises:
@@ -174,8 +176,10 @@ def make_config(model: LoadedModel, fields: Mapping[str, Any]) -> GenerationConf
     unknown = [name for name in fields if name not in known]
     if unknown:
         hints = "".join(did_you_mean(name, known) for name in unknown)
+        if "batch_size" in unknown:
+            hints += " generate_batch answers at_once prompts at the same time."
         raise UnknownOptionError(
-            f"generate_stream and GenerationConfig have no {', '.join(map(repr, unknown))}.{hints}"
+            f"{caller} and GenerationConfig have no {', '.join(map(repr, unknown))}.{hints}"
         )
     for name, advice in _REFUSED.items():
         if fields.get(name) not in (None, False, 1):
