@@ -24,7 +24,8 @@ from typing import Any
 _PARTS = {
     "imports": "the interpreter and the libraries",
     "dequantize": "a .gguf file into a cached checkpoint, or finding it there",
-    "load": "the rest of loading: reading, quantizing, fingerprint, tokenizer",
+    "fingerprint": "reading all weights once, to know them again",
+    "load": "the rest of loading: reading, quantizing, tokenizer",
     "attach": "the adapter",
     "rows": "reading the file",
     "prepare": "rows to tokens, the trainer, and what comes before the first step",
@@ -163,11 +164,13 @@ def _make_ours(options: argparse.Namespace, clock: _Clock) -> Any:
     import trl
 
     from qlora_kit import AlpacaFormatter, attach_lora, load_quantized, train_sft
+    from qlora_kit.engines import base_model
     from qlora_kit.engines.gguf import cached_checkpoint
 
     # Their classes are what takes long; modules of such libraries load them when asked.
     _ = (peft.LoraConfig, transformers.Trainer, trl.SFTTrainer, torch.nn, bitsandbytes.nn)
     clock.end("imports")
+    clock.timing(base_model, "fingerprint_weights", "fingerprint")
     clock.timing(cached_checkpoint, "dequantize_gguf", "dequantize")
     model = load_quantized(options.model, 2048, load_in_4bit=True, engine="native")
     clock.end("load")

@@ -84,20 +84,20 @@ def test_parts_that_are_not_text_and_tables_are_left_out(base, caplog):
 def test_the_fingerprint_is_of_the_content(tiny_llama, base):
     from transformers import AutoModelForCausalLM
 
-    original = fingerprint_weights(tiny_llama)
-    assert fingerprint_weights(base) == original
+    original = fingerprint_weights(tiny_llama, is_quantized=False)
+    assert fingerprint_weights(base, is_quantized=False) == original
     # Spread over several files.
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype="auto")
     model.save_pretrained(base / "shards", max_shard_size="100KB")
     assert len(list((base / "shards").glob("*.safetensors"))) > 1
-    assert fingerprint_weights(base / "shards") == original
+    assert fingerprint_weights(base / "shards", is_quantized=False) == original
     _poke(PROJECTION, 0.123)(base)
-    changed = fingerprint_weights(base)
+    changed = fingerprint_weights(base, is_quantized=False)
     assert changed != original
     # The same numbers elsewhere.
     _change(base, lambda tensors: tensors.update({NORM: tensors[NORM].flip(0)}))
     _change(base, lambda t: t[NORM].view(-1)[:1].add_(1))
-    assert fingerprint_weights(base) != changed
+    assert fingerprint_weights(base, is_quantized=False) != changed
 
 
 @pytest.mark.parametrize(
@@ -114,10 +114,10 @@ def test_numbers_that_are_none_are_found_in_every_dtype(dtype, tmp_path):
     for number, finite in zip(numbers, is_finite, strict=True):
         save_file({"w": torch.stack([numbers[0], number])}, tmp_path / "model.safetensors")
         if finite:
-            fingerprint_weights(tmp_path)
+            fingerprint_weights(tmp_path, is_quantized=False)
         else:
             with pytest.raises(UnsupportedModelError, match="infinite or not a number"):
-                fingerprint_weights(tmp_path)
+                fingerprint_weights(tmp_path, is_quantized=False)
 
 
 @pytest.mark.parametrize("is_prequantized", [False, True])

@@ -9,9 +9,7 @@ import contextlib
 import copy
 import logging
 import re
-import threading
 from collections.abc import Collection, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -29,7 +27,7 @@ from qlora_kit.engines.tokenizer import load_tokenizer
 from qlora_kit.errors import ConfigError, EngineError, UnsupportedModelError
 from qlora_kit.launches import once_a_machine
 from qlora_kit.values import is_whole_number
-from qlora_kit.weights.fingerprint import fingerprint_weights, refuse_whole_numbers, stamp_files
+from qlora_kit.weights.fingerprint import fingerprint_weights, stamp_files
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +77,7 @@ class OpenedCheckpoint:
         quantization: How it will be quantized in memory.
         model_config: transformers' configuration of the model.
         tokenizer: Its tokenizer, with padding settled.
-        reading: Its weights being read, for their :attr:`fingerprint`.
+        fingerprint: Of its weights' content.
         stamps: What tells whether its files changed since they were read, by name.
     """
 
@@ -90,25 +88,12 @@ class OpenedCheckpoint:
     quantization: QuantizationName | None
     model_config: Any
     tokenizer: PreTrainedTokenizerBase
-    reading: Future[str]
+    fingerprint: str
     stamps: Mapping[str, tuple[int, int]]
 
-    @property
-    def fingerprint(self) -> str:
-        """Of its weights' content; waits until they are read.
 
-        Raises:
-            UnsupportedModelError: When there are numbers among them that are none.
-        """
-        return self.reading.result()
-
-
-@contextlib.contextmanager
-def open_checkpoint(config: LoadConfig) -> Iterator[OpenedCheckpoint]:
-    """Look through the checkpoint in ``config.model_name``, a local folder.
-
-    Its weights are read for their fingerprint meanwhile, until they are read or the ``with``
-    statement is left.
+def open_checkpoint(config: LoadConfig) -> OpenedCheckpoint:
+    """Look through the checkpoint in ``config.model_name``, a local folder, and its numbers.
 
     Raises:
         ConfigError: When the dtype is not one that models are computed in.
@@ -140,23 +125,14 @@ def open_checkpoint(config: LoadConfig) -> Iterator[OpenedCheckpoint]:
         is_quantized=stored is not None,
         trust_remote_code=config.trust_remote_code,
     )
-    if stored is None:
-        refuse_whole_numbers(folder)
-    stop = threading.Event()
-    pool = ThreadPoolExecutor(1, "qlora_kit-fingerprint")
-    reading = pool.submit(
-        once_a_machine,
+    fingerprint = once_a_machine(
         "the fingerprint of a base",
         (str(folder), stamps),
-        lambda: fingerprint_weights(folder, stop),
+        lambda: fingerprint_weights(folder, is_quantized=stored is not None),
     )
-    try:
-        yield OpenedCheckpoint(
-            folder, device, dtype, stored, quantization, model_config, tokenizer, reading, stamps
-        )
-    finally:
-        stop.set()
-        pool.shutdown(wait=False)
+    return OpenedCheckpoint(
+        folder, device, dtype, stored, quantization, model_config, tokenizer, fingerprint, stamps
+    )
 
 
 #: What torch and transformers say where a device does not exist.

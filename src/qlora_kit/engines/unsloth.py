@@ -99,10 +99,7 @@ class UnslothEngine:
                 ".",
                 parameter="shard",
             )
-        with open_checkpoint(config) as opened:
-            return self._load_opened(config, opened)
-
-    def _load_opened(self, config: LoadConfig, opened: OpenedCheckpoint) -> LoadedModel:
+        opened = open_checkpoint(config)
         folder = opened.folder
         placement = {} if config.device_map is None else {"device_map": config.device_map}
         with _log_prints(), keep_random_states(), _explain(f"load {folder}", UnsupportedModelError):

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
 import zlib
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["fingerprint_weights", "refuse_whole_numbers", "stamp_files"]
+__all__ = ["fingerprint_weights", "stamp_files"]
 
 _WHOLE_NUMBERS: Final = ("int64", "int32", "int16", "int8", "uint8", "bool")
 #: Bytes of a tensor that are looked at together, few enough to stay in a processor's cache.
@@ -39,24 +38,26 @@ _EXPONENTS: Final = {
 }
 
 
-def fingerprint_weights(folder: Path, stop: threading.Event | None = None) -> str:
+def fingerprint_weights(folder: Path, *, is_quantized: bool) -> str:
     """A fingerprint of every tensor's name, shape, dtype and content.
 
     How tensors are spread over files does not matter; a single changed number does.
 
     Args:
         folder: A checkpoint in safetensors format.
-        stop: Is set when nobody waits for it any more.
+        is_quantized: Whether weights are packed into whole numbers.
 
     Raises:
-        UnsupportedModelError: When a weight is infinite or not a number.
-        CancelledError: When it was stopped.
+        UnsupportedModelError: When a weight is infinite, not a number, or a whole number where
+            floating-point numbers belong.
     """
     with SafetensorsSource(folder) as source:
         names = sorted(source.names())
+        if not is_quantized:
+            _refuse_whole_numbers(source, names)
         workers = min(_MOST_THREADS, os.cpu_count() or 1)
         with ThreadPoolExecutor(workers, "qlora_kit-weights") as pool:
-            parts = list(pool.map(lambda name: _read(source, name, stop), names))
+            parts = list(pool.map(lambda name: _read(source, name), names))
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         digest.update(part.encode())
@@ -78,26 +79,20 @@ def stamp_files(folder: Path) -> dict[str, tuple[int, int]]:
     return stamps
 
 
-def refuse_whole_numbers(folder: Path) -> None:
-    """Refuse weights stored as whole numbers, of a checkpoint that says nothing of quantization.
-
-    Raises:
-        UnsupportedModelError: When there is one.
-    """
-    with SafetensorsSource(folder) as source:
-        for name in sorted(source.names()):
-            dtype = TORCH_DTYPES.get(source.dtype(name), source.dtype(name))
-            # Masks and positions, which some models keep beside their weights, are whole numbers.
-            is_weight = name.endswith(".weight") and len(source.shape(name)) > 1
-            if is_weight and dtype in _WHOLE_NUMBERS:
-                raise UnsupportedModelError(
-                    f"{folder} holds {name} as whole numbers ({dtype}), and its config.json "
-                    "names no quantization that would explain them. Start from the model's 16-bit "
-                    "checkpoint."
-                )
+def _refuse_whole_numbers(source: SafetensorsSource, names: list[str]) -> None:
+    for name in names:
+        dtype = TORCH_DTYPES.get(source.dtype(name), source.dtype(name))
+        # Masks and positions, which some models keep beside their weights, are whole numbers.
+        is_weight = name.endswith(".weight") and len(source.shape(name)) > 1
+        if is_weight and dtype in _WHOLE_NUMBERS:
+            raise UnsupportedModelError(
+                f"{source.folder} holds {name} as whole numbers ({dtype}), and its config.json "
+                "names no quantization that would explain them. Start from the model's 16-bit "
+                "checkpoint."
+            )
 
 
-def _read(source: SafetensorsSource, name: str, stop: threading.Event | None) -> str:
+def _read(source: SafetensorsSource, name: str) -> str:
     """One tensor's part of the fingerprint, after a look at its numbers."""
     import torch
 
@@ -107,8 +102,6 @@ def _read(source: SafetensorsSource, name: str, stop: threading.Event | None) ->
     raw = tensor.reshape(-1).view(torch.uint8).numpy()
     total = 0
     for number, start in enumerate(range(0, len(raw), _BLOCK_BYTES)):
-        if stop is not None and stop.is_set():
-            raise CancelledError
         block = raw[start : start + _BLOCK_BYTES]
         # Odd factors, so that blocks that changed places change the sum.
         total += (2 * number + 1) * _sum_words(block)
@@ -129,6 +122,4 @@ def _sum_words(block: npt.NDArray[np.uint8]) -> int:
 
 def _is_finite(block: npt.NDArray[np.uint8], dtype: str) -> bool:
     exponent, word = _EXPONENTS[dtype]
-    numbers = block.view(word)
-    mask = numbers.dtype.type(exponent)
-    return bool(((numbers & mask) != mask).all())
+    return bool(((block.view(word) & exponent) != exponent).all())

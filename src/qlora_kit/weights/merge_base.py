@@ -122,8 +122,11 @@ def find_changed_file(model: LoadedModel) -> str | None:
     ]
     if names and "config.json" not in names and model.base.fingerprint is not None:
         # Written anew with the same content, or only touched.
+        is_quantized = model.base.is_prequantized
         with contextlib.suppress(QloraKitError):
-            if model.base.fingerprint == fingerprint_weights(model.base.path):
+            if model.base.fingerprint == fingerprint_weights(
+                model.base.path, is_quantized=is_quantized
+            ):
                 return None
     return names[0] if names else None
 

@@ -14,7 +14,6 @@ from qlora_kit.device import fork_generators, to_torch_dtype
 from qlora_kit.engines.adapter_start import capture_start
 from qlora_kit.engines.base import DecodingSession, GenerativeModel, Trainer, TrainJob
 from qlora_kit.engines.base_model import (
-    OpenedCheckpoint,
     explain_load_errors,
     open_checkpoint,
     refuse_missing_tensors,
@@ -48,10 +47,6 @@ class NativeEngine:
 
     def load(self, config: LoadConfig) -> LoadedModel:
         """Put the checkpoint in ``config.model_name``, a local folder, into memory."""
-        with open_checkpoint(config) as opened:
-            return self._load_opened(config, opened)
-
-    def _load_opened(self, config: LoadConfig, opened: OpenedCheckpoint) -> LoadedModel:
         from transformers import AutoModelForCausalLM
 
         from qlora_kit.engines.native.sharding.loading import (
@@ -60,6 +55,7 @@ class NativeEngine:
             make_device_map,
         )
 
+        opened = open_checkpoint(config)
         folder, dtype, stored = opened.folder, opened.dtype, opened.stored
         node = choose_node(config, opened)
         device_map = {"": opened.device} if config.device_map is None else config.device_map
