@@ -15,20 +15,21 @@ from qlora_kit.config import (
     ATTENTION_ALIASES,
     DEFAULT_TARGET_MODULES,
     MLP_ALIASES,
-    TARGET_PRESETS,
     AdapterConfig,
 )
 from qlora_kit.engines.contract import check_handle
-from qlora_kit.engines.target_parameters import (
-    find_parameters,
-    list_expert_stacks,
-    resolve_parameters,
+from qlora_kit.engines.target_modules import (
+    check_layers,
+    check_names,
+    check_pattern,
+    check_ranks,
+    resolve_targets,
 )
+from qlora_kit.engines.target_parameters import resolve_parameters
 from qlora_kit.errors import (
     ConfigError,
     EngineError,
     QloraKitError,
-    did_you_mean,
     invalid_value,
 )
 from qlora_kit.handles import AdaptedModel, LoadedModel
@@ -134,7 +135,7 @@ def attach_lora(
             value=max_seq_length,
         )
     parameters = resolve_parameters(target_parameters, model.model)
-    targets = _resolve_targets(target_modules, model.model, are_alone=parameters is None)
+    targets = resolve_targets(target_modules, model.model, are_alone=parameters is None)
     if isinstance(modules_to_save, str):
         modules_to_save = (modules_to_save,)
     if modules_to_save is not None and (
@@ -154,8 +155,8 @@ def attach_lora(
             layers_to_transform,
             "attach_lora",
         )
-    _check_names(modules_to_save or (), "modules_to_save", model.model)
-    _check_layers(layers_to_transform, model.model)
+    check_names(modules_to_save or (), "modules_to_save", model.model)
+    check_layers(layers_to_transform, model.model)
     if parameters is not None and layers_to_transform is not None:
         raise ConfigError(
             Setting("layers_to_transform", layers_to_transform, "attach_lora"),
@@ -173,7 +174,7 @@ def attach_lora(
             raise invalid_value(
                 parameter, "must be a mapping of module names to numbers", pattern, "attach_lora"
             )
-        _check_pattern(pattern, parameter, (*targets, *(parameters or ())))
+        check_pattern(pattern, parameter, (*targets, *(parameters or ())))
     if loftq_config is not None and not isinstance(loftq_config, Mapping):
         raise invalid_value(
             "loftq_config",
@@ -199,7 +200,7 @@ def attach_lora(
         alpha_pattern=dict(alpha_pattern) if alpha_pattern else None,
         target_parameters=parameters,
     )
-    _check_ranks(config, targets, model.model)
+    check_ranks(config, targets, model.model)
     with translate_errors(lambda error: _explain_attaching(error, config)):
         attached = model.engine.attach(model, config)
     adapted = check_handle(model.engine, "attach", attached, AdaptedModel)
@@ -256,136 +257,6 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value)
 
 
-def _resolve_targets(asked: str | Sequence[str], model: Any, *, are_alone: bool) -> tuple[str, ...]:
-    """Names of modules; ``are_alone`` where no parameters are adapted besides."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    linear = (torch.nn.Linear, Conv1D)
-    available = _names_of(model, (*linear, torch.nn.Embedding))
-    # The default itself, not its names: whoever types them means them. Experts are no modules, and
-    # what trains around them is for the user to choose.
-    is_default = asked is DEFAULT_TARGET_MODULES
-    if is_default and not are_alone:
-        return tuple(name for name in asked if name in available)
-    if is_default and set(asked) <= set(available) and list_expert_stacks(model):
-        logger.warning(
-            "Shared experts and layers without experts get adapters, the experts that tokens are "
-            "routed to do not: target_parameters='experts' adapts those."
-        )
-    if is_default and not set(asked) <= set(available) and not _advise_on_experts(model):
-        asked = "all-linear"
-        logger.warning(
-            "This model has other projections than Llama's; %s is trained instead.",
-            Setting("target_modules", asked, "attach_lora"),
-        )
-    if isinstance(asked, str):
-        if asked == "all-linear":
-            # As in peft and the QLoRA paper: every linear layer but the language-model head.
-            head = model.get_output_embeddings()
-            return tuple(_names_of(model, linear, leave_out=head))
-        if asked in ("attention", "mlp"):
-            aliases = ATTENTION_ALIASES if asked == "attention" else MLP_ALIASES
-            found = tuple(name for name in available if name in aliases)
-            if not found:
-                raise ConfigError(
-                    Setting("target_modules", asked, "attach_lora"),
-                    " matches nothing in this model. It has: "
-                    f"{', '.join(available)}.{_advise_on_experts(model)}",
-                    parameter="target_modules",
-                    value=asked,
-                )
-            return found
-        asked = (asked,)
-    if not isinstance(asked, Iterable) or isinstance(asked, Mapping):
-        raise ConfigError(
-            Setting("target_modules", of="attach_lora"),
-            f" must be module names or one of {', '.join(TARGET_PRESETS)}; got {asked!r}. This "
-            f"model has: {', '.join(available)}.",
-            parameter="target_modules",
-            value=asked,
-        )
-    names = tuple(dict.fromkeys(asked))
-    if not names and are_alone:
-        raise ConfigError(f"target_modules is empty. This model has: {', '.join(available)}.")
-    _check_names(names, "target_modules", model, kinds=(*linear, torch.nn.Embedding))
-    return names
-
-
-def _check_names(
-    names: Iterable[str], parameter: str, model: Any, *, kinds: tuple[type, ...] = (object,)
-) -> None:
-    # As peft matches them: "q_proj" and "layers.0.self_attn.q_proj" are both suffixes of a name.
-    whole = [f".{name}" for name, module in model.named_modules() if isinstance(module, kinds)]
-    unknown = [
-        name
-        for name in names
-        if not isinstance(name, str) or not any(known.endswith(f".{name}") for known in whole)
-    ]
-    if unknown:
-        available = _names_of(model, kinds)
-        presets = f" Presets: {', '.join(TARGET_PRESETS)}." if parameter == "target_modules" else ""
-        hints = "".join(
-            dict.fromkeys(
-                did_you_mean(str(name), (*available, *TARGET_PRESETS)) for name in unknown
-            )
-        )
-        raise ConfigError(
-            f"{parameter}: this model has no {', '.join(map(repr, unknown))}.{hints} "
-            f"It has: {', '.join(available)}.{presets}{_advise_on_experts(model)}"
-        )
-
-
-def _advise_on_experts(model: Any) -> str:
-    """What to do about experts that transformers holds in one parameter for all of them."""
-    stacks = list_expert_stacks(model)
-    if not stacks:
-        return ""
-    return (
-        f" This model's experts lie together in {' and '.join(stacks)}, which adapters of modules "
-        "do not reach: target_parameters='experts' adapts them, target_modules='attention' trains "
-        "around them."
-    )
-
-
-def _check_layers(layers: Sequence[int] | int | None, model: Any) -> None:
-    if layers is None:
-        return
-    count = model.config.get_text_config().num_hidden_layers
-    asked = [layers] if isinstance(layers, int) else list(layers)
-    wrong = [layer for layer in asked if not isinstance(layer, int) or not 0 <= layer < count]
-    if wrong or not asked:
-        raise ConfigError(
-            f"layers_to_transform: this model has layers 0 to {count - 1}, got {layers!r}."
-        )
-
-
-def _check_ranks(config: AdapterConfig, targets: Sequence[str], model: Any) -> None:
-    """Refuse ranks beyond every adapted matrix: they would fill memory with nothing."""
-    parameters = config.target_parameters or ()
-    stacks = [
-        max(one.shape[-2:])
-        for name, one in find_parameters(model).items()
-        if f".{name}".endswith(tuple(f".{own}" for own in parameters))
-    ]
-    modules = (
-        getattr(module, name, 0)
-        for path, module in model.named_modules()
-        if path.endswith(tuple(targets))
-        # The last two are GPT-2's, whose linear layers are of a kind of their own.
-        for name in (
-            "in_features", "out_features", "num_embeddings", "embedding_dim", "nx", "nf",
-        )
-    )  # fmt: skip
-    largest = max([*stacks, *modules])
-    for rank in (config.r, *(config.rank_pattern or {}).values()):
-        if rank > largest:
-            raise invalid_value(
-                "r", f"is beyond the {largest} rows of the largest adapted matrix", rank,
-                "attach_lora",
-            )  # fmt: skip
-
-
 def _explain_attaching(error: Exception, config: AdapterConfig) -> QloraKitError:
     if is_out_of_memory(error):
         return EngineError(
@@ -393,26 +264,3 @@ def _explain_attaching(error: Exception, config: AdapterConfig) -> QloraKitError
             f"{describe_cause(error)} Load the base again and attach a smaller one."
         )
     return ConfigError(f"peft refuses this adapter: {describe_cause(error)} Load the base again.")
-
-
-def _check_pattern(
-    pattern: Mapping[str, int] | None, parameter: str, targets: Sequence[str]
-) -> None:
-    # Keys may be regular expressions, which end like the names they match.
-    for key in pattern or {}:
-        if not any(str(key).endswith(name.split(".")[-1]) for name in targets):
-            raise ConfigError(
-                f"{parameter}: {key!r} is none of the modules that get an adapter: "
-                f"{', '.join(targets)}.{did_you_mean(str(key), targets)}"
-            )
-
-
-def _names_of(model: Any, kinds: type | tuple[type, ...], *, leave_out: Any = None) -> list[str]:
-    """Last parts of the names of modules of some kinds, the usual seven projections first."""
-    names = {
-        name.split(".")[-1]
-        for name, module in model.named_modules()
-        if isinstance(module, kinds) and module is not leave_out
-    } - {"", *(str(index) for index in range(len(list(model.modules()))))}
-    ordered = [name for name in DEFAULT_TARGET_MODULES if name in names]
-    return ordered + sorted(names - set(ordered))

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from qlora_kit.artifacts.adapter_folder import has_own_tokenizer
-from qlora_kit.errors import ConfigError, ExportError, UnsupportedModelError, invalid_value
+from qlora_kit.errors import ConfigError, ExportError, invalid_value
+from qlora_kit.exporters.gguf.adapter_factors import (
+    MERGE_INSTEAD,
+    collect_factors,
+    find_configuration,
+    list_invocation_tokens,
+)
 from qlora_kit.exporters.gguf.conversion.file_plan import pad
 from qlora_kit.exporters.gguf.conversion.file_writer import convert
 from qlora_kit.exporters.gguf.conversion.origin import (
@@ -18,13 +24,7 @@ from qlora_kit.exporters.gguf.conversion.origin import (
     read_origin,
     write_origin,
 )
-from qlora_kit.exporters.gguf.conversion.tensors import (
-    find_block,
-    find_change,
-    make_name_mapper,
-)
-from qlora_kit.exporters.gguf.conversion.text_model import name_in_text_model
-from qlora_kit.exporters.gguf.families.table import Config, Family, read_family
+from qlora_kit.exporters.gguf.families.table import Family, read_family
 from qlora_kit.exporters.gguf.model_exporter import choose_name
 from qlora_kit.exporters.gguf.quantization.ggml import check_encoder, find_missing_encoder
 from qlora_kit.exporters.gguf.quantization.recipes import ALIASES, RECIPES
@@ -37,21 +37,16 @@ from qlora_kit.messages import Setting
 from qlora_kit.private_folders import scratch_folder
 from qlora_kit.results import Check, Verification
 from qlora_kit.verification.levels import compare_by_level
-from qlora_kit.weights.adapter import CHANGES_BASE, find_active_adapter, is_vocabulary_resized
-from qlora_kit.weights.live import check_adapters
 from qlora_kit.weights.source import SafetensorsSource
 
 if TYPE_CHECKING:
-    import torch
     from numpy.typing import NDArray
 
 __all__ = ["GgufLoraExporter", "GgufLoraOptions"]
 
-_MERGE_INSTEAD: Final = "Export with 'gguf', which merges the adapter."
-
 _BASES_TOKENIZER: Final = (
     "llama.cpp takes tokenizer, chat template and end token from the base's file, and this adapter "
-    "was trained with its own: ask with its template and stop at its end token. " + _MERGE_INSTEAD
+    "was trained with its own: ask with its template and stop at its end token. " + MERGE_INSTEAD
 )
 _INVOCATION: Final = "adapter.alora.invocation_tokens"
 
@@ -81,24 +76,6 @@ class GgufLoraOptions:
         return ALIASES.get(self.dtype, self.dtype)
 
 
-@dataclass(frozen=True)
-class _Factors:
-    """One adapted matrix.
-
-    Attributes:
-        name: GGUF name of the matrix.
-        a: Shape (rank, inputs).
-        b: Shape (outputs, rank), rows in llama.cpp's order, scaled so that llama.cpp's
-            ``alpha / rank`` gives the scaling that was trained with.
-        scale: That ``alpha / rank``.
-    """
-
-    name: str
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float
-
-
 class GgufLoraExporter:
     """Writes the two factors of every adapted matrix, scalings folded in."""
 
@@ -117,13 +94,13 @@ class GgufLoraExporter:
         if request.verify == "full":
             _check_base(request)
         size = {"f32": 4, "f16": 2}[request.options.stored_type]
-        numbers = sum(f.a.numel() + f.b.numel() for f in _collect_factors(request))
+        numbers = sum(f.a.numel() + f.b.numel() for f in collect_factors(request))
         notes = (_BASES_TOKENIZER,) if has_own_tokenizer(request.model) else ()
         return ExportEstimate(numbers * size + 65536, notes)
 
     def check_base(self, model: LoadedModel, options: GgufLoraOptions) -> None:
         """Refuse an adapter that no training makes a file of, before it is trained."""
-        for _ in _collect_factors(ExportRequest(model, options, None, verify=False)):
+        for _ in collect_factors(ExportRequest(model, options, None, verify=False)):
             pass
 
     def write(self, request: ExportRequest, folder: Path) -> Mapping[str, Any]:
@@ -131,7 +108,7 @@ class GgufLoraExporter:
         family = _find_family(request)
         path = folder / _file_name(request)
         parts = list(_encode_factors(request))
-        config = _peft_config(request)[1]
+        config = find_configuration(request)[1]
         _write_header(path, family, config, parts, read_origin(request.model))
         # Not through GGUFWriter: numpy's tofile does not notice that the disk is full.
         with path.open("ab") as handle:
@@ -177,7 +154,7 @@ def _encode_factors(request: ExportRequest) -> Iterator[tuple[str, NDArray[Any]]
     import numpy as np
 
     dtype = {"f32": np.float32, "f16": np.float16}[request.options.stored_type]
-    for factors in _collect_factors(request):
+    for factors in collect_factors(request):
         for part, tensor in (("lora_a", factors.a), ("lora_b", factors.b)):
             values = np.ascontiguousarray(tensor.numpy(), dtype=dtype)
             if not np.isfinite(values).all():
@@ -214,10 +191,10 @@ def _write_header(
     writer.add_quantization_version(GGML_QUANT_VERSION)
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", float(config.lora_alpha))
-    if _invocation_tokens(config):
+    if list_invocation_tokens(config):
         # llama.cpp switches the adapter on behind these.
         writer.add_key_value(
-            _INVOCATION, _invocation_tokens(config), GGUFValueType.ARRAY, GGUFValueType.UINT32
+            _INVOCATION, list_invocation_tokens(config), GGUFValueType.ARRAY, GGUFValueType.UINT32
         )
     for name, values in parts:
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
@@ -251,136 +228,16 @@ def _find_family(request: ExportRequest) -> Family:
     return read_family(request.model.model.config.to_dict())[0]
 
 
-def _peft_config(request: ExportRequest) -> tuple[str, Any]:
-    """The one active adapter and its peft configuration.
-
-    Raises:
-        UnsupportedModelError: When llama.cpp could not apply it.
-    """
-    model, adapter = find_active_adapter(request.model, instead=_MERGE_INSTEAD)
-    check_adapters(model.model)
-    config = model.model.peft_config[adapter]
-    asked = {config.init_lora_weights, model.adapter.init_lora_weights}
-    changing = (*CHANGES_BASE, "loftq")
-    started = [str(way) for way in asked if str(way).lower().startswith(changing)]
-    faults = {
-        "DoRA": config.use_dora,
-        "trained biases": config.bias != "none" or getattr(config, "lora_bias", False),
-        "modules_to_save": bool(config.modules_to_save),
-        "embeddings of its own": (bool(model.carried_tensors) or is_vocabulary_resized(model)),
-        "tokens trained alone": bool(getattr(config, "trainable_token_indices", None)),
-        f"an adapter started by {' and '.join(started)}, which fits changed base weights only": (
-            bool(started) or bool(model.adapter.loftq_config)
-        ),
-    }
-    if getattr(config, "target_parameters", None):
-        raise UnsupportedModelError(
-            "Adapters of experts (target_parameters) are not written as an adapter in GGUF. "
-            + _MERGE_INSTEAD
-        )
-    found = [what for what, is_there in faults.items() if is_there]
-    if found:
-        raise UnsupportedModelError(
-            f"llama.cpp's --lora has no {', '.join(found)}. {_MERGE_INSTEAD}"
-        )
-    return adapter, config
-
-
-def _invocation_tokens(config: Any) -> list[int]:
-    return list(getattr(config, "alora_invocation_tokens", None) or ())
-
-
-def _collect_factors(request: ExportRequest) -> Iterator[_Factors]:
-    """The factors of every adapted matrix, in the model's order.
-
-    Raises:
-        UnsupportedModelError: When a module is adapted that llama.cpp has no place for.
-    """
-    adapter, config = _peft_config(request)
-    family, wrapped = read_family(request.model.model.config.to_dict())
-    to_gguf = make_name_mapper(family, wrapped.layers)
-    alpha = float(config.lora_alpha)
-    modules = dict(request.model.model.base_model.model.named_modules())
-    is_wrapped = any("language_model." in name for name in modules)
-    for module_name, module in modules.items():
-        if getattr(module, "lora_embedding_A", None):
-            raise UnsupportedModelError(
-                f"{module_name} is an adapted embedding, which is not supported as GGUF. "
-                + _MERGE_INSTEAD
-            )
-        if adapter not in getattr(module, "lora_A", {}):
-            continue
-        name: str | None = f"{module_name}.weight"
-        if is_wrapped:
-            name = name_in_text_model(f"{module_name}.weight")
-        if name is None and not module.lora_B[adapter].weight.any():
-            continue  # text alone never trained it
-        if name is None:
-            raise UnsupportedModelError(
-                f"{module_name} is adapted and no part of the text model, which is what llama.cpp "
-                f"applies an adapter to. {_MERGE_INSTEAD}"
-            )
-        if wrapped.get("tie_word_embeddings", False) and module_name == "lm_head":
-            raise UnsupportedModelError(
-                "The adapted language-model head is tied to the embeddings, which llama.cpp cannot "
-                f"adapt apart. {_MERGE_INSTEAD}"
-            )
-        # W x + s B (A x), with A (r, in) and B (out, r). llama.cpp takes s for alpha / r, with
-        # one alpha for the file and each matrix's own r (llama_adapter_lora_weight::get_scale,
-        # llama-adapter.h). What peft's s is besides, as with rsLoRA's alpha / sqrt(r) or a rank
-        # pattern, goes into B; into B because only its rows are reordered below.
-        a = module.lora_A[adapter].weight.detach().float().cpu()
-        b = module.lora_B[adapter].weight.detach().float().cpu()
-        rank = a.shape[0]
-        b = b * (float(module.scaling[adapter]) * rank / alpha)
-        for gguf_name, own_a, own_b in _place_factors(family, wrapped, to_gguf, name, a, b):
-            yield _Factors(gguf_name, own_a.contiguous(), own_b.contiguous(), alpha / rank)
-
-
-def _place_factors(
-    family: Family,
-    config: Config,
-    to_gguf: Callable[[str], str],
-    name: str,
-    a: torch.Tensor,
-    b: torch.Tensor,
-) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Both factors as the base's file has the matrix, of which it may have parts."""
-    if name.endswith(family.unadapted):
-        raise UnsupportedModelError(
-            f"{name} is adapted, and llama.cpp multiplies with it past any adapter. "
-            + _MERGE_INSTEAD
-        )
-    # Rows of B are outputs and columns of A are inputs, so whatever reorders the matrix's rows
-    # reorders B's, and whatever reorders its columns A's.
-    inputs = find_change(family.columns, name)
-    a = a if inputs is None else inputs(a, config)
-    parts = find_change(family.splits, name)
-    if parts is None:
-        outputs = find_change(family.transforms, name)
-        yield to_gguf(name), a, b if outputs is None else outputs(b, config)
-        return
-    block = find_block(name)
-    for part, cut in parts.items():
-        rows = cut(b, config)
-        if rows.ndim != 2 or rows.shape[1] != b.shape[1]:
-            raise UnsupportedModelError(
-                f"{name} is adapted, and llama.cpp has it taken apart ({', '.join(parts)}) so that "
-                f"no adapter fits. {_MERGE_INSTEAD}"
-            )
-        yield f"blk.{block}.{part}", a, rows
-
-
 def _check_updates(request: ExportRequest, file: GgufFile) -> Check:
     import numpy as np
 
-    tokens = _invocation_tokens(_peft_config(request)[1])
+    tokens = list_invocation_tokens(find_configuration(request)[1])
     if list(file.value(_INVOCATION, [])) != tokens:
         return Check("updates", False, f"The file lacks the invocation tokens {tokens}.")
     tolerance = _TOLERANCES[request.options.stored_type]
     alpha = float(file.value("adapter.lora.alpha", 0.0))
     worst, worst_name, names = 0.0, "", set()
-    for factors in _collect_factors(request):
+    for factors in collect_factors(request):
         a, b = (f"{factors.name}.{part}" for part in ("lora_a", "lora_b"))
         if a not in file.tensors or b not in file.tensors:
             return Check("updates", False, f"The file lacks {factors.name}.")

@@ -11,7 +11,7 @@ from qlora_kit.engines.native.layers.architectures import find_model_obstacle
 from qlora_kit.engines.native.layers.compilation import find_compile_obstacle
 from qlora_kit.engines.native.layers.rounding import is_rounding
 
-__all__ = ["find_decoding_obstacle", "find_settings_obstacle"]
+__all__ = ["find_decoding_obstacle", "find_kernel_obstacle", "find_settings_obstacle"]
 
 #: Fields of a ``GenerationConfig`` that the decoder honours: limits, end tokens, and whatever
 #: works on the scores of one answer, which transformers' own processors then do.
