@@ -156,7 +156,7 @@ class TrainingForecast:
         if self.seconds is not None:
             lines.append(
                 f"Time: roughly {_say_time(self.seconds)}, from the device's {self.device.source} "
-                f"speed of {self.device.teraflops:.3g} TFLOP/s, and compiling once"
+                f"speed of {self.device.teraflops:.3g} TFLOP/s, starting and compiling apart"
             )
         if self.ranks > 1 and self.tokens_per_second is not None:
             lines.append(f"About {self.tokens_per_second:,.0f} tokens a second, all cards together")
